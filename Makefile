@@ -1,0 +1,30 @@
+.PHONY: help setup demo test check lab readme
+PYTHON ?= python3
+BIN := .venv/bin
+
+help:  ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+setup: .venv/ready  ## Create .venv and install (nothing to do when it is up to date)
+
+.venv/ready: constraints.txt settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'make: Python 3.11 or newer is needed; name it with PYTHON=python3.12'; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup  ## The main job on the shipped checkpoint: writes outputs/demo.png
+	$(BIN)/v2flow demo
+
+test: check  ## Everything: notebooks clean and in sync, every notebook run, then pytest
+	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest -q tests
+
+check: setup  ## Are the notebooks clean, and are library and README in step with them?
+	$(BIN)/python tests/check_notebooks.py
+
+readme: setup  ## Write README.md anew from nbs/index.ipynb
+	$(BIN)/python tests/check_notebooks.py --write-readme
+
+lab: setup  ## Open the notebooks in JupyterLab
+	$(BIN)/jupyter lab nbs

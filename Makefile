@@ -1,9 +1,9 @@
-.PHONY: help setup demo test check lab readme
+.PHONY: help setup demo test check lab execute readme
 PYTHON ?= python3
 BIN := .venv/bin
 
 help:  ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/ready  ## Create .venv and install (nothing to do when it is up to date)
 
@@ -17,11 +17,14 @@ demo: setup  ## The main job on the shipped checkpoint: writes outputs/demo.png
 	$(BIN)/v2flow demo
 
 test: check  ## Everything: notebooks clean and in sync, every notebook run, then pytest
-	$(BIN)/nbdev_test --n_workers 2
+	CUDA_VISIBLE_DEVICES= $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest -q tests
 
 check: setup  ## Are the notebooks clean, and are library and README in step with them?
 	$(BIN)/python tests/check_notebooks.py
+
+execute: setup  ## Run notebooks in fresh kernels and keep their outputs: all, or NB=05_flow
+	$(BIN)/python tests/check_notebooks.py --execute $(NB)
 
 readme: setup  ## Write README.md anew from nbs/index.ipynb
 	$(BIN)/python tests/check_notebooks.py --write-readme

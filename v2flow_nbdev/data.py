@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['number_words', 'caption_templates', 'max_pixels', 'digit_captions', 'named_digit', 'digits', 'picture_sheet',
-           'to_tensor', 'to_pil', 'augment', 'load_image', 'image_folder', 'write_atomically']
+           'to_tensor', 'to_pil', 'augment', 'load_image', 'image_folder', 'write_atomically', 'write_folder', 'draw']
 
-# %% ../nbs/00_data.ipynb #99c3f4a7
-import os, tempfile, textwrap, warnings
+# %% ../nbs/00_data.ipynb #5191449c
+import os, shutil, tempfile, textwrap, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch
@@ -38,7 +38,7 @@ def named_digit(
     "The inverse of `digit_captions`: which digit a caption speaks of"
     for word in caption.lower().split():
         if word in number_words: return number_words.index(word)
-        if word.isdigit() and len(word) == 1: return int(word)
+        if len(word) == 1 and word in '0123456789': return int(word)
 
 # %% ../nbs/00_data.ipynb #dd71eacf
 def digits(
@@ -110,7 +110,7 @@ def augment(
 )->list[dict]:            # (1 + copies) times as many rows
     "More handwriting from the same hands: small random affine movements (`torchvision.transforms.v2`)"
     from torchvision.transforms import v2
-    move = v2.RandomAffine(degrees, (shift, shift), (1 - scale, 1 + scale), shear, v2.InterpolationMode.BILINEAR)
+    move = v2.RandomAffine(degrees, (shift, shift), (1 - scale, 1 + scale), shear, v2.InterpolationMode.BICUBIC)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         return list(rows) + [{**r, 'image': move(r['image'])} for _ in range(copies) for r in rows]
@@ -128,16 +128,15 @@ def load_image(
     if not path.stat().st_size: raise OSError(f"{path}: the file is empty (0 bytes)")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+            warnings.simplefilter('ignore')       # Pillow warns of odd EXIF data and the like; the picture is what counts
             image = Image.open(path)
-        if image.width*image.height > max_pixels: raise Image.DecompressionBombError
-        return ImageOps.exif_transpose(image).convert('RGB')
+            if image.width*image.height > max_pixels: raise Image.DecompressionBombError
+            return ImageOps.exif_transpose(image).convert('RGB')
     except Image.DecompressionBombError:
         raise OSError(f"{path}: the image is far too large (limit {max_pixels:,} pixels); make it smaller first") from None
-    except Image.UnidentifiedImageError:
-        raise OSError(f"{path}: not an image that Pillow can read") from None
-    except (OSError, SyntaxError, ValueError) as e:
-        raise OSError(f"{path}: the image is damaged or truncated ({e})") from None
+    except Image.UnidentifiedImageError: raise OSError(f"{path}: not an image that Pillow can read") from None
+    except PermissionError: raise OSError(f"{path}: cannot be read, permission is denied") from None
+    except Exception as e: raise OSError(f"{path}: the image is damaged or truncated ({e})") from None
 
 # %% ../nbs/00_data.ipynb #7e6f388f
 def image_folder(
@@ -149,7 +148,9 @@ def image_folder(
     paths = sorted(p for p in Path(folder).rglob('*') if p.suffix.lower() in kinds)
     if not paths: raise FileNotFoundError(f"{folder}: no pictures below this folder")
     def captions(p):
-        lines = p.with_suffix('.txt').read_text().splitlines() if p.with_suffix('.txt').is_file() else []
+        beside = p.with_suffix('.txt')
+        try: lines = beside.read_text(encoding='utf-8').splitlines() if beside.is_file() else []
+        except UnicodeDecodeError: raise OSError(f"{beside}: the captions are not UTF-8 text") from None
         return [l.strip() for l in lines if l.strip()] or [p.stem.replace('_', ' ').replace('-', ' ')]
     return [dict(image=load_image(p), captions=captions(p)) for p in paths]
 
@@ -174,3 +175,30 @@ def write_atomically(
 def _umask():
     mask = os.umask(0); os.umask(mask)
     return mask
+
+# %% ../nbs/00_data.ipynb #b48629de
+@contextmanager
+def write_folder(
+    folder:str|Path,  # the folder to be; made if missing, and other files in it are left alone
+):                    # gives a temporary folder to write into
+    "Like `write_atomically` for a folder of files: each is moved to its place when all of them are written"
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix='.', dir=folder.parent))
+    try:
+        yield new
+        for path in sorted(p for p in new.rglob('*') if p.is_file()):
+            place = folder/path.relative_to(new)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+    finally: shutil.rmtree(new, ignore_errors=True)
+
+# %% ../nbs/00_data.ipynb #8ba48967
+def draw(
+    kind,            # `torch.randn`, `torch.rand` or `torch.randperm`
+    shape,           # of the result; for `torch.randperm` a number
+    generator=None,  # draws on its own device, so that one seed gives the same numbers on CPU and CUDA
+    device=None,     # where the result is wanted
+)->torch.Tensor:     # on `device`
+    "Random numbers from an explicit generator, wherever the model is"
+    return kind(shape, generator=generator, device=generator.device if generator else device).to(device)

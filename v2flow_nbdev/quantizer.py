@@ -9,6 +9,7 @@ __all__ = ['nearest', 'kmeans', 'codebook_usage', 'codebook_perplexity', 'Vector
 import torch
 import torch.nn.functional as F
 from torch import nn
+from .data import draw
 
 # %% ../nbs/04_quantizer.ipynb #c3e10db4
 def nearest(
@@ -27,7 +28,7 @@ def kmeans(
 )->torch.Tensor:         # unit vectors, (k, E)
     "Spherical k-means (Dhillon & Modha 2001): centres are mean directions; an empty cluster keeps its place"
     if len(x) < k: raise ValueError(f"k-means of {k} codes needs at least as many vectors, got {len(x)}")
-    codes = x[torch.randperm(len(x), generator=generator).to(x.device)[:k]]
+    codes = x[draw(torch.randperm, len(x), generator, x.device)[:k]]
     for _ in range(n_iter):
         sums = torch.zeros_like(codes).index_add_(0, nearest(x, codes), x)
         codes = torch.where(sums.norm(dim=-1, keepdim=True) > 0, F.normalize(sums, dim=-1), codes)
@@ -74,7 +75,7 @@ class VectorQuantizer(nn.Module):
         x:torch.Tensor,  # (B, N, E), any length: only the direction counts
     )->torch.Tensor:     # (B, N) int64
         "The nearest codes, and nothing else"
-        return nearest(F.normalize(x.float(), dim=-1), self.codebook)
+        return nearest(F.normalize(x.float(), dim=-1), self.codebook.float())
 
     def forward(self,
         x:torch.Tensor,  # (B, N, E), any length: only the direction counts
@@ -122,5 +123,5 @@ class VectorQuantizer(nn.Module):
         "Put every code that is hardly used onto a vector of `x`"
         usual = self.counts.mean()
         dead = (self.counts < self.dead_below*usual).nonzero().flatten()[:len(x)]
-        new = x[torch.randperm(len(x), generator=generator).to(x.device)[:len(dead)]]
+        new = x[draw(torch.randperm, len(x), generator, x.device)[:len(dead)]]
         self.codebook[dead], self.sums[dead], self.counts[dead] = new, new*usual, usual

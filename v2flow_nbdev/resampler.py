@@ -9,15 +9,16 @@ __all__ = ['gumbel', 'resample', 'RegNetBlock', 'VocabularyResampler']
 import torch
 from einops import einsum, rearrange
 from torch import nn
+from .data import draw
 
 # %% ../nbs/03_resampler.ipynb #c01a0752
 def gumbel(
     shape,              # any shape
-    generator=None,     # on `device`
-    device=None,        # where to draw
+    generator=None,     # draws them
+    device=None,        # where they are wanted
 )->torch.Tensor:        # independent samples of the standard Gumbel distribution
     "-log(-log(u)): added to logits, it turns their argmax into a sample of their softmax (Gumbel 1954; Jang et al., arXiv 1611.01144)"
-    u = torch.rand(shape, generator=generator, device=device).clamp(1e-20, 1 - 1e-7)
+    u = draw(torch.rand, shape, generator, device).clamp(1e-20, 1 - 1e-7)
     return -torch.log(-torch.log(u))
 
 # %% ../nbs/03_resampler.ipynb #de31b803
@@ -26,7 +27,7 @@ def resample(
     vocab:torch.Tensor,   # frozen embedding rows, (V, E)
     tau:float=1.,         # softmax temperature > 0; small is near one-hot
     noise:float=0.,       # weight of the Gumbel noise: 1 in the paper's training, 0 at inference
-    generator=None,       # draws the noise, on the logits' device
+    generator=None,       # draws the noise
 )->torch.Tensor:          # visual tokens in the language model's space, (B, N, E)
     "Each visual token as a convex combination of words (V²Flow, visual vocabulary resampler)"
     if tau <= 0: raise ValueError(f"tau={tau}: the softmax temperature must be positive")

@@ -1,0 +1,58 @@
+"""Are the notebooks clean, executed and small, and are library and README in step with them? Prints what is not, and exits with 1.
+
+    python tests/check_notebooks.py                   check
+    python tests/check_notebooks.py --execute [NAME]  run notebooks top to bottom in fresh kernels, keep outputs, clean
+    python tests/check_notebooks.py --write-readme    write README.md from nbs/index.ipynb"""
+import filecmp, json, os, re, shutil, subprocess, sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+root = Path(__file__).parent.parent
+tools = Path(sys.executable).parent
+
+def readme():
+    "README.md: the text cells of the front page, links seen from the repository's root"
+    cells = json.loads((root/'nbs/index.ipynb').read_text(encoding='utf-8'))['cells']
+    text = '\n\n'.join(''.join(c['source']).strip() for c in cells if c['cell_type'] == 'markdown')
+    text = text.split('\n## The same, executed')[0].rstrip()
+    text = text.replace('](../', '](')
+    return re.sub(r'\]\((\w+\.ipynb)', r'](nbs/\1', text) + '\n'
+
+def execute(names):
+    for path in sorted((root/'nbs').glob('*.ipynb')):
+        if names and path.stem not in names: continue
+        print(path.stem, flush=True)
+        subprocess.run([tools/'jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', '--log-level', 'ERROR', path], check=True, cwd=root/'nbs')
+        content = json.loads(path.read_text(encoding='utf-8'))
+        for output in (o for c in content['cells'] for o in c.get('outputs', [])):
+            if 'image/png' in output.get('data', {}): output['data'].pop('image/jpeg', None)     # PIL pictures come twice; one is enough
+        path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
+        subprocess.run([tools/'nbdev_clean', '--fname', path], check=True, cwd=root)
+
+def problems():
+    with TemporaryDirectory() as tmp:
+        copy = Path(tmp)/'copy'; copy.mkdir()
+        for name in ('nbs', 'v2flow_nbdev'): shutil.copytree(root/name, copy/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+        for name in ('settings.ini', 'setup.py', 'README.md'): shutil.copy(root/name, copy/name)
+        for tool in ('nbdev_clean', 'nbdev_export'): subprocess.run([tools/tool], check=True, cwd=copy, stdout=subprocess.DEVNULL)
+        def differ(folder, pattern):
+            ours, theirs = ({p.name: p for p in (base/folder).glob(pattern)} for base in (root, copy))
+            return sorted(n for n in ours.keys() | theirs.keys() if n not in ours or n not in theirs or not filecmp.cmp(ours[n], theirs[n], shallow=False))
+        for name in differ('nbs', '*.ipynb'): yield f'nbs/{name} is not clean: run nbdev_clean'
+        for name in differ('v2flow_nbdev', '*.py'): yield f'v2flow_nbdev/{name} is not what the notebooks export: run nbdev_export'
+    for path in sorted((root/'nbs').glob('*.ipynb')):
+        cells = [c for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+        outputs = [o for c in cells for o in c['outputs']]
+        if cells and not outputs: yield f'nbs/{path.name} has no outputs: execute it'
+        if any(o['output_type'] == 'error' for o in outputs): yield f'nbs/{path.name} holds an error'
+        if any(o.get('name') == 'stderr' for o in outputs): yield f'nbs/{path.name} prints on stderr'
+        if path.stat().st_size > 300_000: yield f'nbs/{path.name} is {path.stat().st_size//1000} kB; keep it under 300'
+    if (root/'README.md').read_text(encoding='utf-8') != readme(): yield 'README.md is not what nbs/index.ipynb says: run make readme'
+
+if __name__ == '__main__':
+    if sys.argv[1:2] == ['--execute']: execute(sys.argv[2:])
+    elif sys.argv[1:] == ['--write-readme']: (root/'README.md').write_text(readme(), encoding='utf-8')
+    else:
+        found = list(problems())
+        print('\n'.join(found) or 'notebooks are clean; library and README are in step with them')
+        sys.exit(bool(found))

@@ -1,0 +1,22 @@
+import os, subprocess, sys
+from pathlib import Path
+import pytest
+
+root = Path(__file__).parent.parent
+shipped = root/'data/checkpoints/digits'
+
+def v2flow(*args, cwd=root, timeout=300):
+    "Run the real command in a process of its own, on the CPU"
+    command = Path(sys.executable).with_name('v2flow')
+    return subprocess.run([command, *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=timeout, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
+
+@pytest.fixture(scope='session')
+def pipe():
+    from v2flow_nbdev.pipeline import V2FlowPipeline
+    return V2FlowPipeline.from_pretrained(shipped)
+
+def pytest_collection_modifyitems(items):
+    import torch
+    if not torch.cuda.is_available():
+        for item in items:
+            if 'cuda' in item.keywords: item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))

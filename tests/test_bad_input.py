@@ -1,0 +1,153 @@
+"Everything a user can get wrong, through the real command: one line on stderr that names the thing, the right exit code, nothing half-written"
+import json, os, shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import pytest
+from conftest import root, shipped, v2flow
+
+def flip_header_byte(path):
+    content = bytearray(path.read_bytes()); content[10] ^= 0xff; path.write_bytes(content)
+
+def copy_model(folder, name):
+    return Path(shutil.copytree(shipped, folder/name))
+
+def make_files(f):
+    "The broken files that the cases below speak of"
+    import torch
+    from PIL import Image
+    from safetensors.torch import load_file, save_file
+    from v2flow_nbdev.vocabulary import Vocabulary
+    good = Image.new('L', (20, 20), 128); good.save(f/'good.png')
+    (f/'empty.png').touch(); (f/'text.png').write_text('not a picture')
+    big = Image.effect_noise((64, 64), 50); big.save(f/'cut.png'); (f/'cut.png').write_bytes((f/'cut.png').read_bytes()[:500])
+    Image.new('1', (20_000, 20_000)).save(f/'bomb.png')
+    ids = list(range(16))
+    for name, content in dict(ok=ids, high=[128]+ids[1:], low=[-1]+ids[1:], few=ids[:15], floats=[0.5]+ids[1:], words=['a']*16, huge=[2**70]+ids[1:], dict={'ids': ids}, bools=[True]*16).items():
+        (f/f'{name}.json').write_text(json.dumps(content))
+    (f/'broken.json').write_text('[1, 2,'); (f/'binary.json').write_bytes(b'\xff\xfe\x00')
+    (f/'empty_model').mkdir()
+    (copy_model(f, 'no_index')/'model_index.json').unlink()
+    (copy_model(f, 'no_weights')/'image_tokenizer/model.safetensors').unlink()
+    (copy_model(f, 'no_llm_weights')/'llm/model.safetensors').unlink()
+    shutil.rmtree(copy_model(f, 'no_llm')/'llm')
+    flip_header_byte(copy_model(f, 'flipped')/'image_tokenizer/model.safetensors')
+    flip_header_byte(copy_model(f, 'flipped_llm')/'llm/model.safetensors')
+    flip_header_byte(copy_model(f, 'flipped_words')/'image_tokenizer/vocabulary.safetensors')
+    other = copy_model(f, 'other_words')
+    words = Vocabulary.load(other/'image_tokenizer'); Vocabulary(words.words, words.embeddings + 0.01).save(other/'image_tokenizer')
+    (copy_model(f, 'no_text_tokenizer')/'llm/tokenizer.json').unlink()
+    (copy_model(f, 'odd_index')/'model_index.json').write_text('[]')
+    (copy_model(f, 'odd_words')/'image_tokenizer/vocabulary.json').write_text('{}')
+    partial = copy_model(f, 'partial_llm')/'llm/model.safetensors'
+    save_file({n: t for n,t in load_file(partial).items() if 'layers.2' not in n}, partial, {'format': 'pt'})
+    config = copy_model(f, 'odd_config')/'image_tokenizer/config.json'
+    config.write_text(config.read_text().replace('"dim": 96', '"dim": 97'))
+    llm = copy_model(f, 'other_llm')/'llm/config.json'
+    config = json.loads(llm.read_text()); config['v2flow']['codebook'] = '0'*16; llm.write_text(json.dumps(config))
+    (f/'not.yaml').write_text('a: [1'); (f/'odd.yaml').write_text('colour: red'); (f/'list.yaml').write_text('- 1')
+    (f/'read_only').mkdir(); (f/'read_only').chmod(0o500)
+    (f/'held/checkpoint').mkdir(parents=True); (f/'held/checkpoint/state.json').write_text('{}')
+
+O = ('--out', '{f}/x.png')
+cases = {  # name: (arguments, exit code, what the line must contain)
+    'image missing': (('reconstruct', '{f}/none.png', *O), 1, 'none.png: no such image file'),
+    'image empty': (('encode', '{f}/empty.png'), 1, 'empty.png: the file is empty'),
+    'image is text': (('caption', '{f}/text.png'), 1, 'text.png: not an image'),
+    'image truncated': (('reconstruct', '{f}/cut.png', *O), 1, 'cut.png: the image is damaged or truncated'),
+    'image far too large': (('caption', '{f}/bomb.png'), 1, 'bomb.png: the image is far too large'),
+    'image is a folder': (('caption', '{f}'), 1, 'no such image file'),
+    'caption empty': (('generate', '', *O), 2, 'caption is empty'),
+    'caption of blanks': (('generate', '   ', *O), 2, 'caption is empty'),
+    'caption of 10,000 words': (('generate', 'seven '*10_000, *O), 2, 'too long'),
+    'no caption': (('generate', *O), 2, "Missing argument 'caption'"),
+    'num-images 0': (('generate', 'a six', '--num-images', '0', *O), 2, '--num-images'),
+    'num-images -1': (('generate', 'a six', '--num-images', '-1', *O), 2, '--num-images'),
+    'num-images many': (('generate', 'a six', '--num-images', 'many', *O), 2, '--num-images'),
+    'seed negative': (('generate', 'a six', '--seed', '-1', *O), 2, '--seed'),
+    'model missing': (('generate', 'a six', '--model', '{f}/none', *O), 1, 'no such model folder'),
+    'model empty': (('generate', 'a six', '--model', '{f}/empty_model', *O), 1, 'model_index.json: missing'),
+    'model without index': (('generate', 'a six', '--model', '{f}/no_index', *O), 1, 'model_index.json: missing'),
+    'model without weights': (('generate', 'a six', '--model', '{f}/no_weights', *O), 1, 'model.safetensors: missing'),
+    'model without llm weights': (('generate', 'a six', '--model', '{f}/no_llm_weights', *O), 1, 'model.safetensors: missing'),
+    'model without llm': (('generate', 'a six', '--model', '{f}/no_llm', *O), 1, 'no such folder in the model'),
+    'weights damaged': (('generate', 'a six', '--model', '{f}/flipped', *O), 1, 'model.safetensors: damaged'),
+    'llm damaged': (('generate', 'a six', '--model', '{f}/flipped_llm', *O), 1, 'model.safetensors: damaged'),
+    'vocabulary damaged': (('encode', '{f}/good.png', '--model', '{f}/flipped_words'), 1, 'vocabulary.safetensors: damaged'),
+    'another vocabulary': (('encode', '{f}/good.png', '--model', '{f}/other_words'), 1, 'made for another vocabulary'),
+    'another llm': (('caption', '{f}/good.png', '--model', '{f}/other_llm'), 1, 'not made for each other'),
+    'llm incomplete': (('caption', '{f}/good.png', '--model', '{f}/partial_llm'), 1, 'weights are missing'),
+    'text tokenizer missing': (('caption', '{f}/good.png', '--model', '{f}/no_text_tokenizer'), 1, 'not a whole language model'),
+    'index is a list': (('caption', '{f}/good.png', '--model', '{f}/odd_index'), 1, 'model_index.json: not a JSON object'),
+    'words missing': (('encode', '{f}/good.png', '--model', '{f}/odd_words'), 1, 'vocabulary.json: not a JSON object'),
+    'config does not fit': (('encode', '{f}/good.png', '--model', '{f}/odd_config'), 1, 'odd_config'),
+    'ids too high': (('decode', '{f}/high.json', *O), 1, 'the codebook has 0 to 127'),
+    'ids negative': (('decode', '{f}/low.json', *O), 1, 'the codebook has 0 to 127'),
+    'ids too few': (('decode', '{f}/few.json', *O), 1, 'need (B, 16)'),
+    'ids are floats': (('decode', '{f}/floats.json', *O), 1, 'list of integers'),
+    'ids are words': (('decode', '{f}/words.json', *O), 1, 'list of integers'),
+    'ids are booleans': (('decode', '{f}/bools.json', *O), 1, 'list of integers'),
+    'ids in a dict': (('decode', '{f}/dict.json', *O), 1, 'list of integers'),
+    'ids beyond 64 bits': (('decode', '{f}/huge.json', *O), 1, 'huge.json'),
+    'ids file broken': (('decode', '{f}/broken.json', *O), 1, 'broken.json: cannot be read as JSON'),
+    'ids file binary': (('decode', '{f}/binary.json', *O), 1, 'binary.json: cannot be read as JSON'),
+    'ids file missing': (('decode', '{f}/none.json', *O), 1, 'none.json: no such file'),
+    'out in a missing folder': (('generate', 'a six', '--out', '{f}/no/x.png'), 1, 'does not exist'),
+    'out is a folder': (('generate', 'a six', '--out', '{f}'), 1, 'is a folder'),
+    'out is no image': (('generate', 'a six', '--out', '{f}/x.docx'), 2, 'no image format'),
+    'out not writable': (('generate', 'a six', '--out', '{f}/read_only/x.png'), 1, 'cannot be written'),
+    'out is read only by Pillow': (('generate', 'a six', '--out', '{f}/x.psd'), 2, 'no image format'),
+    'guidance is not a number': (('generate', 'a six', '--guidance-scale', 'nan', *O), 2, 'guidance_scale=nan'),
+    'seed too large': (('generate', 'a six', '--seed', '18446744073709551616', *O), 2, '--seed'),
+    'unknown command': (('paint',), 2, 'paint'),
+    'unknown option': (('generate', 'a six', '--colour', 'red'), 2, '--colour'),
+    'config missing': (('train-llm', '--config', '{f}/none.yaml', '--out', '{f}/run'), 1, 'none.yaml: cannot be read'),
+    'config not YAML': (('train-tokenizer', '--config', '{f}/not.yaml', '--out', '{f}/run'), 1, 'not.yaml: not YAML'),
+    'config is a list': (('train-tokenizer', '--config', '{f}/list.yaml', '--out', '{f}/run'), 1, 'needs the sections'),
+    'config of other settings': (('pretrain-llm', '--config', '{f}/odd.yaml', '--out', '{f}/run'), 2, 'unknown settings colour'),
+    'override of nothing': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'training.stepz=3'), 2, 'stepz'),
+    'override of no section': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'data.name.x=3'), 2, 'not a section'),
+    'override of the wrong type': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'training.steps=abc'), 2, "steps='abc'"),
+    'data setting unknown': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'data.coppies=3'), 2, 'data.coppies'),
+    'words of no model': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'vocabulary={f}/none'), 1, 'no such model folder'),
+    'batch too small for the codes': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'training.batch_size=2'), 2, 'raise training.batch_size'),
+    'dtype unknown': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', 'save_dtype=float17'), 2, 'save_dtype'),
+    'run folder taken': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/held'), 1, 'already holds a run'),
+    'nothing to resume': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run2', '--resume'), 1, 'no checkpoint to resume'),
+    'evaluate on the unknown': (('evaluate', '--data', 'cats'), 2, 'cats'),
+}
+
+@pytest.fixture(scope='module')
+def results(tmp_path_factory):
+    "All cases, two at a time"
+    f = tmp_path_factory.mktemp('bad'); make_files(f)
+    before = {p for p in f.rglob('*')}
+    def run(args): return v2flow(*[a.replace('{f}', str(f)) for a in args])
+    with ThreadPoolExecutor(2) as pool: done = dict(zip(cases, pool.map(run, [args for args,_,_ in cases.values()])))
+    new = {p for p in f.rglob('*')} - before
+    (f/'read_only').chmod(0o700)
+    return done, new
+
+@pytest.mark.parametrize('name', cases)
+def test_one_clear_line(results, name):
+    args, code, contains = cases[name]
+    if name == 'out not writable' and os.geteuid() == 0: pytest.skip('root may write anywhere')
+    done = results[0][name]
+    assert done.returncode == code, done.stderr
+    assert contains in done.stderr and done.stderr.count('\n') == 1, done.stderr
+    assert 'Traceback' not in done.stderr and not done.stdout
+
+def test_nothing_half_written(results):
+    written = {p.name for p in results[1]}
+    assert written <= ({'x.png'} if os.geteuid() == 0 else set()), written   # root's picture in the read-only folder
+
+def test_a_missing_model_of_the_hub_is_one_line(tmp_path):
+    from PIL import Image
+    Image.new('L', (8, 8)).save(tmp_path/'x.png')
+    done = v2flow('encode', tmp_path/'x.png', '--model', 'nobody/nothing')
+    assert done.returncode == 1 and 'nobody/nothing: no such folder' in done.stderr and done.stderr.count('\n') == 1, done.stderr
+
+def test_help_is_quick_and_complete():
+    import time
+    began = time.time(); done = v2flow('--help'); seconds = time.time() - began
+    assert done.returncode == 0 and seconds < 2, seconds             # within one on an idle machine
+    for command in 'demo generate reconstruct encode decode caption pretrain-llm train-tokenizer train-llm evaluate'.split(): assert command in done.stdout

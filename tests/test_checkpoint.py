@@ -1,0 +1,76 @@
+"The shipped checkpoint still does what its README says; round trips and determinism on the real thing"
+import json
+import pytest, torch
+from conftest import shipped, v2flow
+from v2flow_nbdev.data import digits, to_tensor
+from v2flow_nbdev.metrics import digit_aims, digit_scores, pixels
+
+@pytest.fixture(scope='module')
+def committed(): return json.loads((shipped/'scores.json').read_text())
+
+@pytest.fixture(scope='module')
+def scores(pipe): return digit_scores(pipe, per_digit=20)      # 200 samples
+
+@pytest.mark.parametrize('key', [k for k in digit_aims if 'db' not in k and k not in ('variety', 'codebook_perplexity', 'ssim')])
+def test_shares_within_four_points(scores, committed, key):
+    assert abs(scores[key] - committed[key]) <= 0.04, (scores[key], committed[key])
+
+def test_the_other_scores(scores, committed):
+    assert abs(scores['psnr_db'] - committed['psnr_db']) <= 0.3
+    assert abs(scores['psnr_db_at_temperature_1'] - committed['psnr_db_at_temperature_1']) <= 0.3
+    assert abs(scores['variety'] - committed['variety']) <= 0.08
+    assert abs(scores['codebook_perplexity'] - committed['codebook_perplexity']) <= 3
+
+def test_committed_scores_reach_the_aims(committed):
+    c = committed
+    assert c['psnr_db'] >= 19 and c['reconstruction_accuracy'] >= .96 and c['generation_accuracy'] >= .95
+    assert .7 <= c['variety'] <= 1.2 and c['codebook_usage'] >= .8 and c['caption_accuracy'] >= .93
+
+def test_readmes_tell_the_committed_scores(committed):
+    from v2flow_nbdev.metrics import score_table
+    for line in score_table(committed).splitlines()[2:]:
+        for readme in (shipped/'README.md', shipped.parents[2]/'README.md'): assert line in readme.read_text(encoding='utf-8'), (readme, line)
+
+def test_encode_is_deterministic_and_batch_free(pipe):
+    tok, x = pipe.image_tokenizer, pixels(digits('test')[:50])
+    ids = tok.encode(x)
+    assert torch.equal(tok.encode(x), ids)
+    alone = torch.cat([tok.encode(one[None]) for one in x])
+    assert (alone == ids).float().mean() > 0.99               # matrix products of other shapes round otherwise
+
+def test_most_ids_survive_a_round_trip(pipe, record_property):
+    tok, x = pipe.image_tokenizer, pixels(digits('test'))
+    ids = tok.encode(x)
+    kept = (tok.encode(tok.decode(ids, generator=torch.Generator().manual_seed(0))) == ids).float().mean().item()
+    record_property('ids_kept', kept); print(f'ids kept by encode → decode → encode: {kept:.1%}')
+    assert kept > 0.8
+
+def test_save_and_load_give_the_same(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = type(pipe).from_pretrained(tmp_path)
+    x = pixels(digits('test')[:20])
+    assert torch.equal(again.image_tokenizer.encode(x), pipe.image_tokenizer.encode(x))
+    a, b = (p(['a six', 'the digit 4'], 2, generator=torch.Generator().manual_seed(3)) for p in (pipe, again))
+    assert torch.equal(a.ids, b.ids) and [i.tobytes() for i in a.images] == [i.tobytes() for i in b.images]
+
+def test_another_seed_is_another_picture(pipe):
+    made = [pipe('a six', 4, generator=torch.Generator().manual_seed(s)).ids for s in (0, 1)]
+    assert not torch.equal(*made) and len({tuple(r) for r in torch.cat(made).tolist()}) == 8
+
+def test_text_is_never_interrupted_by_a_picture(pipe):
+    "Plain `generate` on plain text, by someone who has never heard of visual words"
+    from v2flow_nbdev.llm import VisualWords
+    batch = pipe.tokenizer(['<s> a', '<s> the digit'], return_tensors='pt', padding=True, padding_side='left', add_special_tokens=False)
+    out = pipe.llm.generate(**{k: batch[k] for k in ('input_ids', 'attention_mask')}, max_new_tokens=30, do_sample=True, pad_token_id=pipe.tokenizer.pad_token_id)
+    assert out.max() < VisualWords.of(pipe.llm).first
+
+def test_encode_decode_caption_by_command(tmp_path):
+    digits('test')[0]['image'].save(tmp_path/'digit.png')
+    done = v2flow('encode', tmp_path/'digit.png'); assert done.returncode == 0, done.stderr
+    (tmp_path/'ids.json').write_text(done.stdout)
+    assert len(json.loads(done.stdout)) == 16
+    done = v2flow('decode', tmp_path/'ids.json', '--out', tmp_path/'back.png'); assert done.returncode == 0, done.stderr
+    done = v2flow('reconstruct', tmp_path/'digit.png', '--out', tmp_path/'again.png', '--json'); assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)['psnr_db'] > 15 and (tmp_path/'again.png').exists()
+    done = v2flow('caption', tmp_path/'back.png', '--json'); assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)['caption']

@@ -1,0 +1,50 @@
+"On a CUDA device: one bf16 step of both models, both directions, and the same forward as on the CPU. Needs no notebook tools"
+import copy
+import pytest, torch
+from v2flow_nbdev.llm import ImageTextRows, VisualWords, add_visual_words, collate, small_llama, train_text_tokenizer, write_captions, write_images
+from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
+from v2flow_nbdev.training import TrainConfig, train
+from v2flow_nbdev.vocabulary import Vocabulary
+
+pytestmark = pytest.mark.cuda
+texts = ['a handwritten seven', 'the digit 3', 'a two']
+
+@pytest.fixture(scope='module')
+def parts():
+    torch.manual_seed(0)
+    tokenizer = train_text_tokenizer(texts)
+    llm = small_llama(tokenizer, hidden_size=64, num_hidden_layers=2, intermediate_size=128)
+    table = llm.get_input_embeddings().weight.detach().clone()
+    tok = V2Flow(V2FlowConfig(codebook_size=32, dim=48, depth=1, quantize_from=0.), Vocabulary([f'w{i}' for i in range(len(table))], table))
+    images = torch.rand(16, 1, 8, 8)*2 - 1
+    return tok, llm, tokenizer, images
+
+def test_one_step_of_each_and_both_directions(parts):
+    tok, llm, tokenizer, images = parts
+    step = TrainConfig(steps=2, batch_size=8, evaluations=1, mixed_precision='bf16')
+    tok = train(copy.deepcopy(tok), [dict(images=x) for x in images], step, progress=False)
+    assert tok.device.type == 'cuda' and tok.quantizer.codebook.dtype == torch.float32
+    ids = tok.encode(images); assert ids.device.type == 'cuda' and ids.shape == (16, 16)
+    g = lambda: torch.Generator().manual_seed(0)
+    for scale in (1., 2.): assert tok.decode(ids, guidance_scale=scale, generator=g()).isfinite().all()
+    words = add_visual_words(llm, tokenizer, tok)
+    rows = ImageTextRows(ids.cpu(), [texts]*16, tokenizer, words)
+    llm = train(llm, rows, step, collate, progress=False)
+    for scale in (1., 2.):
+        written = write_images(llm, tokenizer, texts, guidance_scale=scale, generator=g())
+        assert written.shape == (3, 16) and written.device.type == 'cuda'
+    assert len(write_captions(llm, tokenizer, ids[:2])) == 2
+
+def test_forward_equals_the_cpu(parts):
+    "float32, the same generator on both: losses, ids and pictures"
+    tok, _, _, images = parts
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    tok = copy.deepcopy(tok).eval(); tok.quantizer.initialised.fill_(True)
+    for p in tok.velocity.parameters(): torch.nn.init.normal_(p, std=0.05)
+    there = copy.deepcopy(tok).cuda()
+    g = lambda: torch.Generator().manual_seed(0)
+    a, b = tok(images, generator=g()), there(images.cuda(), generator=g())
+    for name in ('flow_loss', 'code_loss', 'commitment_loss'): torch.testing.assert_close(getattr(b, name).cpu(), getattr(a, name), atol=1e-4, rtol=1e-4)
+    ids = tok.encode(images)
+    assert (there.encode(images).cpu() == ids).float().mean() > 0.98
+    torch.testing.assert_close(there.decode(ids, generator=g()).cpu(), tok.decode(ids, generator=g()), atol=1e-3, rtol=1e-3)

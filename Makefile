@@ -10,14 +10,14 @@ setup: .venv/ready  ## Create .venv and install (nothing to do when it is up to 
 .venv/ready: constraints.txt settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'make: Python 3.11 or newer is needed; name it with PYTHON=python3.12'; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: setup  ## The main job on the shipped checkpoint: writes outputs/demo.png
 	$(BIN)/v2flow demo
 
 test: check  ## Everything: notebooks clean and in sync, every notebook run, then pytest
-	CUDA_VISIBLE_DEVICES= $(BIN)/nbdev_test --n_workers 2
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest -q tests
 
 check: setup  ## Are the notebooks clean, and are library and README in step with them?

@@ -5,10 +5,11 @@ import pytest
 root = Path(__file__).parent.parent
 shipped = root/'data/checkpoints/digits'
 
-def v2flow(*args, cwd=root, timeout=300):
+def v2flow(*args, cwd=root, timeout=300, threads=2):
     "Run the real command in a process of its own, on the CPU"
     command = Path(sys.executable).with_name('v2flow')
-    return subprocess.run([command, *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=timeout, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
+    return subprocess.run([command, *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=timeout, 
+                          env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': str(threads)})
 
 @pytest.fixture(scope='session')
 def pipe():

@@ -121,7 +121,7 @@ def results(tmp_path_factory):
     "All cases, two at a time"
     f = tmp_path_factory.mktemp('bad'); make_files(f)
     before = {p for p in f.rglob('*')}
-    def run(args): return v2flow(*[a.replace('{f}', str(f)) for a in args])
+    def run(args): return v2flow(*[a.replace('{f}', str(f)) for a in args], threads=1)
     with ThreadPoolExecutor(2) as pool: done = dict(zip(cases, pool.map(run, [args for args,_,_ in cases.values()])))
     new = {p for p in f.rglob('*')} - before
     (f/'read_only').chmod(0o700)

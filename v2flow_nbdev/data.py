@@ -65,14 +65,14 @@ def picture_sheet(
     from PIL import Image, ImageDraw, ImageFont
     font, line, gap = ImageFont.load_default(10), 12, 8
     wrapped = [textwrap.wrap(c, side//6 + 2, break_long_words=False) for c in captions or ['']*len(images)]
-    cell_h = side + line*max(map(len, wrapped)) + gap
     columns = min(columns, len(images))
-    sheet = Image.new('RGB', (columns*(side + gap) + gap, -(-len(images)//columns)*cell_h + gap), 'white')
-    draw = ImageDraw.Draw(sheet)
+    heights = [side + line*max(map(len, wrapped[i:i+columns])) + gap for i in range(0, len(images), columns)]
+    sheet = Image.new('RGB', (columns*(side + gap) + gap, sum(heights) + gap), 'white')
+    pen = ImageDraw.Draw(sheet)
     for i, (image, lines) in enumerate(zip(images, wrapped)):
-        x, y = gap + i % columns*(side + gap), gap + i//columns*cell_h
+        x, y = gap + i % columns*(side + gap), gap + sum(heights[:i//columns])
         sheet.paste(image.convert('RGB').resize((side, side), Image.Resampling.NEAREST), (x, y))
-        for j, text in enumerate(lines): draw.text((x + side/2, y + side + 1 + j*line), text, 'black', font, anchor='ma')
+        for j, text in enumerate(lines): pen.text((x + side/2, y + side + 1 + j*line), text, 'black', font, anchor='ma')
     return sheet
 
 # %% ../nbs/00_data.ipynb #bb55d28a

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'Model', 'Seed', 'Json', 'Out', 'Picture', 'Config', 'RunFolder', 'Resume', 'Overrides', 'digits_model',
            'Unusable', 'running', 'say', 'fail', 'main', 'load_pipe', 'load_tokenizer', 'quiet', 'generator', 'report',
-           'check_writable', 'save_picture', 'sheet', 'generate', 'reconstruct', 'encode', 'decode', 'caption', 'demo',
+           'check_picture', 'save_picture', 'sheet', 'generate', 'reconstruct', 'encode', 'decode', 'caption', 'demo',
            'stacked', 'evaluate', 'read_config', 'call', 'load_data', 'check_run', 'is_main_process', 'all_captions',
            'pretrain_llm', 'train_tokenizer', 'train_llm']
 
-# %% ../nbs/20_cli.ipynb #bc611fbf
-import json, os, sys
+# %% ../nbs/20_cli.ipynb #db1dd225
+import json, sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
@@ -88,15 +88,15 @@ def generator(seed):
 
 def report(as_json, content, text): print(json.dumps(content) if as_json else text)
 
-# %% ../nbs/20_cli.ipynb #2520ac13
-def check_writable(path):
+# %% ../nbs/20_cli.ipynb #365cf1e3
+def check_picture(path):
     "Fail before the work is done, not after"
-    if not path.parent.is_dir(): raise Unusable(f"{path}: the folder {path.parent} does not exist; make it first")
-    if path.is_dir(): raise Unusable(f"{path}: is a folder; give the name of a file")
-    if not os.access(path.parent, os.W_OK): raise Unusable(f"{path}: cannot be written, {path.parent} is read-only")
+    from v2flow_nbdev.data import check_writable
     from PIL import Image
+    check_writable(path)
     Image.init()
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE: raise typer.BadParameter(f"{path}: '{path.suffix}' is no image format; use .png", param_hint='--out')
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise typer.BadParameter(f"{path}: '{path.suffix}' is no image format; use .png", param_hint='--out')
 
 def save_picture(image, path):
     from v2flow_nbdev.data import write_atomically
@@ -119,7 +119,7 @@ def generate(
     as_json:Json=False,
 ):
     "Text → image: one picture, or a sheet of several."
-    check_writable(out)
+    check_picture(out)
     pipe = load_pipe(model)
     made = pipe(caption, num_images, guidance_scale=guidance_scale, generator=generator(seed))
     save_picture(sheet(made.images), out)
@@ -129,7 +129,7 @@ def generate(
 def reconstruct(image:Picture, out:Out=Path('out.png'), seed:Seed=0, model:Model=digits_model, as_json:Json=False):
     "Image → ids → image, with PSNR and SSIM."
     from v2flow_nbdev.data import load_image
-    check_writable(out)
+    check_picture(out)
     picture, pipe = load_image(image), load_pipe(model)
     from v2flow_nbdev.metrics import psnr, ssim
     back = pipe.reconstruct(picture, generator=generator(seed))
@@ -154,7 +154,7 @@ def decode(
     "Ids → image."
     import torch
     from v2flow_nbdev.data import to_pil
-    check_writable(out)
+    check_picture(out)
     if not ids.is_file(): raise Unusable(f"{ids}: no such file")
     try: content = json.loads(ids.read_text(encoding='utf-8'))
     except ValueError as e: raise Unusable(f"{ids}: cannot be read as JSON ({e})") from None
@@ -181,7 +181,7 @@ def demo(out:Out=Path('outputs/demo.png'), seed:Seed=0, model:Model=digits_model
     began = time.time()
     pipe = load_pipe(model)
     out.parent.mkdir(parents=True, exist_ok=True)
-    check_writable(out)
+    check_picture(out)
     say(f'loaded {model}')
     from v2flow_nbdev.data import digits, number_words
     from v2flow_nbdev.metrics import digit_scores, score_table

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['number_words', 'caption_templates', 'max_pixels', 'digit_captions', 'named_digit', 'digits', 'picture_sheet',
-           'to_tensor', 'to_pil', 'augment', 'load_image', 'image_folder', 'write_atomically', 'write_folder', 'draw']
+           'to_tensor', 'to_pil', 'augment', 'load_image', 'image_folder', 'check_writable', 'write_atomically',
+           'write_folder', 'draw']
 
 # %% ../nbs/00_data.ipynb #5191449c
 import os, shutil, tempfile, textwrap, warnings
@@ -154,17 +155,24 @@ def image_folder(
         return [l.strip() for l in lines if l.strip()] or [p.stem.replace('_', ' ').replace('-', ' ')]
     return [dict(image=load_image(p), captions=captions(p)) for p in paths]
 
-# %% ../nbs/00_data.ipynb #2563e356
+# %% ../nbs/00_data.ipynb #a1606079
+def check_writable(
+    path:str|Path,  # the file to be
+):
+    "`OSError` that says why, unless a file can be written there"
+    path = Path(path)
+    if not path.parent.is_dir(): raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; make it first")
+    if path.is_dir(): raise IsADirectoryError(f"{path}: is a folder; give the name of a file")
+    if not os.access(path.parent, os.W_OK): raise PermissionError(f"{path}: cannot be written, {path.parent} is read-only")
+
 @contextmanager
 def write_atomically(
     path:str|Path,  # the file to be: its folder must exist
 ):                  # gives the temporary path to write to
     "Write to a temporary name beside `path`, and rename when all went well: no half-written file is ever seen"
     path = Path(path)
-    if not path.parent.is_dir(): raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; make it first")
-    if path.is_dir(): raise IsADirectoryError(f"{path}: is a folder; give the name of a file")
-    try: handle, name = tempfile.mkstemp(prefix='.', suffix=path.suffix, dir=path.parent)
-    except OSError as e: raise OSError(f"{path}: cannot be written ({e.strerror})") from None
+    check_writable(path)
+    handle, name = tempfile.mkstemp(prefix='.', suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:
         yield Path(name)

@@ -224,24 +224,24 @@ def train(
     log = RunLog(out if main else None, keep_until=start)
     every = max(1, config.steps//max(1, config.evaluations))
     before_step, after_step = getattr(model, 'before_step', lambda p: None), getattr(model, 'after_step', lambda: None)
-    bar = tqdm(total=config.steps, initial=start, disable=not (progress and main), desc='training', mininterval=1, dynamic_ncols=True)
-    for step, batch in enumerate(loader, start):
-        for group in optimizer.param_groups: group['lr'] = config.lr*lr_share(step, config)
-        before_step(step/config.steps)
-        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.mixed_precision == 'bf16'): loss = wrapped(**batch).loss
-        optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
-        after_step()
-        done = step + 1
-        update_ema(ema, model, min(config.ema_decay, (1 + step)/(10 + step)))
-        bar.update()
-        log.loss(loss)
-        if (done % every == 0 or done == config.steps) and main:
-            scores = log.write(done, evaluate(ema) if evaluate else {})
-            bar.set_postfix({k: f'{v:.3g}' for k,v in scores.items() if k not in ('step', 'seconds')})
-            if out: save_checkpoint(out, done, model, ema, optimizer, settings)
-    bar.close()
+    with tqdm(total=config.steps, initial=start, disable=not (progress and main), desc='training', mininterval=1, dynamic_ncols=True) as bar:
+        for step, batch in enumerate(loader, start):
+            for group in optimizer.param_groups: group['lr'] = config.lr*lr_share(step, config)
+            before_step(step/config.steps)
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.mixed_precision == 'bf16'): loss = wrapped(**batch).loss
+            optimizer.zero_grad(set_to_none=True)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), config.clip)
+            optimizer.step()
+            after_step()
+            done = step + 1
+            update_ema(ema, model, min(config.ema_decay, (1 + step)/(10 + step)))
+            bar.update()
+            if not main: continue
+            log.loss(loss)
+            if done % every == 0 or done == config.steps:
+                scores = log.write(done, evaluate(ema) if evaluate else {})
+                bar.set_postfix({k: f'{v:.3g}' for k,v in scores.items() if k not in ('step', 'seconds')})
+                if out: save_checkpoint(out, done, model, ema, optimizer, settings)
     accelerator.wait_for_everyone()
     return ema

@@ -22,7 +22,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 Model = Annotated[str, typer.Option('--model', help='A pipeline folder or a Hub id.')]
 
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help='Draws everything random: the same seed gives the same picture.')]
+Seed = Annotated[int, typer.Option(min=0, help='Draws everything random: the same seed gives the same picture.')]
 
 Json = Annotated[bool, typer.Option('--json', help='Print JSON on stdout.')]
 
@@ -84,6 +84,7 @@ def quiet():
 
 def generator(seed):
     import torch
+    if seed >= 2**63: raise typer.BadParameter('use a number below 2^63', param_hint='--seed')
     return torch.Generator().manual_seed(seed)
 
 def report(as_json, content, text): print(json.dumps(content) if as_json else text)
@@ -176,7 +177,7 @@ def caption(image:Picture, model:Model=digits_model, as_json:Json=False):
 # %% ../nbs/20_cli.ipynb #ec151902
 @app.command()
 def demo(out:Out=Path('outputs/demo.png'), seed:Seed=0, model:Model=digits_model):
-    "The main job on the shipped checkpoint: digits reconstructed, drawn, captioned."
+    "The main job: digits reconstructed, drawn, captioned."
     import time
     began = time.time()
     pipe = load_pipe(model)
@@ -335,7 +336,7 @@ def train_tokenizer(config:Config, out:RunFolder, overrides:Overrides=None, resu
 # %% ../nbs/20_cli.ipynb #a2b628a2
 @app.command()
 def train_llm(config:Config, out:RunFolder, overrides:Overrides=None, resume:Resume=False):
-    "Train a language model to write and read ids; gives a pipeline folder."
+    "Train a language model to write and read ids."
     c = read_config(config, overrides, ['data', 'image_tokenizer', 'llm', 'sequences', 'generation', 'save_dtype', 'training'])
     from v2flow_nbdev.training import TrainConfig, train
     from v2flow_nbdev.vocabulary import config_from_dict, resolve_folder, table_checksum

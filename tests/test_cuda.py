@@ -2,6 +2,7 @@
 import copy
 import pytest, torch
 from v2flow_nbdev.llm import ImageTextRows, VisualWords, add_visual_words, collate, small_llama, train_text_tokenizer, write_captions, write_images
+from v2flow_nbdev.resampler import resample, word_noise
 from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
 from v2flow_nbdev.training import TrainConfig, train
 from v2flow_nbdev.vocabulary import Vocabulary
@@ -48,3 +49,26 @@ def test_forward_equals_the_cpu(parts):
     ids = tok.encode(images)
     assert (there.encode(images).cpu() == ids).float().mean() > 0.98
     torch.testing.assert_close(there.decode(ids, generator=g()).cpu(), tok.decode(ids, generator=g()), atol=1e-3, rtol=1e-3)
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 2e-2)])
+def test_resampler_in_blocks_equals_the_plain_form(dtype, tolerance):
+    "Output and gradients, with noise, against float64; and memory that does not grow with the vocabulary"
+    torch.backends.cuda.matmul.allow_tf32 = False
+    def made(*shape, std=1.): return (std*torch.randn(*shape, device='cuda')).to(dtype)
+    torch.manual_seed(0)
+    x, weight, bias, vocab, g = made(70, 32), made(5000, 32, std=0.2), made(5000, std=0.3), made(5000, 48), made(70, 48)
+    noise = torch.cat([word_noise(70, min(512, 5000 - a), 3, i, 'cuda') for i,a in enumerate(range(0, 5000, 512))], 1)
+    def with_gradients(f, inputs):
+        inputs = [t.requires_grad_() for t in inputs]; out = f(*inputs)
+        return out, *torch.autograd.grad(out, inputs, g.to(out.dtype))
+    exact = with_gradients(lambda x,w,b: (torch.nn.functional.linear(x, w, b) + noise).softmax(-1) @ vocab.double(), [t.double() for t in (x, weight, bias)])
+    for block in (512, 2048):
+        ours = with_gradients(lambda x,w,b: resample(x, w, b, vocab, 1., 1., 3, block=block), [x, weight, bias])
+        for a,b in zip(ours, exact): assert (a.double() - b).norm()/b.norm() < tolerance
+    kept = []
+    for V in (8192, 65_536):
+        w, b, t = made(V, 32).requires_grad_(), made(V), made(V, 48)
+        before = torch.cuda.memory_allocated()
+        out = resample(x, w, b, t, 1., 1., 3)
+        kept.append(torch.cuda.memory_allocated() - before); del out
+    assert kept[1] <= 1.1*kept[0], kept

@@ -13,7 +13,7 @@ def text(tmp_path_factory):
     return out/'llm'
 
 def test_killed_and_resumed_is_the_same_run(text, tmp_path):
-    args = ['train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', 'training.steps=24', 'training.evaluations=8', 'training.batch_size=16', 'data.copies=0', f'vocabulary={text}']
+    args = ['train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', 'training.steps=24', 'training.evaluations=8', 'training.batch_size=16', 'data.copies=0', 'data.sizes=[[8, 8], [12, 4]]', f'vocabulary={text}']
     whole = v2flow(*args, '--out', tmp_path/'whole'); assert whole.returncode == 0, whole.stderr
     command = Path(sys.executable).with_name('v2flow')
     process = subprocess.Popen([command, *args, '--out', tmp_path/'killed'], cwd=root, stderr=subprocess.DEVNULL)
@@ -31,6 +31,33 @@ def test_killed_and_resumed_is_the_same_run(text, tmp_path):
     for name in a: assert torch.equal(a[name], b[name]), name
     logs = [[{k: v for k,v in json.loads(l).items() if k != 'seconds'} for l in (tmp_path/n/'log.jsonl').read_text().splitlines()] for n in ('whole', 'killed')]
     assert logs[0] == logs[1]
+
+def test_the_paper_recipe_is_the_base_preset_and_is_planned_without_building():
+    import yaml
+    from v2flow_nbdev.tokenizer import V2FlowConfig, costs
+    from v2flow_nbdev.training import TrainConfig
+    from v2flow_nbdev.vocabulary import config_from_dict
+    recipe = yaml.safe_load((root/'configs/imagenet-llama2.yaml').read_text())
+    shape, training = config_from_dict(V2FlowConfig, recipe['model']), config_from_dict(TrainConfig, recipe['training'])
+    assert shape == V2FlowConfig.base() and (shape.vocab_size, shape.vocab_dim, shape.codebook_size) == (32_000, 4096, 16_384)
+    assert training.batch_size*shape.grid[0]*shape.grid[1] >= shape.codebook_size                  # enough vectors for its k-means
+    done = v2flow('train-tokenizer', '--config', 'configs/imagenet-llama2.yaml', '--dry-run')
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    weights = sum(costs(shape)['parameters'].values())/1e6
+    for part in ('16×16 tokens of 16,384 codes, among 32,000 words of width 4,096', f'{weights:,.2f} M weights', '1,000,000 steps'): assert part in done.stdout, done.stdout
+
+def test_pooled_tokens_on_mixed_mosaics(text, tmp_path):
+    "A quarter of the tokens, two shapes of pictures in one training, and both directions on a third shape"
+    from v2flow_nbdev.data import mosaics, to_tensor
+    from v2flow_nbdev.tokenizer import V2Flow
+    done = v2flow('train-tokenizer', '--config', 'configs/mosaics-tokenizer.yaml', '--out', tmp_path, f'vocabulary={text}', 'data.n=40', 'data.tiles=[3, 3]', 'data.sizes=[[16, 16], [24, 8]]',
+                  'model.image_size=[16, 16]', 'model.pool=2', 'model.codebook_size=16', 'training.steps=16', 'training.batch_size=8', 'training.evaluations=1')
+    assert done.returncode == 0, done.stderr
+    tok = V2Flow.from_pretrained(tmp_path, subfolder='image_tokenizer')
+    images = to_tensor([r['image'] for r in mosaics('test', 3, (2, 3))], 1)
+    ids = tok.encode(images)
+    assert ids.shape == (3, 4*6) and tok.decode(ids, grid=(4, 6), n_iter=96).shape == images.shape      # 24 ids for 8×12 latents, one revealed at a time
+    with pytest.raises(ValueError, match='need'): tok.decode(ids)                                      # its own grid is 4×4
 
 def test_one_picture_many_times_is_learned():
     "Overfit four pictures: the first thing to try with any change of the model"

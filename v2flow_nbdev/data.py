@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['number_words', 'caption_templates', 'max_pixels', 'digit_captions', 'named_digit', 'digits', 'picture_sheet',
-           'to_tensor', 'to_pil', 'augment', 'load_image', 'image_folder', 'check_writable', 'write_atomically',
-           'write_folder', 'draw']
+           'to_tensor', 'to_pil', 'augment', 'mosaics', 'MixedSizes', 'load_image', 'image_folder', 'check_writable',
+           'write_atomically', 'write_folder', 'draw', 'no_autocast']
 
 # %% ../nbs/00_data.ipynb #5191449c
 import os, shutil, tempfile, textwrap, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import numpy as np, torch
+import torch.nn.functional as F
 
 # %% ../nbs/00_data.ipynb #26e5eb8d
 number_words = "zero one two three four five six seven eight nine".split()
@@ -116,7 +117,55 @@ def augment(
         torch.manual_seed(seed)
         return list(rows) + [{**r, 'image': move(r['image'])} for _ in range(copies) for r in rows]
 
-# %% ../nbs/00_data.ipynb #54a185e2
+# %% ../nbs/00_data.ipynb #60b60235
+def mosaics(
+    split:str='train',  # of the digits; 'train' or 'test'
+    n:int=2000,         # pictures
+    tiles:tuple=(6, 6), # rows and columns of digits
+    seed:int=0,         # draws which digits, and one caption for each
+)->list[dict]:          # rows {"image": PIL RGB, 8·rows × 8·columns pixels, "captions": [str]}
+    "Digits side by side: pictures of any size and shape whose every part is known (ours)"
+    from PIL import Image
+    if not isinstance(tiles, (list, tuple)) or len(tiles) != 2 or min(n, *tiles) < 1: raise ValueError(f"n={n}, tiles={tiles}: needs pictures, and rows and columns of digits")
+    rows, r = digits(split), np.random.RandomState(seed)
+    def mosaic():
+        picked = [rows[i] for i in r.randint(len(rows), size=tiles[0]*tiles[1])]
+        pixels = np.stack([np.array(p['image']) for p in picked]).reshape(*tiles, 8, 8, 3).swapaxes(1, 2).reshape(8*tiles[0], 8*tiles[1], 3)
+        return dict(image=Image.fromarray(pixels), captions=[', '.join(r.choice(p['captions']) for p in picked)])
+    return [mosaic() for _ in range(n)]
+
+# %% ../nbs/00_data.ipynb #90789b3d
+class MixedSizes(torch.utils.data.Dataset):
+    "Pictures to train on, one of several sizes for each batch, drawn with torch's random numbers; use its `collate`"
+    def __init__(self,
+        images:torch.Tensor,  # (M, C, H, W)
+        sizes:list,           # of (height, width)
+        crop:bool=False,      # True: cut the upper left corner out; False: resize, whatever the shape
+    ):
+        self.images,self.sizes,self.crop = images,[tuple(s) for s in sizes],crop
+        H, W = images.shape[-2:]
+        if not sizes or crop and any(h > H or w > W for h,w in self.sizes): raise ValueError(f"sizes={self.sizes}: cannot be cut out of pictures of {H}×{W}")
+
+    def __len__(self): return len(self.images)
+
+    def __getitem__(self, i): return dict(image=self.images[i], size=torch.randint(len(self.sizes), ()).item())
+
+    def at(self,
+        images:torch.Tensor,  # (B, C, H, W)
+        size:tuple,           # (height, width)
+    )->torch.Tensor:          # (B, C, height, width)
+        "Pictures at one of the sizes"
+        if images.shape[-2:] == tuple(size): return images
+        if self.crop: return images[..., :size[0], :size[1]]
+        return F.interpolate(images, size=tuple(size), mode='bicubic', antialias=True).clamp(-1, 1)
+
+    def collate(self,
+        rows:list,  # from `__getitem__`
+    )->dict:        # {"images": (B, C, height, width)}, at the size that the first row has drawn
+        "Rows → batch"
+        return dict(images=self.at(torch.stack([r['image'] for r in rows]), self.sizes[rows[0]['size']]))
+
+# %% ../nbs/00_data.ipynb #a6d51325
 max_pixels = 2**26  # larger pictures are refused before they are unpacked: 8,192 × 8,192
 
 def load_image(
@@ -139,7 +188,7 @@ def load_image(
     except PermissionError: raise OSError(f"{path}: cannot be read, permission is denied") from None
     except Exception as e: raise OSError(f"{path}: the image is damaged or truncated ({e})") from None
 
-# %% ../nbs/00_data.ipynb #7e6f388f
+# %% ../nbs/00_data.ipynb #6866579b
 def image_folder(
     folder:str|Path,  # pictures lie anywhere below it; `cat.png` takes its captions from the lines of `cat.txt`, else from its name
 )->list[dict]:        # rows {"image": PIL RGB, "captions": [str, …]}, in the order of their paths
@@ -155,7 +204,7 @@ def image_folder(
         return [l.strip() for l in lines if l.strip()] or [p.stem.replace('_', ' ').replace('-', ' ')]
     return [dict(image=load_image(p), captions=captions(p)) for p in paths]
 
-# %% ../nbs/00_data.ipynb #a1606079
+# %% ../nbs/00_data.ipynb #b1343419
 def check_writable(
     path:str|Path,  # the file to be
 ):
@@ -184,7 +233,7 @@ def _umask():
     mask = os.umask(0); os.umask(mask)
     return mask
 
-# %% ../nbs/00_data.ipynb #b48629de
+# %% ../nbs/00_data.ipynb #3c7982ec
 @contextmanager
 def write_folder(
     folder:str|Path,  # the folder to be; made if missing, and other files in it are left alone
@@ -201,7 +250,7 @@ def write_folder(
             os.replace(path, place)
     finally: shutil.rmtree(new, ignore_errors=True)
 
-# %% ../nbs/00_data.ipynb #8ba48967
+# %% ../nbs/00_data.ipynb #47b4e32d
 def draw(
     kind,            # `torch.randn`, `torch.rand` or `torch.randperm`
     shape,           # of the result; for `torch.randperm` a number
@@ -210,3 +259,10 @@ def draw(
 )->torch.Tensor:     # on `device`
     "Random numbers from an explicit generator, wherever the model is"
     return kind(shape, generator=generator, device=generator.device if generator else device).to(device)
+
+# %% ../nbs/00_data.ipynb #aa9256f8
+def no_autocast(
+    device:torch.device,  # of the tensors inside
+):                        # a context
+    "Products and sums inside are computed in the tensors' own dtype, whatever is outside"
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()   # 'meta' has none

@@ -1,0 +1,80 @@
+"The benchmarks are fair and their table is what was measured: plain and ours compute the same, wherever no chance divides them"
+import json
+import pytest, torch
+import v2flow_nbdev.flow as flow
+from benchmarks import bench, plain
+from v2flow_nbdev.quantizer import VectorQuantizer
+from v2flow_nbdev.resampler import resample
+from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
+from v2flow_nbdev.vocabulary import Vocabulary
+
+close = torch.testing.assert_close
+def seed(n=0): return torch.Generator().manual_seed(n)
+
+@pytest.fixture
+def pair():
+    "A small tokenizer in both forms, of equal weights, with a velocity that is not zero"
+    torch.manual_seed(0)
+    config = V2FlowConfig(codebook_size=40, dim=32, depth=2, resampler_width=32, sketch_width=32, velocity_width=32)
+    ours = V2Flow(config, Vocabulary([f'w{i}' for i in range(90)], torch.randn(90, 16)))
+    ours.quantizer.initialised.fill_(True)
+    for p in ours.velocity.parameters(): torch.nn.init.normal_(p, std=0.1)
+    both = ours.eval(), plain.PlainV2Flow(ours.config, ours.vocabulary).eval()
+    both[1].load_state_dict(ours.state_dict())
+    return both
+
+def test_resampler_and_its_gradients():
+    torch.manual_seed(0)
+    x, weight, bias, vocab = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((7, 8), (1300, 8), (1300,), (1300, 6)))
+    a, b = plain.resample_plain(x, weight, bias, vocab.detach(), 0.7), resample(x, weight, bias, vocab.detach(), 0.7)
+    close(b, a)
+    for theirs, ours in zip(*(torch.autograd.grad(out.square().sum(), (x, weight, bias)) for out in (a, b))): close(ours, theirs)
+
+def test_quantizer_codes_gradient_and_updated_codebook():
+    torch.manual_seed(0)
+    ours, theirs = VectorQuantizer(50, 8, initialised=True), plain.OneHotQuantizer(50, 8, initialised=True)
+    theirs.load_state_dict(ours.state_dict())
+    for _ in range(8):                                                                        # long enough for codes to die and be revived
+        x = torch.randn(2, 9, 8, requires_grad=True)
+        (a, i, loss_a), (b, j, loss_b) = ours(x), theirs(x)
+        assert (i == j).all() and (ours.ids(x) == theirs.ids(x)).all()
+        close(b, a); close(loss_b, loss_a)
+        close(*(torch.autograd.grad(out.sum() + loss, x)[0] for out, loss in ((b, loss_b), (a, loss_a))))
+        for q in (ours, theirs): q.update(seed())
+        for name in ('counts', 'sums', 'codebook'): close(getattr(theirs, name), getattr(ours, name))
+
+def test_training_forward(pair, monkeypatch):
+    "No dropout and no Gumbel noise (eval); x0 = 0 and t = ½, since the plain form draws more of them; a part of the latents hidden"
+    real = flow.draw
+    def draw(kind, shape, *args, **kwargs): return torch.zeros(shape) if kind is torch.randn else real(kind, shape, *args, **kwargs)
+    for module in (flow, plain): monkeypatch.setattr(module, 'draw', draw)
+    latents, losses = torch.randn(3, 4, 4, 4, generator=seed()), []
+    for tok in pair:
+        out = tok(latents=latents, generator=seed(1))
+        out.loss.backward()
+        losses.append([out.flow_loss, out.code_loss, out.commitment_loss, *(p.grad for p in tok.parameters())])
+    for a, b in zip(*losses): close(b, a)
+
+def test_encode_and_decode(pair):
+    "The decoder without noise: the plain form draws it for every position"
+    latents = torch.randn(3, 4, 4, 4, generator=seed())
+    ours, theirs = pair
+    ids = ours.encode(latents=latents)
+    assert (theirs.encode(latents=latents) == ids).all()
+    how = dict(n_iter=3, n_steps=2, guidance_scale=3., temperature=0.)
+    close(theirs.decode_latents(ids, generator=seed(), **how), ours.decode_latents(ids, generator=seed(), **how))
+
+def test_dropout_is_the_only_difference_of_a_block(pair):
+    x = torch.randn(2, 5, 32, generator=seed())
+    a, b = (tok.masked.encoder[0] for tok in pair)
+    close(b(x), a(x))
+    assert not torch.allclose(b.train()(x), a.train()(x))
+
+def test_results_and_the_table_made_of_them():
+    rows, readme = (json.loads((bench.here/'results.json').read_text()), (bench.here/'README.md').read_text())
+    for r in rows:
+        assert list(r) == ['name', 'metric', 'plain', 'ours', 'ratio'] and r['plain'] > 0 and r['ours'] > 0
+        assert r['ratio'] == pytest.approx(r['ours']/r['plain'], rel=2e-3)
+    names = {(r['name'], r['metric']) for r in rows}
+    assert len(names) == len(rows) and set(bench.aims) <= names, set(bench.aims) - names
+    assert bench.table(rows) in readme

@@ -1,4 +1,4 @@
-.PHONY: help setup demo test check lab execute readme
+.PHONY: help setup demo test check bench lab execute readme
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -22,6 +22,9 @@ test: check  ## Everything: notebooks clean and in sync, every notebook run, the
 
 check: setup  ## Are the notebooks clean, and are library and README in step with them?
 	$(BIN)/python tests/check_notebooks.py
+
+bench: setup  ## Ratios against the plain form: writes benchmarks/results.json (one group: ONLY=resampler)
+	$(BIN)/python -m benchmarks.bench $(ONLY)
 
 execute: setup  ## Run notebooks in fresh kernels and keep their outputs: all, or NB=05_flow
 	$(BIN)/python tests/check_notebooks.py --execute $(NB)

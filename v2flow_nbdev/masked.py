@@ -79,12 +79,12 @@ def code_grid(
     return grid[0]//p, grid[1]//p
 
 def at_latents(
-    codes:torch.Tensor,  # (B, Nc, D)
+    codes:torch.Tensor,  # (B, Nc, p²·D): what a code says to each of its p×p latents
     grid:tuple,          # (h, w) of the latents
-)->torch.Tensor:         # (B, N, D), N = h·w: at every latent the code that stands for it
-    "Codes spread over the latents' grid"
+)->torch.Tensor:         # (B, N, D), N = h·w
+    "What its code says to every latent"
     h, w = code_grid(codes.shape[1], grid)
-    return codes if (h, w) == tuple(grid) else repeat(codes, 'b (h w) d -> b (h p w q) d', h=h, p=grid[0]//h, q=grid[1]//w)
+    return rearrange(codes, 'b (h w) (p q d) -> b (h p w q) d', h=h, p=grid[0]//h, q=grid[1]//w)
 
 # %% ../nbs/06_masked.ipynb #068282e0
 class Block(nn.Module):
@@ -115,7 +115,7 @@ def take(
     "The rows of `x` at `idx`, picture by picture"
     return x.gather(1, repeat(idx, 'b m -> b m d', d=x.shape[-1]))
 
-# %% ../nbs/06_masked.ipynb #f44b41ea
+# %% ../nbs/06_masked.ipynb #22ff92ba
 class MaskedTransformer(nn.Module):
     """What is known about each hidden latent: the encoder sees codes and visible latents, the decoder fills mask tokens
     (V²Flow, masked autoregressive decoder; MAR, arXiv 2406.11838, with codes in the place of its class slots)"""
@@ -127,16 +127,18 @@ class MaskedTransformer(nn.Module):
         heads:int=4,      # attention heads
         mlp_ratio:int=4,  # width of the MLPs over `dim`
         main=None,        # (h, w) of the main grid, see `grid_positions`
+        pool:int=1,       # p: a code stands for p×p latents
     ):
         super().__init__()
         self.dim, self.main = dim, main
         self.code_in, self.latent_in = nn.Linear(code_dim, dim), nn.Linear(channels, dim)
+        self.split = nn.Linear(dim, pool**2*dim) if pool > 1 else nn.Identity()    # each of its latents reads a code in its own way
         self.null_code, self.mask_token, self.is_code, self.is_latent = (nn.Parameter(0.02*torch.randn(dim)) for _ in range(4))
         self.encoder = nn.Sequential(*[Block(dim, heads, mlp_ratio) for _ in range(depth)], nn.LayerNorm(dim))
         self.decoder = nn.Sequential(*[Block(dim, heads, mlp_ratio) for _ in range(depth)], nn.LayerNorm(dim))
 
     def forward(self,
-        codes:torch.Tensor,    # (B, Nc, E), about unit variance; Nc = N, or N/4 where each stands for 2×2 latents, and so on
+        codes:torch.Tensor,    # (B, Nc, E), about unit variance; Nc = N/p²
         latents:torch.Tensor,  # (B, N, C); read at `visible` only
         visible:torch.Tensor,  # positions, (B, Nv)
         hidden:torch.Tensor,   # positions, (B, Nh)
@@ -150,10 +152,10 @@ class MaskedTransformer(nn.Module):
         if drop is not None: code = torch.where(drop[:,None,None], self.null_code.to(code.dtype), code)
         seen = self.latent_in(take(latents.to(dtype), visible)) + pos[visible] + self.is_latent
         memory = self.encoder(torch.cat([code + slots + self.is_code, seen], 1))   # (B, Nc+Nv, D)
-        holes = self.mask_token + pos[hidden] + take(at_latents(code, grid), hidden)  # (B, Nh, D)
+        holes = self.mask_token + pos[hidden] + take(at_latents(self.split(code), grid), hidden)  # (B, Nh, D)
         return self.decoder(torch.cat([memory, holes], 1))[:, -hidden.shape[1]:]
 
-# %% ../nbs/06_masked.ipynb #9bdc1434
+# %% ../nbs/06_masked.ipynb #9d9d489f
 def reveal(
     draw_latents,          # callable (latents, visible, hidden, k) → new latents (B, k, C) at the first k of `hidden`
     latents:torch.Tensor,  # (B, N, C), values do not matter: each is written before it is read

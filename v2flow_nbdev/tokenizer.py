@@ -102,9 +102,10 @@ class SketchDecoder(nn.Module):
         code_dim:int,    # E, of a code
         width:int=64,    # divisible by 4
         main=None,       # (h, w) of the main grid, see `grid_positions`
+        pool:int=1,      # p: a code stands for p×p latents
     ):
         super().__init__()
-        self.width, self.main, self.input = width, main, nn.Linear(code_dim, width)
+        self.width, self.main, self.input = width, main, nn.Linear(code_dim, pool**2*width)
         self.net = nn.Sequential(Block(width, 4), Block(width, 4), nn.LayerNorm(width), nn.Linear(width, channels))
 
     def forward(self,
@@ -202,8 +203,8 @@ class V2Flow(nn.Module):
         C, E = c.channels, c.vocab_dim
         self.resampler = VocabularyResampler(C, c.vocab_size, c.resampler_width, c.resampler_depth, c.pool)
         self.quantizer = VectorQuantizer(c.codebook_size, E, c.codebook_decay, c.dead_below)
-        self.sketch = SketchDecoder(C, E, c.sketch_width, c.latent_grid)
-        self.masked = MaskedTransformer(C, E, c.dim, c.depth, c.heads, c.mlp_ratio, c.latent_grid)
+        self.sketch = SketchDecoder(C, E, c.sketch_width, c.latent_grid, c.pool)
+        self.masked = MaskedTransformer(C, E, c.dim, c.depth, c.heads, c.mlp_ratio, c.latent_grid, c.pool)
         self.velocity = VelocityMLP(C, c.dim, c.velocity_width, c.velocity_depth)
         self.register_buffer('vocab', vocabulary.centred if vocabulary else None, persistent=False)
         self.before_step(0.)
@@ -290,8 +291,9 @@ class V2Flow(nn.Module):
         n_steps:int|None=None,           # ODE steps
         guidance_scale:float|None=None,  # 1 = none
         temperature:float|None=None,     # standard deviation of the noise x0; 0 is near the mean, 1 a sample
+        generator=None,                  # draws orders and noise
         callback=None,                   # called after each round with (round from 1, latents so far)
-        **how,                           # generator, solver, shift, guidance_schedule: see `masked_flow_sample`
+        **how,                           # solver, shift, guidance_schedule: see `masked_flow_sample`
     )->torch.Tensor:                     # (B, C, h·p, w·p), at unit scale
         "Ids → latents"
         c, grid = self.config, tuple(grid or self.config.grid)
@@ -302,18 +304,23 @@ class V2Flow(nn.Module):
         show = callback and (lambda i, z: callback(i, to_grid(z)))
         codes = self.spread(self.quantizer.codebook[ids.to(self.device)].float())
         return to_grid(masked_flow_sample(self.masked, self.velocity, codes, (h, w), c.channels, pick(n_iter, c.n_iter), pick(n_steps, c.n_steps),
-                                          pick(guidance_scale, c.guidance_scale), pick(temperature, c.temperature), callback=show, **how))
+                                          pick(guidance_scale, c.guidance_scale), pick(temperature, c.temperature), generator, callback=show, **how))
 
     def decode(self,
-        ids:torch.Tensor,     # (B, N) integers
-        grid:tuple|None=None, # (h, w) of the ids, h·w = N; None: the model's own
-        callback=None,        # called after each round with (round from 1, pictures so far)
-        **how,                # n_iter, n_steps, guidance_scale, temperature, generator, …: see `decode_latents`
-    )->torch.Tensor:          # (B, C, H, W) in [-1, 1]
+        ids:torch.Tensor,                # (B, N) integers
+        grid:tuple|None=None,            # (h, w) of the ids, h·w = N; None: the model's own
+        n_iter:int|None=None,            # mask rounds; None: the model's default, as for the next three
+        n_steps:int|None=None,           # ODE steps
+        guidance_scale:float|None=None,  # 1 = none
+        temperature:float|None=None,     # standard deviation of the noise x0; 0 is near the mean, 1 a sample
+        generator=None,                  # draws orders and noise
+        callback=None,                   # called after each round with (round from 1, pictures so far)
+        **how,                           # solver, shift, guidance_schedule: see `masked_flow_sample`
+    )->torch.Tensor:                     # (B, C, H, W) in [-1, 1]
         "Ids → picture"
         if self.latents is None: raise RuntimeError(f"this tokenizer works on the latents of {self.config.autoencoder}: call `decode_latents`, and decode them with it")
         show = callback and (lambda i, z: callback(i, self.latents.decode(z)))
-        return self.latents.decode(self.decode_latents(ids, grid, callback=show, **how))
+        return self.latents.decode(self.decode_latents(ids, grid, n_iter, n_steps, guidance_scale, temperature, generator, show, **how))
 
     def codes_as_words(self)->torch.Tensor:  # (K, E)
         "The codebook in the language model's own table: unit codes at the words' mean length, around the words' mean"
@@ -354,7 +361,7 @@ class V2Flow(nn.Module):
         "Upload what `save_pretrained` writes; see `push_to_hub`"
         return push_to_hub(self, repo_id, **kwargs)
 
-# %% ../nbs/07_tokenizer.ipynb #98f72352
+# %% ../nbs/07_tokenizer.ipynb #6404fa7a
 def costs(
     config:V2FlowConfig,  # with `vocab_size` and `vocab_dim`
     batch_size:int=1,     # pictures

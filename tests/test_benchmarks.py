@@ -8,7 +8,7 @@ from v2flow_nbdev.resampler import resample
 from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
 from v2flow_nbdev.vocabulary import Vocabulary
 
-close = torch.testing.assert_close
+assert_close = torch.testing.assert_close
 def seed(n=0): return torch.Generator().manual_seed(n)
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def test_resampler_and_its_gradients():
     torch.manual_seed(0)
     x, weight, bias, vocab = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((7, 8), (1300, 8), (1300,), (1300, 6)))
     a, b = plain.resample_plain(x, weight, bias, vocab.detach(), 0.7), resample(x, weight, bias, vocab.detach(), 0.7)
-    close(b, a)
-    for theirs, ours in zip(*(torch.autograd.grad(out.square().sum(), (x, weight, bias)) for out in (a, b))): close(ours, theirs)
+    assert_close(b, a)
+    for theirs, ours in zip(*(torch.autograd.grad(out.square().sum(), (x, weight, bias)) for out in (a, b))): assert_close(ours, theirs)
 
 def test_quantizer_codes_gradient_and_updated_codebook():
     torch.manual_seed(0)
@@ -38,10 +38,10 @@ def test_quantizer_codes_gradient_and_updated_codebook():
         x = torch.randn(2, 9, 8, requires_grad=True)
         (a, i, loss_a), (b, j, loss_b) = ours(x), theirs(x)
         assert (i == j).all() and (ours.ids(x) == theirs.ids(x)).all()
-        close(b, a); close(loss_b, loss_a)
-        close(*(torch.autograd.grad(out.sum() + loss, x)[0] for out, loss in ((b, loss_b), (a, loss_a))))
+        assert_close(b, a); assert_close(loss_b, loss_a)
+        assert_close(*(torch.autograd.grad(out.sum() + loss, x)[0] for out, loss in ((b, loss_b), (a, loss_a))))
         for q in (ours, theirs): q.update(seed())
-        for name in ('counts', 'sums', 'codebook'): close(getattr(theirs, name), getattr(ours, name))
+        for name in ('counts', 'sums', 'codebook'): assert_close(getattr(theirs, name), getattr(ours, name))
 
 def test_training_forward(pair, monkeypatch):
     "No dropout and no Gumbel noise (eval); x0 = 0 and t = ½, since the plain form draws more of them; a part of the latents hidden"
@@ -53,7 +53,7 @@ def test_training_forward(pair, monkeypatch):
         out = tok(latents=latents, generator=seed(1))
         out.loss.backward()
         losses.append([out.flow_loss, out.code_loss, out.commitment_loss, *(p.grad for p in tok.parameters())])
-    for a, b in zip(*losses): close(b, a)
+    for a, b in zip(*losses): assert_close(b, a)
 
 def test_encode_and_decode(pair):
     "The decoder without noise: the plain form draws it for every position"
@@ -62,12 +62,12 @@ def test_encode_and_decode(pair):
     ids = ours.encode(latents=latents)
     assert (theirs.encode(latents=latents) == ids).all()
     how = dict(n_iter=3, n_steps=2, guidance_scale=3., temperature=0.)
-    close(theirs.decode_latents(ids, generator=seed(), **how), ours.decode_latents(ids, generator=seed(), **how))
+    assert_close(theirs.decode_latents(ids, generator=seed(), **how), ours.decode_latents(ids, generator=seed(), **how))
 
 def test_dropout_is_the_only_difference_of_a_block(pair):
     x = torch.randn(2, 5, 32, generator=seed())
     a, b = (tok.masked.encoder[0] for tok in pair)
-    close(b(x), a(x))
+    assert_close(b(x), a(x))
     assert not torch.allclose(b.train()(x), a.train()(x))
 
 def test_results_and_the_table_made_of_them():

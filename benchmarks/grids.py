@@ -17,33 +17,33 @@ def runs():
     for name, (alone, _) in families.items():
         config = root/'configs'/('mosaics-tokenizer.yaml' if name == 'mosaics' else 'digits-sizes-tokenizer.yaml')
         yield f'{name}-mixed', config, []
-        for size in alone: yield f'{name}-{size[0]}x{size[1]}', config, [f'data.sizes={[list(size)]}', f'model.image_size={list(size)}']
+        for size in alone: yield f'{name}-{size[0]}x{size[1]}', config, [f'data.sizes={[list(size)]}', f'tokenizer.image_size={list(size)}']
         pooled = [f'data.sizes={[list(s) for s in alone]}'] if name == 'digits' else []        # two of its widths cannot be pooled
-        yield f'{name}-pooled', config, ['model.pool=2', *pooled]
+        yield f'{name}-pooled', config, ['tokenizer.pool=2', *pooled]
 
 def train():
     for folder, config, overrides in runs():
         out = root/'runs'/folder
-        if (out/'image_tokenizer').exists(): continue
-        resume = ['--resume'] if (out/'checkpoint').exists() else []
+        if (out/'model').exists(): continue
         print(folder, flush=True)
-        subprocess.run([Path(sys.executable).with_name('v2flow'), 'train-tokenizer', '--config', config, '--out', out, *resume, *overrides], check=True, cwd=root)
+        subprocess.run([Path(sys.executable).with_name('v2flow'), 'train-tokenizer', '--config', config, '--out', out, '--resume', *overrides], check=True, cwd=root)
 
 def measure():
     import torch
-    from v2flow_nbdev.data import MixedSizes, mosaics, to_tensor
+    from v2flow_nbdev.data import Pictures, mosaics
     from v2flow_nbdev.metrics import psnr
     from v2flow_nbdev.tokenizer import V2Flow
     rows = []
     for name, (_, sizes) in families.items():
-        pictures = MixedSizes(to_tensor([r['image'] for r in mosaics('test', 300 if name == 'digits' else 100, tiles[name])], 1), sizes, crop=True)
+        images = [r['image'] for r in mosaics('test', 300 if name == 'digits' else 100, tiles[name])]
+        pictures = Pictures(images, 1, sizes, corner=True)
         for folder, _, _ in runs():
             if not folder.startswith(name): continue
-            tok, kind = V2Flow.from_pretrained(root/'runs'/folder/'image_tokenizer'), folder.removeprefix(name + '-')
+            tok, kind = V2Flow.from_pretrained(root/'runs'/folder/'model'), folder.removeprefix(name + '-')
             side = tok.config.patch*tok.config.pool
             here = [s for s in sizes if not (s[0] % side or s[1] % side)] if kind in ('mixed', 'pooled') else [tuple(map(int, kind.split('x')))]
             for size in here:
-                x = pictures.at(pictures.images, size)
+                x = pictures.at(images, size)
                 grid = size[0]//side, size[1]//side
                 back = tok.decode(tok.encode(x), grid, generator=torch.Generator().manual_seed(0))
                 rows.append(dict(family=name, model=kind if kind in ('mixed', 'pooled') else 'alone', size=size, tokens=grid[0]*grid[1], psnr_db=round(psnr(back, x).mean().item(), 2)))

@@ -46,7 +46,9 @@ def make_files(f):
     config = json.loads(llm.read_text()); config['v2flow']['codebook'] = '0'*16; llm.write_text(json.dumps(config))
     (f/'not.yaml').write_text('a: [1'); (f/'odd.yaml').write_text('colour: red'); (f/'list.yaml').write_text('- 1')
     (f/'read_only').mkdir(); (f/'read_only').chmod(0o500)
-    (f/'held/checkpoint').mkdir(parents=True); (f/'held/checkpoint/state.json').write_text('{}')
+    (f/'held/checkpoints/step-00000010').mkdir(parents=True)
+    (f/'pictures').mkdir(); good.save(f/'pictures/a.png'); (f/'pictures/b.png').write_text('broken')
+    (f/'nothing').mkdir()
 
 O = ('--out', '{f}/x.png')
 cases = {  # name: (arguments, exit code, what the line must contain)
@@ -55,7 +57,7 @@ cases = {  # name: (arguments, exit code, what the line must contain)
     'image is text': (('caption', '{f}/text.png'), 1, 'text.png: not an image'),
     'image truncated': (('reconstruct', '{f}/cut.png', *O), 1, 'cut.png: the image is damaged or truncated'),
     'image far too large': (('caption', '{f}/bomb.png'), 1, 'bomb.png: the image is far too large'),
-    'image is a folder': (('caption', '{f}'), 1, 'no such image file'),
+    'image is a folder': (('caption', '{f}'), 1, 'a folder, not an image file'),
     'caption empty': (('generate', '', *O), 2, 'caption is empty'),
     'caption of blanks': (('generate', '   ', *O), 2, 'caption is empty'),
     'caption of 10,000 words': (('generate', 'seven '*10_000, *O), 2, 'too long'),
@@ -109,19 +111,32 @@ cases = {  # name: (arguments, exit code, what the line must contain)
     'override of the wrong type': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'training.steps=abc'), 2, "steps='abc'"),
     'data setting unknown': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'data.coppies=3'), 2, 'data.coppies'),
     'words of no model': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'vocabulary={f}/none'), 1, 'no such model folder'),
-    'batch too small for the codes': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'training.batch_size=2'), 2, 'raise training.batch_size'),
+    'batch too small for the codes': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'training.batch_size=2'), 2, 'training.batch_size=2: so many pictures have fewer tokens'),
     'size that does not fit': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.sizes=[[8,8],[7,8]]'), 2, 'divisible by patch=2'),
-    'sizes of one number': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.sizes=8'), 2, 'needs a list of [height, width]'),
+    'sizes of one number': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.sizes=8'), 2, 'data.sizes=8: needs to be a list'),
     'data is no section': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data=5'), 2, 'needs to be a section'),
     'mosaics too small': (('train-tokenizer', '--config', 'configs/mosaics-tokenizer.yaml', '--out', '{f}/run', 'data.tiles=[2,2]', 'vocabulary={f}/none'), 2, 'cannot be cut out'),
-    'tiles of one number': (('train-tokenizer', '--config', 'configs/mosaics-tokenizer.yaml', '--out', '{f}/run', 'data.tiles=5'), 2, 'rows and columns of digits'),
-    'temperature of zero': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'model.tau=0'), 2, 'must be positive'),
+    'tiles of one number': (('train-tokenizer', '--config', 'configs/mosaics-tokenizer.yaml', '--out', '{f}/run', 'data.tiles=5'), 2, 'data.tiles=5: needs to be a list'),
+    'temperature of zero': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'tokenizer.tau=0'), 2, 'must be positive'),
     'no folder for the run': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml'), 2, '--out'),
-    'latents of an autoencoder': (('train-tokenizer', '--config', 'configs/imagenet-llama2.yaml', '--out', '{f}/run'), 1, '--dry-run'),
-    'dry run of other settings': (('train-tokenizer', '--config', 'configs/imagenet-llama2.yaml', '--dry-run', 'model.dim=770'), 2, 'not divisible by heads'),
-    'dtype unknown': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', 'save_dtype=float17'), 2, 'save_dtype'),
+    'pictures missing': (('train-tokenizer', '--config', 'configs/imagenet-llama2.yaml', '--out', '{f}/run'), 1, 'imagenet/train: no such folder of pictures'),
+    'dry run of other settings': (('train-tokenizer', '--config', 'configs/imagenet-llama2.yaml', '--dry-run', 'tokenizer.dim=770'), 2, 'not divisible by heads'),
+    'dtype unknown': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', 'llm.save_dtype=float17'), 2, 'llm.save_dtype'),
     'run folder taken': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/held'), 1, 'already holds a run'),
-    'nothing to resume': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run2', '--resume'), 1, 'no checkpoint to resume'),
+    'text for a number of rows': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.copies=many'), 2, "data.copies='many': needs to be a whole number"),
+    'yes for true': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.flip=maybe'), 2, "data.flip='maybe': needs to be true or false"),
+    'a source without its folder': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.name=image_folder'), 2, 'image_folder needs it'),
+    'a folder without its source': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.folder={f}/pictures'), 2, 'only image_folder has it'),
+    'a cache of what changes': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.cache={f}/c', 'data.flip=true'), 2, 'a cache holds every picture once'),
+    'a stream of digits': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.streaming=true'), 2, 'only hub can stream'),
+    'broken pictures, strictly': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.name=image_folder', 'data.folder={f}/pictures', '--strict'), 1, 'b.png: not an image'),
+    'a folder without pictures': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.name=image_folder', 'data.folder={f}/nothing'), 1, 'no pictures below this folder'),
+    'no such data set': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.name=hub', 'data.path=./nowhere'), 1, 'nowhere: no data set could be loaded'),
+    'no such autoencoder': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'tokenizer.autoencoder=./nowhere'), 1, 'nowhere: no such autoencoder'),
+    'other words': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'words=some'), 2, "words='some': use all, or seen"),
+    'no such precision': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'training.mixed_precision=fp8'), 2, 'training.mixed_precision'),
+    'a share beyond one': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'training.warmup=3'), 2, 'training.warmup=3'),
+    'processes that are not there': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run2', 'training.processes=2'), 1, '2 processes were asked for'),
     'evaluate on the unknown': (('evaluate', '--data', 'cats'), 2, 'cats'),
 }
 

@@ -22,7 +22,7 @@ def parts():
 
 def test_one_step_of_each_and_both_directions(parts):
     tok, llm, tokenizer, images = parts
-    step = TrainConfig(steps=2, batch_size=8, evaluations=1, mixed_precision='bf16')
+    step = TrainConfig(steps=2, batch_size=8, evaluate_every=0, mixed_precision='bf16')
     tok = train(copy.deepcopy(tok), [dict(images=x) for x in images], step, progress=False)
     assert tok.device.type == 'cuda' and tok.quantizer.codebook.dtype == torch.float32
     ids = tok.encode(images); assert ids.device.type == 'cuda' and ids.shape == (16, 16)

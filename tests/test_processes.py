@@ -1,6 +1,8 @@
-"Two processes with half a batch each learn the codebook that one process learns from the whole"
-import os, subprocess, sys
-import torch
+"Two processes with half a batch each do what one process does with the whole"
+import json, os, subprocess, sys
+from pathlib import Path
+import pytest, torch
+from conftest import root
 from v2flow_nbdev.quantizer import VectorQuantizer
 
 def learn(part, parts, folder, steps=12):
@@ -31,3 +33,62 @@ def test_two_processes_learn_one_codebook(tmp_path):
     for name in first: assert torch.equal(first[name], second[name]), name          # to the last bit: revived codes and k-means too, though each process saw other vectors
     for name in ('codebook 0.0', 'counts 0.0', 'sums 0.0'): torch.testing.assert_close(first[name], whole[name], atol=1e-5, rtol=1e-5)
     assert not torch.equal(first['codebook 0.8'], first['codebook 0.0'])            # something was revived
+
+def train_here(out, batch_size, fsdp):
+    "Ten steps of an image tokenizer in float64, with everything random switched on"
+    from v2flow_nbdev.data import digits, to_tensor
+    from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
+    from v2flow_nbdev.training import TrainConfig, train
+    from v2flow_nbdev.vocabulary import Vocabulary
+    x = to_tensor([r['image'] for r in digits('train')[:200]], 1).double()
+    torch.manual_seed(0)
+    config = V2FlowConfig(codebook_size=24, dim=32, depth=1, velocity_width=32, resampler_width=32, latent_shift=x.mean().item(), latent_scale=1/x.std().item(), quantize_from=0.2, settle_at=0.7, dead_below=0.5)
+    tok = V2Flow(config, Vocabulary([f'w{i}' for i in range(700)], torch.randn(700, 16))).double()
+    settings = TrainConfig(steps=10, batch_size=batch_size, lr=1e-2, mixed_precision='no', log_every=1, trackers=[], fsdp=fsdp)
+    tok = train(tok, [dict(images=i) for i in x], settings, out=out, progress=False)
+    if int(os.environ.get('RANK', 0)) == 0: torch.save(tok.state_dict(), f'{out}/model.pt')
+
+def start(processes, *args):
+    "Under torchrun where there are several"
+    code = [str(Path(__file__)), *map(str, args)]
+    command = [sys.executable, *code] if processes == 1 else [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), *code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': os.pathsep.join([*sys.path[:2], str(Path(__file__).parent)])})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+    out = tmp_path_factory.mktemp('alone'); start(1, out, 32, 0)
+    return out
+
+@pytest.mark.parametrize('fsdp', [False, True], ids=['copies', 'shards'])
+def test_two_processes_train_the_model_that_one_trains(alone, tmp_path, fsdp):
+    start(2, tmp_path, 16, int(fsdp))
+    logs = [[json.loads(l) for l in (f/'log.jsonl').read_text().splitlines()] for f in (alone, tmp_path)]
+    apart = max(abs(a[k] - b[k]) for a,b in zip(*logs) for k in ('loss', 'flow_loss', 'code_loss', 'commitment_loss', 'grad_norm'))
+    print(f'largest difference of a loss or gradient norm: {apart:.1e}')
+    assert len(logs[0]) == 10 and logs[0][-1]['commitment_loss'] > 0 and apart < 1e-12
+    one, two = (torch.load(f/'model.pt', weights_only=True) for f in (alone, tmp_path))
+    assert one['quantizer.initialised']
+    for name in one: torch.testing.assert_close(one[name], two[name], atol=1e-9, rtol=1e-9, msg=name)
+
+def test_a_launcher_that_starts_fewer_than_asked_is_found_out(tmp_path):
+    "On a machine without CUDA `accelerate launch` starts one process, whatever it was told"
+    command = [Path(sys.executable).with_name('accelerate'), 'launch', '--cpu', '--num_processes', '2', '-m', 'v2flow_nbdev.cli', 'pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', str(tmp_path/'run'), 'training.steps=20']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=200, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
+    assert done.returncode != 0 and '2 processes were asked for, but this one finds itself among 1' in done.stderr and not (tmp_path/'run/model').exists(), done.stderr
+
+def test_the_real_command_in_two_processes_weighs_words_not_batches(tmp_path):
+    "A language model's batches differ in words; torchrun of two with half a batch each gives the weights of one"
+    from v2flow_nbdev.vocabulary import read_tensors
+    def run(out, processes, batch_size):
+        launch = [sys.executable, '-m'] if processes == 1 else [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '-m']
+        args = ['v2flow_nbdev.cli', 'pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', str(out), 'training.steps=20', f'training.batch_size={batch_size}', 'training.mixed_precision=no', f'training.processes={processes}',
+                'llm.hidden_size=32', 'llm.num_hidden_layers=1', 'llm.intermediate_size=64', 'training.trackers=[]']
+        done = subprocess.run(launch + args, capture_output=True, text=True, cwd=root, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
+        assert done.returncode == 0, done.stderr[-3000:]
+        return read_tensors(out/'model/model.safetensors'), [json.loads(l)['loss'] for l in (out/'log.jsonl').read_text().splitlines()]
+    (one, losses), (two, same) = run(tmp_path/'one', 1, 16), run(tmp_path/'two', 2, 8)
+    assert max(abs(a - b) for a,b in zip(losses, same)) < 1e-4 and len(losses) == 20
+    for name in one: torch.testing.assert_close(one[name], two[name], atol=1e-3, rtol=1e-2, msg=name)
+
+if __name__ == '__main__': train_here(sys.argv[1], int(sys.argv[2]), bool(int(sys.argv[3])))

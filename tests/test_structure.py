@@ -22,7 +22,7 @@ def test_no_import_points_to_a_higher_number():
         for other in imports_of(lib/f'{name}.py'): assert numbers[other] < number, f'{name} ({number}) imports {other} ({numbers[other]})'
 
 light = 'torch einops transformers numpy safetensors huggingface_hub tqdm yaml'.split()
-heavy = 'PIL sklearn skimage torchvision accelerate datasets diffusers matplotlib fastcore nbdev execnb typer IPython pytest vector_quantize_pytorch'.split()
+heavy = 'PIL sklearn skimage torchvision accelerate datasets diffusers matplotlib scipy psutil pyarrow pandas tensorboard emoji fastcore nbdev execnb typer IPython pytest vector_quantize_pytorch'.split()
 
 def test_library_imports_with_the_packages_of_the_design_alone():
     modules = [f'v2flow_nbdev.{n}' for n in numbers if n not in ('cli', 'app')]
@@ -66,8 +66,8 @@ def test_public_names_have_docstrings():
                 assert ast.get_docstring(node) or one_liner, f'{path.name}: {node.name}'
 
 def test_nothing_pickled_is_shipped():
-    kinds = {p.suffix for p in (root/'data').rglob('*') if p.is_file()}
-    assert kinds <= {'.safetensors', '.json', '.jsonl', '.md', '.png'}, kinds
+    kinds = {p.suffix for p in (root/'data').rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+    assert kinds <= {'.safetensors', '.json', '.jsonl', '.md', '.png', '.parquet', '.py', '.txt'}, kinds
 
 def test_shipped_checkpoint_is_small():
     assert sum(p.stat().st_size for p in shipped.rglob('*.safetensors')) < 5*2**20

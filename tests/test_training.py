@@ -1,5 +1,5 @@
 "Kill a real training and resume it: the result is the same as if nothing had happened"
-import json, os, signal, subprocess, sys, time
+import json, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from conftest import root, v2flow
@@ -10,27 +10,78 @@ def text(tmp_path_factory):
     out = tmp_path_factory.mktemp('text')
     done = v2flow('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', out, 'training.steps=10')
     assert done.returncode == 0, done.stderr
-    return out/'llm'
+    return out/'model'
+
+def lines(folder):
+    "The log, without what a clock says"
+    return [{k: v for k,v in json.loads(l).items() if k not in ('seconds', 'rows_per_s')} for l in (folder/'log.jsonl').read_text().splitlines()]
 
 def test_killed_and_resumed_is_the_same_run(text, tmp_path):
-    args = ['train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', 'training.steps=24', 'training.evaluations=8', 'training.batch_size=16', 'data.copies=0', 'data.sizes=[[8, 8], [12, 4]]', f'vocabulary={text}']
-    whole = v2flow(*args, '--out', tmp_path/'whole'); assert whole.returncode == 0, whole.stderr
-    command = Path(sys.executable).with_name('v2flow')
-    process = subprocess.Popen([command, *args, '--out', tmp_path/'killed'], cwd=root, stderr=subprocess.DEVNULL)
-    state = tmp_path/'killed/checkpoint/state.json'
-    def steps_done():
-        try: return json.loads(state.read_text())['step']
-        except FileNotFoundError: return 0                       # not yet, or just between two renames
-    while steps_done() < 9:
-        assert process.poll() is None, 'ended before it could be killed'
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL); process.wait()
-    assert not (tmp_path/'killed/image_tokenizer').exists()
-    resumed = v2flow(*args, '--out', tmp_path/'killed', '--resume'); assert resumed.returncode == 0, resumed.stderr
-    a, b = (read_tensors(tmp_path/n/'image_tokenizer/model.safetensors') for n in ('whole', 'killed'))
-    for name in a: assert torch.equal(a[name], b[name]), name
-    logs = [[{k: v for k,v in json.loads(l).items() if k != 'seconds'} for l in (tmp_path/n/'log.jsonl').read_text().splitlines()] for n in ('whole', 'killed')]
-    assert logs[0] == logs[1]
+    "SIGKILL at random moments, also while a checkpoint is being written; the long version: python -m benchmarks.kills"
+    from benchmarks.kills import session
+    found = session(kills=3, steps=30, seed=1, folder=tmp_path, text=text)
+    assert found['kills'] == 3 and found['half_written'] and found['weights_equal'] and found['losses_equal'] and found['lines'] == 30, found
+    assert {p.name for p in (tmp_path/'killed').iterdir()} == {'checkpoints', 'log.jsonl', 'model', 'pictures'} and not list((tmp_path/'killed/checkpoints').glob('.*'))
+
+def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(text, tmp_path):
+    args = ['train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', 'training.steps=40', 'training.batch_size=16', 'training.evaluate_every=0', 'training.checkpoint_every=10', 'training.log_every=1', 'data.copies=0',
+            'data.sizes=[[8, 8], [12, 4]]', f'vocabulary={text}', '--out', tmp_path]
+    process = subprocess.Popen([Path(sys.executable).with_name('v2flow'), *args], cwd=root, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path/'checkpoints/step-00000010').exists(): assert process.poll() is None; time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    saved = max(tmp_path.glob('checkpoints/step-*'))
+    assert process.returncode == 128 + signal.SIGTERM and err.strip().splitlines()[-1] == f'v2flow: SIGTERM after step {int(saved.name[5:])}, which is saved: go on with --resume', err
+    content = bytearray((saved/'optimizer.safetensors').read_bytes()); content[-1] ^= 1; (saved/'optimizer.safetensors').write_bytes(content)
+    done = v2flow(*args, '--resume')
+    assert done.returncode == 0 and f'{saved.name}/optimizer.safetensors: missing or damaged; going back to the checkpoint before it' in done.stderr, done.stderr
+    assert [l['step'] for l in lines(tmp_path)] == list(range(1, 41)) and (tmp_path/'trackers').is_dir()
+
+def test_a_full_disk_ends_the_run_and_keeps_what_there_was(tmp_path, monkeypatch):
+    import errno
+    from types import SimpleNamespace
+    from v2flow_nbdev import training
+    class Flat(torch.nn.Module):
+        def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.ones(3))
+        def forward(self, x): return SimpleNamespace(loss=(self.w*x[:, None]).square().mean())
+    write, calls = training.write_tensors, []
+    def full(path, tensors):
+        calls.append(path)
+        if len(calls) == 8: path.write_bytes(b'half'); raise OSError(errno.ENOSPC, 'No space left on device')
+        write(path, tensors)
+    monkeypatch.setattr(training, 'write_tensors', full)
+    config = training.TrainConfig(steps=20, batch_size=2, checkpoint_every=5, trackers=[], mixed_precision='no')
+    data = [dict(x=torch.tensor(float(i))) for i in range(5)]
+    with pytest.raises(OSError, match='the disk is full; the last whole one: step-00000010'): training.train(Flat(), data, config, out=tmp_path, progress=False)
+    assert [p.name for p in sorted((tmp_path/'checkpoints').iterdir())] == ['step-00000005', 'step-00000010']
+    resumed = training.train(Flat(), data, config, out=tmp_path, resume=True, progress=False)
+    assert torch.equal(resumed.w, training.train(Flat(), data, config, progress=False).w)
+
+def test_compiled_and_checkpointed_steps_are_the_same(tmp_path):
+    from v2flow_nbdev.data import digits, to_tensor
+    from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
+    from v2flow_nbdev.training import TrainConfig, train
+    from v2flow_nbdev.vocabulary import Vocabulary
+    x = to_tensor([r['image'] for r in digits('train')[:64]], 1)
+    def run(**how):
+        torch.manual_seed(0)
+        tok = V2Flow(V2FlowConfig(codebook_size=16, dim=32, depth=1, velocity_width=32), Vocabulary([f'w{i}' for i in range(40)], torch.randn(40, 16)))
+        return train(tok, [dict(images=i) for i in x], TrainConfig(steps=20, batch_size=16, mixed_precision='no', **how), progress=False)
+    plain, twice = run(), run(activation_checkpointing=True)
+    for (n, a), b in zip(plain.state_dict().items(), twice.state_dict().values()): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=n)
+
+def test_torch_compile_trains(tmp_path):
+    import shutil
+    from types import SimpleNamespace
+    from v2flow_nbdev.training import TrainConfig, train
+    if not shutil.which('g++'): pytest.skip('torch.compile needs a C++ compiler')
+    class Line(torch.nn.Module):
+        def __init__(self): super().__init__(); self.net = torch.nn.Linear(1, 1)
+        def forward(self, x, y): return SimpleNamespace(loss=(self.net(x) - y).square().mean())
+    torch.manual_seed(0); x = torch.randn(32, 1)
+    def run(**how): torch.manual_seed(0); return train(Line(), [dict(x=a, y=3*a + 1) for a in x], TrainConfig(steps=60, batch_size=32, lr=0.1, ema_decay=0.5, mixed_precision='no', **how), progress=False).net
+    plain, compiled = run(), run(compile=True)
+    assert abs(plain.weight.item() - 3) < 0.3; torch.testing.assert_close(plain.weight, compiled.weight, atol=1e-4, rtol=1e-4)
 
 def test_the_paper_recipe_is_the_base_preset_and_is_planned_without_building():
     import yaml
@@ -38,7 +89,7 @@ def test_the_paper_recipe_is_the_base_preset_and_is_planned_without_building():
     from v2flow_nbdev.training import TrainConfig
     from v2flow_nbdev.vocabulary import config_from_dict
     recipe = yaml.safe_load((root/'configs/imagenet-llama2.yaml').read_text())
-    shape, training = config_from_dict(V2FlowConfig, recipe['model']), config_from_dict(TrainConfig, recipe['training'])
+    shape, training = config_from_dict(V2FlowConfig, recipe['tokenizer']), config_from_dict(TrainConfig, recipe['training'])
     assert shape == V2FlowConfig.base() and (shape.vocab_size, shape.vocab_dim, shape.codebook_size) == (32_000, 4096, 16_384)
     assert training.batch_size*shape.grid[0]*shape.grid[1] >= shape.codebook_size                  # enough vectors for its k-means
     done = v2flow('train-tokenizer', '--config', 'configs/imagenet-llama2.yaml', '--dry-run')
@@ -51,9 +102,9 @@ def test_pooled_tokens_on_mixed_mosaics(text, tmp_path):
     from v2flow_nbdev.data import mosaics, to_tensor
     from v2flow_nbdev.tokenizer import V2Flow
     done = v2flow('train-tokenizer', '--config', 'configs/mosaics-tokenizer.yaml', '--out', tmp_path, f'vocabulary={text}', 'data.n=40', 'data.tiles=[3, 3]', 'data.sizes=[[16, 16], [24, 8]]',
-                  'model.image_size=[16, 16]', 'model.pool=2', 'model.codebook_size=16', 'training.steps=16', 'training.batch_size=8', 'training.evaluations=1')
+                  'tokenizer.image_size=[16, 16]', 'tokenizer.pool=2', 'tokenizer.codebook_size=16', 'training.steps=16', 'training.batch_size=8', 'training.evaluate_every=0')
     assert done.returncode == 0, done.stderr
-    tok = V2Flow.from_pretrained(tmp_path, subfolder='image_tokenizer')
+    tok = V2Flow.from_pretrained(tmp_path/'model')
     images = to_tensor([r['image'] for r in mosaics('test', 3, (2, 3))], 1)
     ids = tok.encode(images)
     assert ids.shape == (3, 4*6) and tok.decode(ids, grid=(4, 6), n_iter=96).shape == images.shape      # 24 ids for 8×12 latents, one revealed at a time
@@ -79,8 +130,32 @@ def test_image_folder_can_be_trained_on(text, tmp_path):
     from PIL import Image
     pictures = tmp_path/'pictures'; pictures.mkdir()
     for i in range(12): Image.effect_noise((40, 30), 10 + 5*i).convert('RGB').save(pictures/f'noise_{i}.png'); (pictures/f'noise_{i}.txt').write_text('a white digit on a black ground\n')
+    (pictures/'torn.png').write_text('broken')
     done = v2flow('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', tmp_path/'run', f'vocabulary={text}', 'data.name=image_folder', f'data.folder={pictures}', 'data.copies=0',
-                  'model.image_size=[8, 12]', 'model.image_channels=3', 'model.codebook_size=16', 'training.steps=12', 'training.batch_size=8', 'training.evaluations=1')
+                  'tokenizer.image_size=[8, 12]', 'tokenizer.image_channels=3', 'tokenizer.codebook_size=16', 'training.steps=12', 'training.batch_size=8', 'training.evaluate_every=0')
     assert done.returncode == 0, done.stderr
-    done = v2flow('encode', pictures/'noise_0.png', '--model', tmp_path/'run'); assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path/'run/data.json').read_text())['left_out'] == {'torn.png': 'not an image that Pillow can read'} and '1 left out (1 × not an image that Pillow can read)' in done.stderr
+    done = v2flow('encode', pictures/'noise_0.png', '--model', tmp_path/'run/model'); assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)) == 24
+
+def test_on_an_autoencoder_and_from_a_cache(text, tmp_path):
+    "A small autoencoder on a drawn world, a tokenizer on its latents, from pictures and from the cache; the model carries its autoencoder along"
+    from v2flow_nbdev.shapes import shapes
+    data = ['data.name=shapes', 'data.n=80', 'data.size=32', 'data.copies=0']
+    done = v2flow('train-autoencoder', '--config', 'configs/emoji-autoencoder.yaml', '--out', tmp_path/'ae', *data, 'autoencoder.width=8', 'autoencoder.channels=4', 'training.steps=20', 'training.batch_size=8', 'training.evaluate_every=0')
+    assert done.returncode == 0, done.stderr
+    runs = []
+    for name, cache in (('images', []), ('cached', [f'data.cache={tmp_path}/latents'])):
+        done = v2flow('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', tmp_path/name, f'vocabulary={text}', 'words=all', *data, *cache, f'tokenizer.autoencoder={tmp_path}/ae/model', 'tokenizer.patch=8',
+                      'tokenizer.latent_channels=4', 'tokenizer.image_channels=3', 'tokenizer.image_size=[32, 32]', 'tokenizer.codebook_size=16', 'training.steps=20', 'training.batch_size=8', 'training.evaluate_every=0', 'training.log_every=1')
+        assert done.returncode == 0, done.stderr
+        runs.append(lines(tmp_path/name))
+    for a, b in zip(*runs):
+        for k in ('loss', 'flow_loss', 'code_loss'): assert abs(a[k] - b[k]) < 1e-4, (a, b)
+    (tmp_path/'cached/model').rename(tmp_path/'moved'); shutil.rmtree(tmp_path/'ae')
+    shapes('test', 1, 32)[0]['image'].save(tmp_path/'x.png')
+    done = v2flow('encode', tmp_path/'x.png', '--model', tmp_path/'moved'); assert done.returncode == 0, done.stderr
+    (tmp_path/'ids.json').write_text(done.stdout); assert len(json.loads(done.stdout)) == 16
+    done = v2flow('decode', tmp_path/'ids.json', '--model', tmp_path/'moved', '--out', tmp_path/'y.png'); assert done.returncode == 0, done.stderr
+    from PIL import Image
+    assert Image.open(tmp_path/'y.png').size == (32, 32)

@@ -4,12 +4,18 @@
 
 # %% auto #0
 __all__ = ['number_words', 'caption_templates', 'max_pixels', 'digit_captions', 'named_digit', 'digits', 'picture_sheet',
-           'to_tensor', 'to_pil', 'augment', 'mosaics', 'MixedSizes', 'load_image', 'image_folder', 'check_writable',
-           'write_atomically', 'write_folder', 'draw', 'no_autocast']
+           'to_tensor', 'to_pil', 'augment', 'mosaics', 'names_sides', 'Pictures', 'seeded', 'emoji', 'upright_rgb',
+           'read_image', 'load_image', 'Report', 'caption_lines', 'read_metadata', 'ImageFolder', 'image_folder',
+           'HubRows', 'hub_captions', 'hub_row', 'shuffled', 'HubStream', 'hub', 'captions_of', 'Subset',
+           'PictureStream', 'check_writable', 'write_atomically', 'write_folder', 'draw', 'WholeBatch', 'no_autocast',
+           'at_least_float32']
 
-# %% ../nbs/00_data.ipynb #5191449c
-import os, shutil, tempfile, textwrap, warnings
+# %% ../nbs/00_data.ipynb #f2f7317d
+import csv, hashlib, io, json, os, re, shutil, tempfile, textwrap, warnings
 from contextlib import contextmanager, nullcontext
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
@@ -134,77 +140,387 @@ def mosaics(
         return dict(image=Image.fromarray(pixels), captions=[', '.join(r.choice(p['captions']) for p in picked)])
     return [mosaic() for _ in range(n)]
 
-# %% ../nbs/00_data.ipynb #90789b3d
-class MixedSizes(torch.utils.data.Dataset):
-    "Pictures to train on, one of several sizes for each batch, drawn with torch's random numbers; use its `collate`"
+# %% ../nbs/00_data.ipynb #0361ff06
+def names_sides(captions)->bool:
+    "Does a caption speak of left or right? Then the picture must not be mirrored"
+    return any(re.search(r'\b(left|right)(wards?|most)?\b', c.lower()) for c in captions)
+
+class Pictures(torch.utils.data.Dataset):
+    "Rows as tensors to train on, one of several sizes for each batch; chance is drawn with torch's random numbers. Use its `collate`"
     def __init__(self,
-        images:torch.Tensor,  # (M, C, H, W)
-        sizes:list,           # of (height, width)
-        crop:bool=False,      # True: cut the upper left corner out; False: resize, whatever the shape
+        rows,              # captioned images
+        channels:int=3,    # 3 for colour, 1 for luminance
+        sizes:list=((64, 64),), # of (height, width)
+        corner:bool=False, # cut the upper left corner out, instead of resizing
+        crop:float=1.,     # least share of the area that a random crop keeps; 1: no random crops
+        flip:bool=False,   # mirror half of the pictures, but those whose captions name left or right
     ):
-        self.images,self.sizes,self.crop = images,[tuple(s) for s in sizes],crop
-        H, W = images.shape[-2:]
-        if not sizes or crop and any(h > H or w > W for h,w in self.sizes): raise ValueError(f"sizes={self.sizes}: cannot be cut out of pictures of {H}×{W}")
+        self.rows,self.channels,self.sizes,self.corner,self.crop,self.flip = rows,channels,[tuple(s) for s in sizes],corner,crop,flip
+        if not self.sizes or any(len(s) != 2 or min(s) < 1 for s in self.sizes): raise ValueError(f"sizes={sizes}: needs a list of [height, width]")
+        if not 0 < crop <= 1: raise ValueError(f"crop={crop}: needs to be above 0 and at most 1")
 
-    def __len__(self): return len(self.images)
+    def __len__(self): return len(self.rows)
 
-    def __getitem__(self, i): return dict(image=self.images[i], size=torch.randint(len(self.sizes), ()).item())
+    def __getitem__(self, i): return self.prepare(self.rows[i])
+
+    def prepare(self, row):
+        "What a batch is made of"
+        return dict(image=row['image'], mirror=self.flip and not names_sides(row['captions']), size=torch.randint(len(self.sizes), ()).item(), seed=torch.randint(2**31, ()).item())
 
     def at(self,
-        images:torch.Tensor,  # (B, C, H, W)
-        size:tuple,           # (height, width)
-    )->torch.Tensor:          # (B, C, height, width)
-        "Pictures at one of the sizes"
-        if images.shape[-2:] == tuple(size): return images
-        if self.crop: return images[..., :size[0], :size[1]]
-        return F.interpolate(images, size=tuple(size), mode='bicubic', antialias=True).clamp(-1, 1)
+        images:list,  # PIL images
+        size:tuple,   # (height, width)
+    )->torch.Tensor:  # (B, C, height, width) in [-1, 1]
+        "Pictures at one of the sizes, with nothing random"
+        if not self.corner: return to_tensor(images, self.channels, size)
+        if any(im.height < size[0] or im.width < size[1] for im in images): raise ValueError(f"size={size}: cannot be cut out of a picture that is smaller")
+        return to_tensor([im.crop((0, 0, size[1], size[0])) for im in images], self.channels)
 
     def collate(self,
-        rows:list,  # from `__getitem__`
+        rows:list,  # from `prepare`
     )->dict:        # {"images": (B, C, height, width)}, at the size that the first row has drawn
-        "Rows → batch"
-        return dict(images=self.at(torch.stack([r['image'] for r in rows]), self.sizes[rows[0]['size']]))
+        "Rows → batch, cropped and mirrored by chance (`torchvision.transforms.v2`)"
+        size = self.sizes[rows[0]['size']]
+        if self.crop == 1 and not self.flip: return dict(images=self.at([r['image'] for r in rows], size))
+        from torchvision.transforms import v2
+        def changed(row):
+            with seeded(row['seed']):
+                image = v2.RandomHorizontalFlip(0.5*row['mirror'])(row['image'])
+                return v2.RandomResizedCrop(size, (self.crop, 1.), interpolation=v2.InterpolationMode.BICUBIC)(image) if self.crop < 1 else image
+        return dict(images=self.at([changed(r) for r in rows], size))
 
-# %% ../nbs/00_data.ipynb #a6d51325
+@contextmanager
+def seeded(
+    seed:int,  # of torch's random numbers
+):             # gives the generator
+    "Inside, torch's random numbers on the CPU come from a seed; afterwards they go on as if nothing had happened"
+    state = torch.default_generator.get_state()
+    try: yield torch.default_generator.manual_seed(seed)
+    finally: torch.default_generator.set_state(state)
+
+# %% ../nbs/00_data.ipynb #fc1eb479
+def emoji(
+    split:str='train',             # 'train', 'unseen_compositions', 'unseen_pictures' or 'all'
+    size:int=64,                   # pixels a side; another size than 64 is resized (Lanczos)
+    folder:str|Path|None=None,     # of the Parquet files; None: `data/emoji` of the repository this runs in
+)->list[dict]:                     # rows {"image": PIL RGB, "captions": [str, …], "name", "base", "tone", "sex", "look", "emoji"}
+    "The Noto Color Emoji font (OFL) as captioned pictures, with splits for what was never seen and for what was never seen together"
+    import pyarrow.parquet as pq
+    from PIL import Image
+    splits = ('train', 'unseen_compositions', 'unseen_pictures')
+    if split not in (*splits, 'all'): raise ValueError(f"split={split!r}: use one of {', '.join(splits)}, all")
+    if size < 1: raise ValueError(f"size={size}: use a number of pixels, 1 or more")
+    near = Path(globals().get('__file__', '.')).resolve().parent, Path.cwd()       # of the module, or in a notebook
+    places = [Path(folder)] if folder else [top/'data'/'emoji' for n in near for top in (n.parent, n)]
+    place = next((p for p in places if (p/'train.parquet').is_file()), None)
+    if place is None: raise FileNotFoundError(f"{places[-1]}: no train.parquet; the package comes without the emoji: run in a clone of the repository, or give `folder`, made by its data/emoji/draw.py")
+    def picture(stored):
+        image = Image.open(io.BytesIO(stored['bytes'])).convert('RGB')
+        return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
+    found = [r for s in splits if split in (s, 'all') for r in pq.read_table(place/f'{s}.parquet').to_pylist()]
+    return [{**r, 'image': picture(r['image'])} for r in found]
+
+# %% ../nbs/00_data.ipynb #ab08d14a
 max_pixels = 2**26  # larger pictures are refused before they are unpacked: 8,192 × 8,192
+
+def upright_rgb(
+    image,      # PIL image, opened and not yet read
+    note=None,  # called with a line for everything that was changed
+):              # PIL RGB
+    "By rule: the first frame, turned as its EXIF data say, transparency on white, 16 bits scaled to 8, everything as RGB"
+    from PIL import Image, ImageOps
+    note = note or (lambda text: None)
+    if getattr(image, 'is_animated', False): note('several frames: the first is used')
+    if image.getexif().get(0x0112, 1) != 1: note('EXIF rotation: turned upright')
+    image = ImageOps.exif_transpose(image)
+    if image.mode == 'F': raise OSError('floating-point pixels, whose range is not known')
+    if image.mode.startswith('I'):
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535: raise OSError('32-bit pixels, whose range is not known')
+        note('16 bits: scaled to 8')
+        image = Image.fromarray((pixels/257).round().astype('uint8'))
+    if image.has_transparency_data:
+        note('transparent: laid on white')
+        return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA')).convert('RGB')
+    if image.mode != 'RGB': note({'L': 'grayscale', '1': 'grayscale', 'P': 'palette'}.get(image.mode, image.mode) + ': converted to RGB')
+    return image.convert('RGB')
+
+def read_image(
+    source,     # a path, or the bytes of a file
+    name='',    # what messages call it; default: the path
+    note=None,  # called with a line for everything that was changed, see `upright_rgb`
+):              # PIL RGB
+    "One picture; a file that cannot be used raises `OSError` with a line that names it and the reason"
+    from PIL import Image
+    name = name or str(source)
+    try:
+        content = Path(source).read_bytes() if not isinstance(source, bytes) else source
+        if not content: raise OSError('the file is empty (0 bytes)')
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')       # Pillow warns of odd EXIF data and the like; the picture is what counts
+            try: image = Image.open(io.BytesIO(content))
+            except Image.UnidentifiedImageError: raise OSError('not an image that Pillow can read') from None
+            if image.width*image.height > max_pixels: raise Image.DecompressionBombError
+            return upright_rgb(image, note)
+    except FileNotFoundError: raise FileNotFoundError(f"{name}: no such image file") from None
+    except IsADirectoryError: raise OSError(f"{name}: a folder, not an image file") from None
+    except PermissionError: raise OSError(f"{name}: cannot be read, permission is denied") from None
+    except Image.DecompressionBombError: raise OSError(f"{name}: the image is far too large (limit {max_pixels:,} pixels); make it smaller first") from None
+    except OSError as e:
+        own = str(e).startswith(('the file is empty', 'not an image', 'floating-point', '32-bit'))
+        raise OSError(f"{name}: {e}" if own else f"{name}: the image is damaged or truncated ({e})") from None
+    except Exception as e: raise OSError(f"{name}: the image is damaged or truncated ({e})") from None
 
 def load_image(
     path:str|Path,    # any file that Pillow reads
 )->'Image.Image':     # PIL RGB, turned upright
     "Open one picture; a file that cannot be used raises `OSError` with a line that names it and the reason"
-    from PIL import Image, ImageOps
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such image file")
-    if not path.stat().st_size: raise OSError(f"{path}: the file is empty (0 bytes)")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')       # Pillow warns of odd EXIF data and the like; the picture is what counts
-            image = Image.open(path)
-            if image.width*image.height > max_pixels: raise Image.DecompressionBombError
-            return ImageOps.exif_transpose(image).convert('RGB')
-    except Image.DecompressionBombError:
-        raise OSError(f"{path}: the image is far too large (limit {max_pixels:,} pixels); make it smaller first") from None
-    except Image.UnidentifiedImageError: raise OSError(f"{path}: not an image that Pillow can read") from None
-    except PermissionError: raise OSError(f"{path}: cannot be read, permission is denied") from None
-    except Exception as e: raise OSError(f"{path}: the image is damaged or truncated ({e})") from None
+    return read_image(Path(path))
 
-# %% ../nbs/00_data.ipynb #6866579b
+# %% ../nbs/00_data.ipynb #36546a8e
+class Report:
+    "What became of a source's rows: those left out, by name and reason, and what was done to the others"
+    def __init__(self): self.left_out, self.changed = {}, {}
+
+    def leave_out(self, name, reason): self.left_out[name] = reason
+
+    def change(self, name, what): self.changed.setdefault(what, []).append(name)
+
+    def __str__(self):
+        reasons = Counter(re.sub(r'\(.*', '', r).strip() for r in self.left_out.values())
+        parts = [f'{len(self.left_out)} left out' + (f" ({', '.join(f'{n} × {r}' for r,n in reasons.most_common())})" if reasons else '')]
+        return '; '.join(parts + [f'{len(names)} {what}' for what,names in sorted(self.changed.items())])
+
+    def save(self, path):
+        "Every name and reason, as JSON"
+        with write_atomically(path) as tmp: tmp.write_text(json.dumps(dict(left_out=self.left_out, changed=self.changed), indent=1, ensure_ascii=False), encoding='utf-8')
+
+def caption_lines(
+    content:bytes,  # of a text file
+    note,           # called with a line if some of it is lost
+)->list[str]:
+    "Captions, one a line; a line that is not UTF-8 is no caption"
+    lines = [l.strip() for l in content.decode('utf-8-sig', 'surrogateescape').splitlines()]
+    good = [l for l in lines if l and not re.search('[\udc80-\udcff]', l)]
+    if any(re.search('[\udc80-\udcff]', l) for l in lines): note('caption not UTF-8: dropped')
+    return good
+
+def read_metadata(
+    path:Path,  # metadata.csv or metadata.jsonl, as Hugging Face's `imagefolder` reads them
+    note,       # called with (file name, line) for captions that are lost
+)->dict:        # path of a picture → captions
+    "The captions of a table: the column `file_name`, and `text`, `caption` or `captions`"
+    text = path.read_bytes().decode('utf-8-sig', 'surrogateescape')
+    try: table = list(csv.DictReader(io.StringIO(text, newline=''))) if path.suffix == '.csv' else [json.loads(l) for l in text.splitlines() if l.strip()]
+    except (ValueError, csv.Error) as e: raise OSError(f"{path}: cannot be read ({e})") from None
+    column = next((c for c in ('text', 'caption', 'captions', 'prompt') if table and c in table[0]), None)
+    if not column or 'file_name' not in table[0]: raise OSError(f"{path}: needs the columns file_name and text")
+    found = {}
+    for row in table:
+        given = row.get(column) or []
+        lines = [g for g in ([given] if isinstance(given, str) else given) if isinstance(g, str)]
+        found.setdefault(path.parent/row['file_name'], []).extend(caption_lines('\n'.join(lines).encode('utf-8', 'surrogateescape'), partial(note, row['file_name'])))
+    return found
+
+class ImageFolder:
+    "Pictures of a folder and their captions; a picture is read when its row is asked for"
+    def __init__(self,
+        folder:str|Path,  # see `image_folder`
+    ):
+        from PIL import Image
+        self.folder, self.report = Path(folder), Report()
+        kinds = {e for e,f in Image.registered_extensions().items() if f in Image.OPEN}
+        files = sorted(p for p in self.folder.rglob('*') if not any(part.startswith('.') for part in p.relative_to(self.folder).parts))
+        tables = {}
+        for path in files:
+            if path.name in ('metadata.csv', 'metadata.jsonl'): tables.update(read_metadata(path, self.report.change))
+        self.paths = sorted({*(p for p in files if p.suffix.lower() in kinds), *tables})
+        if not self.paths: raise FileNotFoundError(f"{folder}: no pictures below this folder")
+        beside = {p for p in files if p.suffix == '.txt'}
+        named = not tables and not any(p.with_suffix('.txt') in beside for p in self.paths)
+        def captions(p):
+            if p.with_suffix('.txt') in beside: found = caption_lines(p.with_suffix('.txt').read_bytes(), partial(self.report.change, self.name(p)))
+            else: found = [re.sub('[_-]+', ' ', p.stem)] if named else tables.get(p, [])
+            if not found: self.report.change(self.name(p), 'caption missing: left empty')
+            return found or ['']
+        self.captions = [captions(p) for p in self.paths]
+
+    def name(self, path): return str(path.relative_to(self.folder)) if path.is_relative_to(self.folder) else str(path)
+
+    def __len__(self): return len(self.paths)
+
+    def __getitem__(self, i, note=None): return dict(image=read_image(self.paths[i], self.name(self.paths[i]), note), captions=self.captions[i])
+
+    @property
+    def fingerprint(self):
+        "Changes with any file or caption"
+        def stamp(p): s = p.stat(); return self.name(p), s.st_size, s.st_mtime_ns
+        return hashlib.sha256(repr([(stamp(p), c) for p,c in zip(self.paths, self.captions)]).encode()).hexdigest()[:16]
+
+    def check(self,
+        strict:bool=False,  # the first picture or caption that cannot be used is an error, instead of being left out
+        progress:bool=True, # show a progress bar when there are many
+    ):
+        "Read every picture once, in several threads, and keep those that can be used"
+        from concurrent.futures import ThreadPoolExecutor
+        from tqdm.auto import tqdm
+        if strict and self.report.changed: what, (name, *_) = next(iter(self.report.changed.items())); raise OSError(f"{self.folder/name}: {what}; strict reading ends here")
+        def tried(i):
+            notes = []
+            try: self.__getitem__(i, notes.append)
+            except OSError as e: return str(e), notes
+            return None, notes
+        keep = []
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(tried, range(len(self)))
+            for i, (error, notes) in enumerate(tqdm(found, 'reading pictures', len(self), disable=not progress or len(self) < 2000, mininterval=1)):
+                name = self.name(self.paths[i])
+                for what in notes: self.report.change(name, what)
+                if error and strict: pool.shutdown(cancel_futures=True); raise OSError(f"{self.folder}/{error}; strict reading ends here")
+                if error: self.report.leave_out(name, error.removeprefix(f'{name}: '))
+                else: keep.append(i)
+        self.report.changed = {what: kept for what, names in self.report.changed.items() if (kept := [n for n in names if n not in self.report.left_out])}
+        if not keep: raise OSError(f"{self.folder}: not one of {len(self)} pictures can be used; the first: {next(iter(self.report.left_out.items()))}")
+        self.paths, self.captions = [self.paths[i] for i in keep], [self.captions[i] for i in keep]
+        return self
+
 def image_folder(
-    folder:str|Path,  # pictures lie anywhere below it; `cat.png` takes its captions from the lines of `cat.txt`, else from its name
-)->list[dict]:        # rows {"image": PIL RGB, "captions": [str, …]}, in the order of their paths
-    "A folder of pictures as captioned images, of the same kind as `digits`"
-    from PIL import Image
-    kinds = {e for e,f in Image.registered_extensions().items() if f in Image.OPEN}
-    paths = sorted(p for p in Path(folder).rglob('*') if p.suffix.lower() in kinds)
-    if not paths: raise FileNotFoundError(f"{folder}: no pictures below this folder")
-    def captions(p):
-        beside = p.with_suffix('.txt')
-        try: lines = beside.read_text(encoding='utf-8').splitlines() if beside.is_file() else []
-        except UnicodeDecodeError: raise OSError(f"{beside}: the captions are not UTF-8 text") from None
-        return [l.strip() for l in lines if l.strip()] or [p.stem.replace('_', ' ').replace('-', ' ')]
-    return [dict(image=load_image(p), captions=captions(p)) for p in paths]
+    folder:str|Path,    # pictures anywhere below it
+    strict:bool=False,  # fail on the first file that cannot be used, instead of leaving it out
+    check:bool=True,    # read all of them once, to know; False: one that cannot be used is found, and replaced, when it is met
+    progress:bool=True, # show a progress bar while there are many to read
+)->ImageFolder:         # rows {"image": PIL RGB, "captions": [str, …]}, in the order of their paths, and a `report`
+    """A folder of pictures as captioned images. Captions come from `cat.txt` beside `cat.png`, a line each; from `metadata.csv` or
+    `metadata.jsonl`, as Hugging Face's `imagefolder` reads them; or, where there is neither, from the pictures' names"""
+    if not Path(folder).is_dir(): raise FileNotFoundError(f"{folder}: no such folder of pictures")
+    rows = ImageFolder(folder)
+    return rows.check(strict, progress) if check or strict else rows
 
-# %% ../nbs/00_data.ipynb #b1343419
+# %% ../nbs/00_data.ipynb #9b4814f0
+class HubRows:
+    "Rows of a `datasets` data set, by number"
+    def __init__(self, data, image, caption): self.data, self.image, self.caption = data, image, caption
+
+    def __len__(self): return len(self.data)
+
+    def __getitem__(self, i): return hub_row(self.data[i], self.image, self.caption, f'row {i}')
+
+    @property
+    def captions(self): return [hub_captions(c) for c in self.data[self.caption]] if self.caption else [['']]*len(self)
+
+    @property
+    def fingerprint(self): return self.data._fingerprint
+
+def hub_captions(given)->list[str]:
+    "A caption, a list of them, or none"
+    return [g for g in ([given] if isinstance(given, str) else given or []) if isinstance(g, str) and g.strip()] or ['']
+
+def hub_row(row, image, caption, name):
+    "A row of a data set → a row of ours"
+    stored = row[image] or {}
+    name = row.get('__key__') or stored.get('path') or name
+    if stored.get('bytes') is None and not stored.get('path'): raise OSError(f"{name}: has no image")
+    return dict(image=read_image(stored['path'] if stored.get('bytes') is None else stored['bytes'], name), captions=hub_captions(row.get(caption)))
+
+def shuffled(
+    items,       # any iterable
+    buffer:int,  # how many are held at a time
+    seed:int,
+):               # yields all of them
+    "In an order that is random within the reach of the buffer"
+    generator, held = torch.Generator().manual_seed(seed), []
+    for item in items:
+        if len(held) < buffer: held.append(item); continue
+        i = torch.randint(buffer, (), generator=generator).item()
+        held[i], item = item, held[i]
+        yield item
+    for i in torch.randperm(len(held), generator=generator).tolist(): yield held[i]
+
+class HubStream:
+    "Rows of a data set that is read while it is used: shuffled within a buffer, pass after pass"
+    def __init__(self, data, image, caption, seed=0, buffer=1000, held_out=0):
+        self.data, self.image, self.caption, self.seed, self.buffer, self.held_out = data, image, caption, seed, buffer, held_out
+
+    def take(self,
+        n:int,      # rows
+    )->list[dict]:
+        "The first rows that can be used, as a list: to be held out, to fit scales"
+        found = []
+        for i, row in enumerate(self.data):
+            if len(found) == n: break
+            try: found.append(hub_row(row, self.image, self.caption, f'row {i}'))
+            except OSError: continue
+        return found
+
+    def stream(self,
+        start:int=0,  # the first position wanted
+    ):                # yields (position in the run, callable → row), without end
+        "Rows from a position on, always in the same order; images are read when a row is called"
+        position, rest = 0, self.data.skip(self.held_out) if self.held_out else self.data
+        for epoch in range(2**31):
+            before = position
+            for i, row in shuffled(enumerate(rest, self.held_out), self.buffer, self.seed*1_000_003 + epoch):
+                if position >= start: yield position, partial(hub_row, row, self.image, self.caption, f'row {i}')
+                position += 1
+            if position == before: raise OSError("the data set has no rows" + (f" behind the first {self.held_out}, which are held out" if self.held_out else ''))
+
+def hub(
+    name:str,             # a data set of the Hub ("user/name"), a folder, or a format of files: parquet, webdataset, imagefolder, …
+    split:str='train',    # as `datasets` calls it
+    image:str='',         # column of the pictures; '': the first that holds any
+    caption:str='',       # column of the captions, each a text or a list of them; '': captions, caption, text, prompt or txt
+    streaming:bool=False, # read it while it is used: for data sets larger than the disk
+    seed:int=0,           # of the order of a stream
+    held_out:int=0,       # of a stream: its first rows, left to `take`
+    **how,                # to `datasets.load_dataset`, such as data_files and revision
+):                        # rows by number, or a stream
+    "Any data set that Hugging Face `datasets` can load, as captioned images"
+    import datasets
+    try: data = datasets.load_dataset(name, split=split, streaming=streaming, **how)
+    except Exception as e: raise OSError(f"{name}: no data set could be loaded ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
+    if data.features is None: data = data._resolve_features()
+    pictures = [c for c,f in data.features.items() if isinstance(f, datasets.Image)]
+    image, caption = image or next(iter(pictures), ''), caption or next((c for c in ('captions', 'caption', 'text', 'prompt', 'txt') if c in data.features), '')
+    for column, what in ((image, 'pictures'), (caption, 'captions')):
+        if column and column not in data.features or not image: raise ValueError(f"{name}: no column of {what}{f' named {column!r}' if column else ''}; there are {', '.join(data.features)}")
+    data = data.cast_column(image, datasets.Image(decode=False))
+    return HubStream(data, image, caption, seed, held_out=held_out) if streaming else HubRows(data, image, caption)
+
+# %% ../nbs/00_data.ipynb #bd450d71
+def captions_of(rows)->list[list[str]]:
+    "The captions of every row, without reading pictures where that can be avoided"
+    return rows.captions if hasattr(rows, 'captions') else [r['captions'] for r in rows]
+
+class Subset:
+    "Some rows of a data set, still read when they are asked for"
+    def __init__(self,
+        rows,          # captioned images
+        indices:list,  # which
+    ): self.rows, self.indices = rows, list(indices)
+
+    def __len__(self): return len(self.indices)
+
+    def __getitem__(self, i): return self.rows[self.indices[i]]
+
+    @property
+    def captions(self): every = captions_of(self.rows); return [every[i] for i in self.indices]
+
+    @property
+    def report(self): return getattr(self.rows, 'report', None)
+
+    @property
+    def fingerprint(self): return hashlib.sha256(f'{self.rows.fingerprint} {self.indices}'.encode()).hexdigest()[:16] if hasattr(self.rows, 'fingerprint') else None
+
+class PictureStream(Pictures):
+    "The same from a stream"
+    def stream(self, start=0):
+        for position, row in self.rows.stream(start): yield position, partial(self.later, row)
+
+    def later(self, row): return self.prepare(row())
+
+    def __len__(self): raise TypeError("a stream has no length")
+
+# %% ../nbs/00_data.ipynb #07b8a2f0
 def check_writable(
     path:str|Path,  # the file to be
 ):
@@ -233,7 +549,7 @@ def _umask():
     mask = os.umask(0); os.umask(mask)
     return mask
 
-# %% ../nbs/00_data.ipynb #3c7982ec
+# %% ../nbs/00_data.ipynb #96656175
 @contextmanager
 def write_folder(
     folder:str|Path,  # the folder to be; made if missing, and other files in it are left alone
@@ -250,19 +566,44 @@ def write_folder(
             os.replace(path, place)
     finally: shutil.rmtree(new, ignore_errors=True)
 
-# %% ../nbs/00_data.ipynb #47b4e32d
+# %% ../nbs/00_data.ipynb #4ec47495
 def draw(
     kind,            # `torch.randn`, `torch.rand` or `torch.randperm`
     shape,           # of the result; for `torch.randperm` a number
-    generator=None,  # draws on its own device, so that one seed gives the same numbers on CPU and CUDA
+    generator=None,  # draws on its own device, so that one seed gives the same numbers on CPU and CUDA; or a `WholeBatch`
     device=None,     # where the result is wanted
 )->torch.Tensor:     # on `device`
     "Random numbers from an explicit generator, wherever the model is"
+    if isinstance(generator, WholeBatch):
+        g = generator
+        if shape == (): return draw(kind, shape, g.generator, device)                # one number for all
+        return draw(kind, (shape[0]*g.parts, *shape[1:]), g.generator, device)[g.part*shape[0]:(g.part + 1)*shape[0]]
     return kind(shape, generator=generator, device=generator.device if generator else device).to(device)
 
-# %% ../nbs/00_data.ipynb #aa9256f8
+# %% ../nbs/00_data.ipynb #b6cd1b4b
+@dataclass
+class WholeBatch:
+    """A generator for one of several processes: numbers are drawn for the batch of all of them, and it takes the rows that are its own. So n
+    processes with a part each do what one process does with the whole"""
+    generator:torch.Generator|None=None  # in the same state in every process; None: torch's own
+    part:int=0                           # this process
+    parts:int=1                          # of so many
+
+    @classmethod
+    def here(cls,
+        generator=None,  # in the same state in every process
+    ):
+        "For this process, as `torch.distributed` knows it"
+        there = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return cls(generator, torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else cls(generator)
+
+# %% ../nbs/00_data.ipynb #bd3838b1
 def no_autocast(
     device:torch.device,  # of the tensors inside
 ):                        # a context
     "Products and sums inside are computed in the tensors' own dtype, whatever is outside"
     return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()   # 'meta' has none
+
+def at_least_float32(x:torch.Tensor)->torch.Tensor:
+    "What is summed up is not kept in half precision"
+    return x.to(torch.promote_types(x.dtype, torch.float32))

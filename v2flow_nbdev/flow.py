@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import repeat
 from itertools import pairwise
 from torch import nn
-from .data import draw
+from .data import at_least_float32, draw
 
 # %% ../nbs/05_flow.ipynb #dbd2e38e
 def rf_path(
@@ -139,11 +139,11 @@ def flow_loss(
     generator=None,       # draws noise and times
 )->torch.Tensor:          # scalar
     "Mean squared error between predicted and true velocity at random times (conditional flow matching, arXiv 2210.02747)"
-    x1, cond = repeat(x1, 'm c -> (r m) c', r=n_draws), repeat(cond, 'm d -> (r m) d', r=n_draws)
+    x1, cond = repeat(x1, 'm c -> (m r) c', r=n_draws), repeat(cond, 'm d -> (m r) d', r=n_draws)
     x0 = draw(torch.randn, x1.shape, generator, x1.device)
     t = logit_normal_times(len(x1), generator=generator, device=x1.device)
     xt, v = rf_path(x0, x1, t)
-    return F.mse_loss(velocity(xt, t, cond).float(), v)
+    return F.mse_loss(at_least_float32(velocity(xt, t, cond)), v)
 
 # %% ../nbs/05_flow.ipynb #92f531a1
 def guide(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from .data import draw
 
 # %% ../nbs/06_masked.ipynb #91cb6fd0
@@ -96,7 +97,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         if dim % heads: raise ValueError(f"dim={dim} is not divisible by heads={heads}")
-        self.heads = heads
+        self.heads, self.recompute = heads, False                                  # True: backward computes it again instead of keeping it
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.proj = nn.Linear(dim, 3*dim), nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio*dim), nn.GELU(), nn.Linear(mlp_ratio*dim, dim))
@@ -104,6 +105,9 @@ class Block(nn.Module):
     def forward(self,
         x:torch.Tensor,  # (B, N, D)
     )->torch.Tensor:     # (B, N, D)
+        return checkpoint(self.run, x, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else self.run(x)
+
+    def run(self, x):
         q,k,v = rearrange(self.qkv(self.norm1(x)), 'b n (s h d) -> s b h n d', s=3, h=self.heads)
         x = x + self.proj(rearrange(F.scaled_dot_product_attention(q,k,v), 'b h n d -> b n (h d)'))
         return x + self.mlp(self.norm2(x))

@@ -9,7 +9,7 @@ __all__ = ['digit_aims', 'psnr', 'ssim', 'pixels', 'digit_classifier', 'accuracy
 # %% ../nbs/11_metrics.ipynb #0161f0f2
 from itertools import cycle, islice
 import numpy as np, torch
-from .data import digit_captions, digits, named_digit, to_tensor
+from .data import digit_captions, digits, named_digit, picture_sheet, to_pil, to_tensor
 from .quantizer import codebook_perplexity, codebook_usage
 
 # %% ../nbs/11_metrics.ipynb #586c11bb
@@ -78,14 +78,16 @@ def tokenizer_scores(
     images:torch.Tensor,         # to reconstruct, (B, C, H, W) in [-1, 1]
     train_images:torch.Tensor,   # to count codes on, (M, C, H, W)
     seed:int=0,                  # of the decoder's noise
-)->dict:                         # codebook_usage, codebook_perplexity, psnr_db; empty before there is a codebook
+)->dict:                         # codebook_usage, codebook_perplexity, psnr_db, ssim, and a picture of ten; empty before there is a codebook
     "What to watch while an image tokenizer trains: a falling loss alone proves nothing"
     if not tok.quantizer.initialised: return {}
     ids, k = tok.encode(train_images), tok.config.codebook_size
     back = tok.decode(tok.encode(images), generator=torch.Generator().manual_seed(seed)).cpu()
-    return dict(codebook_usage=codebook_usage(ids, k), codebook_perplexity=codebook_perplexity(ids, k), psnr_db=psnr(back, images).mean().item())
+    shown = picture_sheet(to_pil(images[:10]) + to_pil(back[:10]), columns=min(10, len(images)), side=max(48, images.shape[-1]))
+    return dict(codebook_usage=codebook_usage(ids, k), codebook_perplexity=codebook_perplexity(ids, k), psnr_db=psnr(back, images).mean().item(),
+                **(dict(ssim=ssim(back, images).mean().item()) if min(images.shape[-2:]) >= 7 else {}), reconstructions=shown)
 
-# %% ../nbs/11_metrics.ipynb #15b2d4ca
+# %% ../nbs/11_metrics.ipynb #770b9a32
 def digit_scores(
     pipe,                # a `V2FlowPipeline` for digits
     per_digit:int=100,   # pictures to generate of each digit

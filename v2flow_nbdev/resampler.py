@@ -27,21 +27,25 @@ def word_noise(
     seed:int,     # of the whole draw
     tile:int,     # the tile's number
     device=None,  # where it is wanted
+    first:int=0,  # number of the first token: other processes have those before it
 )->torch.Tensor:  # Gumbel noise, (N, words)
-    "Noise that is a function of (seed, tile): it can be drawn again, in any order"
-    return gumbel((tokens, words), torch.Generator(device or 'cpu').manual_seed((seed*1_000_003 + tile) % 2**63), device)
+    "Noise that is a function of (seed, tile) and the token's number: it can be drawn again, in any order, in any process"
+    def rows(i): return gumbel((1024, words), torch.Generator(device or 'cpu').manual_seed(((seed*1_000_003 + tile)*1_000_003 + i) % 2**63), device)
+    start = first % 1024
+    blocks = [rows(i) for i in range(first//1024, -(-(first + tokens)//1024))]
+    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[start:start + tokens]
 
 # %% ../nbs/03_resampler.ipynb #7d42e090
 def noised_logits(
     x, weight, bias,         # features (N, D), readout (V, D) and (V,)
-    tau, noise, seed, block, # see `resample`
+    tau, noise, seed, first, block, # see `resample`
 ):                           # yields (slice of words, their logits (N, ≤ block), float32 or float64)
     "A score for every word with its noise, over τ, a block of words at a time"
     for start in range(0, len(weight), block):
         words = slice(start, min(start + block, len(weight)))
         logits = torch.addmm(bias[words].to(x.dtype), x, weight[words].T.to(x.dtype), alpha=1/tau, beta=1/tau).to(torch.promote_types(x.dtype, torch.float32))
         for i, part in enumerate(logits.split(512, -1) if noise else ()):
-            part.add_(word_noise(len(x), part.shape[1], seed, start//512 + i, x.device), alpha=noise/tau)
+            part.add_(word_noise(len(x), part.shape[1], seed, start//512 + i, x.device, first), alpha=noise/tau)
         yield words, logits
 
 # %% ../nbs/03_resampler.ipynb #b9ba089f
@@ -76,7 +80,7 @@ class VocabularyAttention(torch.autograd.Function):
                 g = g.to(x.dtype)
                 grads[0].add_(g @ weight[words].to(x.dtype))
                 grads[1][words] = g.T @ x
-        return grads[0].to(x.dtype), *grads[1:], *[None]*5
+        return grads[0].to(x.dtype), *grads[1:], *[None]*6
 
 # %% ../nbs/03_resampler.ipynb #5369e397
 def resample(
@@ -88,6 +92,7 @@ def resample(
     noise:float=0.,         # weight of the Gumbel noise: 1 in the paper's training, 0 at inference
     seed:int=0,             # draws the noise; the same seed gives the same noise, whatever the block
     allowed=None,           # bool, (V,): False = left out of the distribution; None: all words
+    first:int=0,            # number of the first token, where other processes have those before it
     block:int=1024,         # words at a time, a multiple of 512: memory grows with this, not with V
 )->torch.Tensor:            # visual tokens in the language model's space, (..., E)
     "Each visual token as a convex combination of words (V²Flow, visual vocabulary resampler), without ever holding all N × V shares"
@@ -97,7 +102,7 @@ def resample(
     kind = features.device.type
     low = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     x = features.flatten(0, -2).to(torch.get_autocast_dtype(kind) if low else features.dtype)
-    with no_autocast(x.device): out = VocabularyAttention.apply(x, weight, bias, vocab, tau, noise, seed, block)
+    with no_autocast(x.device): out = VocabularyAttention.apply(x, weight, bias, vocab, tau, noise, seed, first, block)
     return out.unflatten(0, features.shape[:-1])
 
 # %% ../nbs/03_resampler.ipynb #d73ffb76
@@ -149,5 +154,7 @@ class VocabularyResampler(nn.Module):
         noise:float=0.,        # weight of the Gumbel noise
         seed:int=0,            # draws it
         allowed=None,          # bool, (V,): False = left out; None: all words
+        part:int=0,            # this process' place among those that share the noise
     )->torch.Tensor:           # (B, N, E)
-        return resample(self.tokens(latents), self.readout.weight, self.readout.bias, vocab, tau, noise, seed, allowed)
+        x = self.tokens(latents)
+        return resample(x, self.readout.weight, self.readout.bias, vocab, tau, noise, seed, allowed, part*x.shape[:-1].numel())

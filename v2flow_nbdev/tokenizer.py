@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from .data import draw, write_folder
+from .data import WholeBatch, at_least_float32, draw, write_folder
 from .flow import VelocityMLP, constant_guidance, euler, flow_loss, guide
-from .latents import PixelLatents
+from .latents import AutoencoderLatents, PixelLatents
 from .masked import Block, MaskedTransformer, at_latents, grid_positions, random_orders, reveal, sample_mask_ratio, take
 from .quantizer import VectorQuantizer
 from .resampler import VocabularyResampler
@@ -190,16 +190,21 @@ class V2FlowOutput:
 
 class V2Flow(nn.Module):
     "The image tokenizer: image ↔ ids of codes that live among a language model's words (V²Flow, arXiv 2503.07493)"
+    _no_split_modules = ['Block', 'RegNetBlock', 'AdaLNBlock']                     # what FSDP shards one by one, under the name that transformers uses
     def __init__(self,
         config:V2FlowConfig,                # its shape
         vocabulary:Vocabulary|None=None,    # the frozen words; without them it can decode, not encode
+        autoencoder=None,                   # `AutoencoderLatents`, where the config names one; without it, latents go in and come out
     ):
         super().__init__()
+        if autoencoder and (autoencoder.channels, autoencoder.patch) != (config.channels, config.patch):
+            raise ValueError(f"the autoencoder has {autoencoder.channels} channels and a side of {autoencoder.patch} pixels, the config latent_channels={config.channels}, patch={config.patch}")
         if vocabulary:
             V, E = vocabulary.embeddings.shape
             config = replace(config, vocab_size=V, vocab_dim=E, vocab_checksum=vocabulary.checksum)
         self.config, self.vocabulary, c = config, vocabulary, config
-        self.latents = None if c.autoencoder else PixelLatents(c.image_channels, c.patch, c.latent_shift, c.latent_scale)
+        if c.autoencoder: object.__setattr__(self, 'latents', autoencoder)         # not a part: it is neither trained nor averaged here
+        else: self.latents = PixelLatents(c.image_channels, c.patch, c.latent_shift, c.latent_scale)
         C, E = c.channels, c.vocab_dim
         self.resampler = VocabularyResampler(C, c.vocab_size, c.resampler_width, c.resampler_depth, c.pool)
         self.quantizer = VectorQuantizer(c.codebook_size, E, c.codebook_decay, c.dead_below)
@@ -217,11 +222,17 @@ class V2Flow(nn.Module):
         "Identifies the codes, also after they were stored as float16"
         return table_checksum(self.quantizer.codebook.half())
 
+    def gradient_checkpointing_enable(self):
+        "Activations of the transformer blocks are computed twice instead of kept"
+        for m in self.modules():
+            if isinstance(m, Block): m.recompute = True
+
     def before_step(self,
         progress:float,  # share of training done, in [0, 1]
     ):
         "Set what changes over training: the Gumbel noise, τ, and whether the codes are settled"
         c, self.progress = self.config, progress
+        self.quantizer.collected.clear()                                           # of a step that was not taken
         self.settled = progress >= c.settle_at and bool(self.quantizer.initialised)
         left = max(0., 1 - progress/(0.8*c.settle_at))                             # from 1 to 0
         self.noise, self.tau = c.noise*left, c.tau*(c.tau_start/c.tau)**left
@@ -236,19 +247,20 @@ class V2Flow(nn.Module):
     def to_latents(self,
         images:torch.Tensor,  # (B, C, H, W) in [-1, 1]
     )->torch.Tensor:          # (B, C, h, w), at unit scale
-        "Pictures → latents, where they are pixel patches"
+        "Pictures → latents"
         if self.latents is None: raise RuntimeError(f"this tokenizer works on the latents of {self.config.autoencoder}: encode the images with it and pass `latents`")
-        return self.latents.encode(images)
+        return torch.cat([self.latents.to(self.device).encode(x) for x in images.to(self.device).split(64)])
 
     def mixtures(self,
         latents:torch.Tensor,  # (B, C, h, w)
         tau:float,             # softmax temperature
         noise:float=0.,        # weight of the Gumbel noise
         seed:int=0,            # draws it
+        part:int=0,            # this process' place among those that share the noise
     )->torch.Tensor:           # (B, N, E)
         "Latents as mixtures of words"
         if self.vocab is None: raise RuntimeError("this tokenizer was loaded without its vocabulary: it can decode ids, not encode images")
-        return self.resampler(latents, self.vocab, tau, noise, seed)
+        return self.resampler(latents, self.vocab, tau, noise, seed, part=part)
 
     def spread(self,
         codes:torch.Tensor,  # unit vectors, (B, N, E)
@@ -259,16 +271,17 @@ class V2Flow(nn.Module):
     def forward(self,
         images=None,     # (B, C, H, W) in [-1, 1], of any size that `patch` · `pool` divides
         latents=None,    # or their latents, (B, C, h, w), at unit scale: of an autoencoder, or cached
-        generator=None,  # draws masks, noise and times
+        generator=None,  # draws masks, noise and times; in training, in the same state in every process
     )->V2FlowOutput:
         latents = self.to_latents(images) if latents is None else latents
+        if self.training: generator = WholeBatch.here(generator)
         grid, z = tuple(latents.shape[2:]), rearrange(latents, 'b c h w -> b (h w) c')
         self.quantizer.train(self.training and not self.settled)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.settled):
             tau, noise = (self.tau, self.noise) if self.training else (self.config.tau, 0.)
-            seed = draw(partial(torch.randint, 2**31), (1,), generator).item() if noise else 0
-            codes, ids, commitment_loss = self.quantizer(self.mixtures(latents, tau, noise, seed))
-            code_loss = F.mse_loss(self.sketch(self.spread(codes), grid).float(), z)
+            seed = draw(partial(torch.randint, 2**31), (), generator).item() if noise else 0
+            codes, ids, commitment_loss = self.quantizer(self.mixtures(latents, tau, noise, seed, generator.part if noise else 0))
+            code_loss = F.mse_loss(at_least_float32(self.sketch(self.spread(codes), grid)), z)
         flow = masked_flow_loss(self.masked, self.velocity, self.spread(codes), z, grid, self.config.mask_ratio_min,
                                 self.config.code_dropout, self.config.n_draws, generator)
         return V2FlowOutput(flow + code_loss + commitment_loss, flow, code_loss, commitment_loss, ids)
@@ -302,7 +315,7 @@ class V2Flow(nn.Module):
         def pick(value, default): return default if value is None else value
         def to_grid(z): return rearrange(z, 'b (h w) c -> b c h w', h=h)
         show = callback and (lambda i, z: callback(i, to_grid(z)))
-        codes = self.spread(self.quantizer.codebook[ids.to(self.device)].float())
+        codes = self.spread(at_least_float32(self.quantizer.codebook[ids.to(self.device)]))
         return to_grid(masked_flow_sample(self.masked, self.velocity, codes, (h, w), c.channels, pick(n_iter, c.n_iter), pick(n_steps, c.n_steps),
                                           pick(guidance_scale, c.guidance_scale), pick(temperature, c.temperature), generator, callback=show, **how))
 
@@ -319,8 +332,9 @@ class V2Flow(nn.Module):
     )->torch.Tensor:                     # (B, C, H, W) in [-1, 1]
         "Ids → picture"
         if self.latents is None: raise RuntimeError(f"this tokenizer works on the latents of {self.config.autoencoder}: call `decode_latents`, and decode them with it")
-        show = callback and (lambda i, z: callback(i, self.latents.decode(z)))
-        return self.latents.decode(self.decode_latents(ids, grid, n_iter, n_steps, guidance_scale, temperature, generator, show, **how))
+        def pictures(z): return torch.cat([self.latents.to(self.device).decode(part) for part in z.split(64)])
+        show = callback and (lambda i, z: callback(i, pictures(z)))
+        return pictures(self.decode_latents(ids, grid, n_iter, n_steps, guidance_scale, temperature, generator, show, **how))
 
     def codes_as_words(self)->torch.Tensor:  # (K, E)
         "The codebook in the language model's own table: unit codes at the words' mean length, around the words' mean"
@@ -330,11 +344,13 @@ class V2Flow(nn.Module):
         folder:str|Path,  # made if missing
         dtype=None,       # floats are stored as this; None: as they are
     ):
-        "Write `config.json`, `model.safetensors` and the vocabulary, all or nothing"
+        "Write `config.json`, `model.safetensors`, the vocabulary, and the autoencoder if it came from a folder; all or nothing"
+        config, own = self.config, self.latents if self.config.autoencoder and Path(self.config.autoencoder).is_dir() else None
         with write_folder(folder) as new:
+            if own: own.save_pretrained(new/'autoencoder', dtype); config = replace(config, autoencoder='autoencoder')
             if self.vocabulary: self.vocabulary.save(new)
             write_tensors(new/'model.safetensors', {n: t.to(dtype) if dtype and t.is_floating_point() else t for n,t in self.state_dict().items()})
-            write_json(new/'config.json', asdict(self.config))
+            write_json(new/'config.json', asdict(config))
 
     @classmethod
     def from_pretrained(cls,
@@ -342,13 +358,16 @@ class V2Flow(nn.Module):
         subfolder:str|None=None,  # e.g. 'image_tokenizer' of a pipeline folder
         revision:str|None=None,   # branch, tag or commit, for a Hub id
         device=None,              # where to put it
+        autoencoder:bool=True,    # False: leave the autoencoder out, if it has one
     ):                            # in `eval()`, float32
         "Load what `save_pretrained` wrote; a vocabulary of another model is an error, a missing one leaves a tokenizer that only decodes"
         folder = resolve_folder(name, subfolder, revision)
         vocabulary = Vocabulary.load(folder) if (folder/'vocabulary.safetensors').exists() else None
         try:
             config = config_from_dict(V2FlowConfig, read_json(folder/'config.json'))
-            model = cls(config, vocabulary)
+            if (folder/'autoencoder').is_dir(): config = replace(config, autoencoder=str(folder/'autoencoder'))
+            pictures = AutoencoderLatents.from_pretrained(config.autoencoder, config.latent_scale, config.latent_shift) if config.autoencoder and autoencoder else None
+            model = cls(config, vocabulary, pictures)
         except ValueError as e: raise OSError(f"{folder/'config.json'}: not an image tokenizer's config ({e})") from None
         if vocabulary and vocabulary.checksum != config.vocab_checksum:
             raise OSError(f"{folder}: the tokenizer was made for another vocabulary (table {config.vocab_checksum}, "

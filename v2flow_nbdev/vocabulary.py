@@ -100,18 +100,21 @@ def resolve_folder(
 def config_from_dict(
     cls,           # a dataclass whose fields all have defaults
     content:dict,  # names and values, as YAML or JSON gives them
+    section='',    # of a config file, for messages
 ):                 # an instance; `ValueError` says which names are unknown and which values do not fit
-    "A config from a file or a command line: names are checked, and values take their default's type"
-    known = {f.name: f.default for f in fields(cls)}
-    if unknown := set(content) - set(known): raise ValueError(f"unknown settings {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    "A config from a file or a command line: names are checked, and values must be of their default's type"
+    known, prefix = {f.name: f.default for f in fields(cls)}, f'{section}.' if section else ''
+    if not isinstance(content, dict): raise ValueError(f"{section or cls.__name__}={content!r}: needs to be a section with {', '.join(known)}")
+    if unknown := set(content) - set(known): raise ValueError(f"unknown settings {', '.join(prefix + u for u in sorted(map(str, unknown)))}; there are {', '.join(known)}")
     def fit(name, value):
         kind = type(known[name])
         try:
-            if kind is tuple: return tuple(value)
-            if kind is int and int(value) != float(value): raise ValueError
-            return kind(value)
-        except (TypeError, ValueError): raise ValueError(f"{name}={value!r}: needs to be {'a list' if kind is tuple else f'of type {kind.__name__}'}") from None
-    return cls(**{n: fit(n, v) for n,v in content.items()})
+            if kind is bool and not isinstance(value, bool) or kind is tuple and not isinstance(value, (list, tuple)) or kind is str and isinstance(value, (list, dict)): raise TypeError
+            if kind in (int, float) and (isinstance(value, bool) or kind is int and int(value) != float(value)): raise TypeError
+            return tuple(value) if kind is tuple else kind(value)                  # a float may be text: YAML reads 1e-3 so
+        except (TypeError, ValueError): raise ValueError(f"{prefix}{name}={value!r}: needs to be {dict(bool='true or false', tuple='a list', int='a whole number', float='a number', str='text')[kind.__name__]}") from None
+    try: return cls(**{n: fit(n, v) for n,v in content.items()})
+    except ValueError as e: raise ValueError(f"{prefix}{e}" if str(e).split('=')[0] in known and prefix else str(e)) from None
 
 # %% ../nbs/02_vocabulary.ipynb #85721971
 def push_to_hub(

@@ -1,0 +1,273 @@
+"Autoencoders in the format of `diffusers`, and latents on disk: killed and resumed, stale, damaged, trained from"
+import json, logging, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import pytest, torch
+from torch.nn.functional import mse_loss
+from v2flow_nbdev.data import mosaics, to_tensor
+from v2flow_nbdev.latents import (AutoencoderLatents, AutoencoderTraining, CachedLatents, PixelLatents, cache_latents, fingerprint, load_autoencoder,
+                                  shard_names, small_autoencoder)
+
+kinds = ('AutoencoderDC', 'AutoencoderKL')
+weights = 'diffusion_pytorch_model.safetensors'
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    "Small autoencoders of both classes, f4, written by diffusers itself: {class: folder}"
+    from diffusers import AutoencoderDC, AutoencoderKL
+    torch.manual_seed(0)
+    widths, none, folder = (16, 32, 32), ((),)*3, tmp_path_factory.mktemp('autoencoders')
+    dc = AutoencoderDC(latent_channels=8, encoder_block_out_channels=widths, decoder_block_out_channels=widths, encoder_layers_per_block=(1, 1, 1),
+                       decoder_layers_per_block=(1, 1, 1), encoder_qkv_multiscales=none, decoder_qkv_multiscales=none, scaling_factor=0.41407)
+    kl = AutoencoderKL(block_out_channels=widths, down_block_types=('DownEncoderBlock2D',)*3, up_block_types=('UpDecoderBlock2D',)*3, norm_num_groups=8,
+                       latent_channels=6, scaling_factor=0.2325, shift_factor=0.06)
+    for model in (dc, kl): model.save_pretrained(folder/type(model).__name__)
+    return {kind: folder/kind for kind in kinds}
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    "A copy of the DC autoencoder, to be damaged"
+    return Path(shutil.copytree(saved['AutoencoderDC'], tmp_path/'copy'))
+
+def pictures(b=2, h=32, w=48): return torch.rand(b, 3, h, w, generator=torch.Generator().manual_seed(1))*2 - 1
+
+@pytest.mark.parametrize('kind', kinds)
+def test_shapes_scale_and_shift(saved, kind):
+    import diffusers
+    ours, theirs, x = AutoencoderLatents.from_pretrained(saved[kind]), getattr(diffusers, kind).from_pretrained(saved[kind]).eval(), pictures()
+    assert (ours.patch, ours.image_channels, ours.channels) == (4, 3, theirs.config.latent_channels)
+    assert (ours.scale, ours.shift) == ((0.41407, 0.) if kind == 'AutoencoderDC' else (0.2325, 0.06))
+    with torch.no_grad():
+        out = theirs.encode(x)
+        raw = out.latent if kind == 'AutoencoderDC' else out.latent_dist.mean
+        z = ours.encode(x)
+        assert z.shape == (2, ours.channels, 8, 12) and torch.equal(z, (raw - ours.shift)*ours.scale)
+        assert torch.equal(ours.decode(z), theirs.decode(z/ours.scale + ours.shift).sample.clamp(-1, 1)) and ours.decode(z).shape == x.shape
+        other = AutoencoderLatents.from_pretrained(saved[kind], scale=2., shift=-1.)
+        assert torch.equal(other.encode(x), (raw + 1)*2)
+    torch.testing.assert_close(other.decode(other.encode(x)), ours.decode(z), atol=1e-5, rtol=0)
+    assert ours.decode(z*1000).abs().max() <= 1
+    for bad in (pictures(h=30), pictures()[:, :1], pictures()[0]):
+        with pytest.raises(ValueError, match='need .B, 3, H, W. with sides divisible by 4'): ours.encode(bad)
+    with pytest.raises(ValueError, match='need .B, '): ours.decode(z[:, :-1])
+
+@pytest.mark.parametrize('kind', kinds)
+def test_frozen_and_deterministic(saved, kind):
+    latents, x = AutoencoderLatents.from_pretrained(saved[kind]), pictures()
+    z = latents.encode(x)
+    outer = torch.nn.Sequential(latents).train()
+    assert outer.training and not any(m.training for m in latents.model.modules()) and not any(p.requires_grad for p in latents.parameters())
+    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(latents.encode(x), z) and latents.decode(z).dtype == torch.float32
+    assert not latents.encode(x.requires_grad_()).requires_grad
+    half = AutoencoderLatents.from_pretrained(saved[kind], dtype=torch.bfloat16)
+    assert half.model.dtype == torch.bfloat16 and half.encode(x).dtype == torch.float32
+    assert mse_loss(half.encode(x), z) < 1e-3*z.var()
+
+@pytest.mark.parametrize('kind', kinds)
+def test_tiles_and_the_whole(saved, kind):
+    whole, tiled = (AutoencoderLatents.from_pretrained(saved[kind], tiling=t) for t in (False, True))
+    x = pictures(2, 64, 96)
+    if kind == 'AutoencoderDC': tiled.model.enable_tiling(48, 48, 32, 32)
+    else: tiled.model.tile_sample_min_size, tiled.model.tile_latent_min_size = 48, 12
+    assert tiled.model.use_tiling and tiled.model.use_slicing and not whole.model.use_tiling and whole.checksum != tiled.checksum
+    z = whole.encode(x)
+    assert tiled.encode(x).shape == z.shape
+    for a, b in ((whole.decode(z), tiled.decode(z)), (z, tiled.encode(x))):
+        assert a.shape == b.shape and not torch.equal(a, b)
+        if kind == 'AutoencoderDC': assert mse_loss(a, b) < 0.05*a.var()       # tiles do not see beyond their border
+        else: assert mse_loss(a, b) < a.var()                                  # and the group norms of a KL autoencoder take each tile's own statistics
+    small = pictures(2, 32, 48)
+    torch.testing.assert_close(tiled.encode(small), whole.encode(small), atol=1e-5, rtol=1e-5)     # one tile is enough: nothing but the batch differs
+
+def damage(folder, how):
+    path = folder/weights
+    if how == 'config': (folder/'config.json').write_text('{oops')
+    elif how == 'no config': (folder/'config.json').unlink()
+    elif how == 'class': (folder/'config.json').write_text('{"_class_name": "VQModel"}')
+    elif how == 'truncated': path.write_bytes(path.read_bytes()[:-1000])
+    elif how == 'no weights': path.unlink()
+    elif how == 'pickled': path.rename(path.with_suffix('.bin'))
+    else:
+        from safetensors.torch import load_file, save_file
+        tensors = load_file(path)
+        tensors['decoder.conv_in.bias'] = torch.zeros(3)
+        if how == 'incomplete': tensors.pop('decoder.conv_in.bias')
+        save_file(tensors, path)
+
+said = {'config': 'config.json: cannot be read', 'no config': 'config.json: missing', 'class': 'holds a VQModel; use an AutoencoderDC or an AutoencoderKL', 'truncated': 'cannot be loaded',
+        'no weights': 'cannot be loaded', 'pickled': 'cannot be loaded', 'incomplete': '1 weights are missing, such as decoder.conv_in.bias', 'shape': 'decoder.conv_in.bias'}
+
+@pytest.mark.parametrize('how', said)
+def test_errors_are_one_line_that_names_the_folder(copy, how, capfd):
+    damage(copy, how)
+    before = logging.getLogger('diffusers').level
+    with pytest.raises(OSError) as e: AutoencoderLatents.from_pretrained(copy)
+    assert said[how] in str(e.value) and str(copy) in str(e.value) and '\n' not in str(e.value)
+    assert capfd.readouterr().err == '' and logging.getLogger('diffusers').level == before
+
+def test_folders_that_are_not_there(saved, monkeypatch):
+    import huggingface_hub
+    with pytest.raises(FileNotFoundError, match='no such autoencoder folder; give a folder or a Hub id'): load_autoencoder('/nowhere/at/all')
+    with pytest.raises(FileNotFoundError, match='no such folder in the model'): load_autoencoder(saved['AutoencoderDC'], subfolder='vae')
+    asked = {}
+    def offline(name, **how): asked.update(how, name=name); raise ConnectionError('a long\nstory')
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', offline)
+    with pytest.raises(FileNotFoundError) as e: load_autoencoder('org/model', 'vae', 'v1')
+    assert str(e.value) == 'org/model: no such folder, and no such autoencoder could be fetched from the Hub (ConnectionError)'
+    assert asked['revision'] == 'v1' and all(p.startswith('vae/') for p in asked['allow_patterns'])
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda name, **how: saved['AutoencoderDC'].parent)
+    assert load_autoencoder('org/model', 'AutoencoderDC').config.latent_channels == 8
+
+def test_fit_save_and_load(saved, tmp_path):
+    x = pictures(8)
+    fitted = AutoencoderLatents.fit(load_autoencoder(saved['AutoencoderDC']), x, batch_size=3)
+    z = fitted.encode(x)
+    assert abs(z.mean()) < 1e-4 and abs(z.std() - 1) < 1e-4
+    fitted.save_pretrained(tmp_path/'fitted')
+    again = AutoencoderLatents.from_pretrained(tmp_path/'fitted')
+    assert torch.equal(again.encode(x), z) and again.checksum == fitted.checksum
+    config = json.loads((tmp_path/'fitted/config.json').read_text())
+    assert (config['scaling_factor'], config['shift_factor']) == (fitted.scale, fitted.shift)
+
+def test_checksum_tells_weights_and_scales_apart(saved):
+    load = lambda **how: AutoencoderLatents.from_pretrained(saved['AutoencoderDC'], **how)
+    first, *others = [load(), load(scale=1.), load(shift=1.), load(dtype=torch.bfloat16), AutoencoderLatents.from_pretrained(saved['AutoencoderKL'])]
+    assert first.checksum == load().checksum and len({l.checksum for l in [first, *others]}) == 5
+    before = first.checksum
+    next(first.parameters()).add_(1e-3)
+    assert first.checksum != before                            # the weights' digest is kept, but not beyond a change of weights
+    assert PixelLatents(3, 2).checksum != PixelLatents(1, 2).checksum != PixelLatents(1, 2, 0.1).checksum == PixelLatents(1, 2, 0.1).checksum
+
+def test_small_autoencoder_learns_with_the_projects_engine():
+    from v2flow_nbdev.training import TrainConfig, train
+    x = to_tensor([r['image'] for r in mosaics('train', 64, (2, 2))], 3, (32, 32))
+    state = torch.get_rng_state()
+    model = small_autoencoder(8, width=16)
+    assert torch.equal(state, torch.get_rng_state()) and torch.equal(next(model.parameters()), next(small_autoencoder(8, width=16).parameters()))
+    before = AutoencoderTraining(model)(x).loss
+    trained = train(AutoencoderTraining(model), [dict(images=one) for one in x], TrainConfig(steps=30, batch_size=16, lr=2e-3, mixed_precision='no'), progress=False)
+    with torch.no_grad(): assert trained(x).loss < 0.8*before
+    latents = AutoencoderLatents.fit(trained.model, x)
+    assert latents.patch == 8 and latents.encode(x).shape == (64, 8, 4, 4)
+    for wrong in (dict(channels=7), dict(image_channels=2)):
+        with pytest.raises(ValueError, match=next(iter(wrong))): small_autoencoder(**wrong)
+
+rows = mosaics('train', 23, (2, 3))
+
+def contents(folder): return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
+
+slow = '''
+import sys, time
+from v2flow_nbdev.data import mosaics
+from v2flow_nbdev.latents import PixelLatents, cache_latents
+class Slow(PixelLatents):
+    def encode(self, images): time.sleep(0.1); return super().encode(images)
+cache_latents(mosaics('train', 23, (2, 3)), Slow(1, 2), sys.argv[1], batch_size=2, shard_rows=4, progress=False)
+'''
+
+def test_killed_and_resumed_is_bit_equal(tmp_path):
+    running = subprocess.Popen([sys.executable, '-c', slow, tmp_path/'killed'])
+    index = tmp_path/'killed/index.json'
+    while not (index.exists() and len(json.loads(index.read_text())['shards']) >= 2):
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL); running.wait()
+    done = len(json.loads(index.read_text())['shards'])
+    assert 2 <= done < 6
+    with pytest.raises(OSError, match='holds .* of 23 rows; go on with `cache_latents`'): CachedLatents(tmp_path/'killed')
+    (tmp_path/'killed/.abcdefgh.safetensors').write_bytes(b'what a kill in the midst of writing leaves')
+    kept = {n: (tmp_path/'killed'/n).stat().st_mtime_ns for n in shard_names(0)}
+    whole = cache_latents(rows, PixelLatents(1, 2), tmp_path/'whole', batch_size=2, shard_rows=4, progress=False)
+    resumed = cache_latents(rows, PixelLatents(1, 2), tmp_path/'killed', batch_size=64, shard_rows=4096, progress=False)     # goes on as it was begun
+    assert contents(tmp_path/'killed') == contents(tmp_path/'whole') and len(resumed) == len(whole) == 23
+    assert kept == {n: (tmp_path/'killed'/n).stat().st_mtime_ns for n in kept}                                            # and not from the beginning
+
+def test_a_finished_cache_encodes_nothing(tmp_path):
+    latents = PixelLatents(1, 2)
+    cache_latents(rows, latents, tmp_path, progress=False)
+    latents.encode = None
+    assert len(cache_latents(rows, latents, tmp_path, progress=False)) == 23
+
+@pytest.mark.parametrize('what, change', [('pictures or captions', dict(rows=rows[::-1])), ('autoencoder', dict(latents=PixelLatents(1, 2, 0.5))),
+                                          ('size of pictures', dict(size=(8, 8))), ('dtype', dict(dtype=torch.float16))])
+def test_stale_cache_is_refused(tmp_path, what, change):
+    before = dict(rows=rows, latents=PixelLatents(1, 2), folder=tmp_path, progress=False)
+    cache_latents(**before)
+    files = contents(tmp_path)
+    with pytest.raises(ValueError, match=f'other {what}.*give another folder, or remove this one'): cache_latents(**{**before, **change})
+    assert contents(tmp_path) == files
+    if what == 'autoencoder':
+        with pytest.raises(ValueError, match='other autoencoder'): CachedLatents(tmp_path, change['latents'])
+        CachedLatents(tmp_path, before['latents'])
+
+@pytest.mark.parametrize('name', shard_names(1) + ('index.json',))
+@pytest.mark.parametrize('how', ['changed', 'missing'])
+def test_damage_is_found_and_named(tmp_path, name, how):
+    make = lambda: cache_latents(rows, PixelLatents(1, 2), tmp_path, shard_rows=8, progress=False)
+    make()
+    files, path = contents(tmp_path), tmp_path/name
+    if how == 'missing': path.unlink()
+    elif name == 'index.json': path.write_bytes(path.read_bytes()[:-9])
+    else: path.write_bytes(path.read_bytes()[:-9] + b'X' + path.read_bytes()[-8:])
+    with pytest.raises(OSError, match=name) as e:
+        cached = CachedLatents(tmp_path)
+        assert len(cached[0]['captions']) == 1                 # the shard before it can be read
+        cached[9]
+    assert '\n' not in str(e.value)
+    if name != 'index.json':
+        path.unlink(missing_ok=True)                           # the cure that the message names
+        make()
+        assert contents(tmp_path) == files
+
+def test_fingerprint_is_of_pixels_captions_and_order():
+    changed = [{**rows[0], 'captions': ['another']}, *rows[1:]]
+    redrawn = [{**rows[0], 'image': rows[1]['image']}, *rows[1:]]
+    assert len({fingerprint(r) for r in (rows, rows[::-1], rows[1:], changed, redrawn)}) == 5 and fingerprint(rows) == fingerprint(mosaics('train', 23, (2, 3)))
+    class Named(list): fingerprint = 'v1'
+    assert fingerprint(Named(rows)) == 'v1'
+
+def test_sizes_and_dtypes(tmp_path):
+    odd = [*rows, *mosaics('train', 2, (3, 3))]
+    with pytest.raises(ValueError, match='pictures of 24×16 and 24×24 pixels; give the size'): cache_latents(odd, PixelLatents(1, 2), tmp_path/'a', progress=False)
+    cached = cache_latents(odd, PixelLatents(1, 2), tmp_path/'b', size=(16, 16), dtype=torch.bfloat16, progress=False)
+    assert cached.shape == (4, 8, 8) and cached[-1]['latents'].dtype == torch.float32 and cached[24]['captions'] == odd[24]['captions'] == cached.captions[24]
+    for i in (25, -26):
+        with pytest.raises(IndexError): cached[i]
+    with pytest.raises(ValueError, match='0 rows'): cache_latents([], PixelLatents(1, 2), tmp_path/'c')
+
+def test_training_from_the_cache_gives_the_same_numbers(tmp_path):
+    "The tokenizer itself, through the loader of the project's engine, with and without worker processes"
+    from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
+    from v2flow_nbdev.training import TrainConfig, train
+    from v2flow_nbdev.vocabulary import Vocabulary
+    latents = PixelLatents(1, 2, -0.4, 1.7)
+    cached = cache_latents(rows, latents, tmp_path, batch_size=5, shard_rows=6, progress=False)
+    vocabulary = Vocabulary([str(i) for i in range(40)], torch.randn(40, 16, generator=torch.Generator().manual_seed(0)))
+    config = V2FlowConfig(codebook_size=16, dim=32, depth=1, sketch_width=32, velocity_width=32, velocity_depth=1, resampler_width=32, latent_shift=-0.4, latent_scale=1.7, image_size=(16, 24))
+    x = to_tensor([r['image'] for r in rows], 1)
+    def losses(data, collate=None, **how):
+        torch.manual_seed(0)
+        out = tmp_path/f'run{len(list(tmp_path.iterdir()))}'
+        train(V2Flow(config, vocabulary), data, TrainConfig(steps=6, batch_size=4, evaluate_every=1, mixed_precision='no', **how), collate, out=out, progress=False)
+        return torch.tensor([json.loads(line)['loss'] for line in (out/'log.jsonl').read_text().splitlines()])
+    stack = lambda batch: dict(latents=torch.stack([r['latents'] for r in batch]))
+    plain = losses([dict(images=one) for one in x])
+    torch.testing.assert_close(losses(cached, stack), plain)
+    torch.testing.assert_close(losses(cached, stack, num_workers=1), plain)
+
+def share(folder):
+    "What each of several processes runs"
+    import torch.distributed as dist
+    dist.init_process_group('gloo')
+    cached = cache_latents(rows, PixelLatents(1, 2), folder, batch_size=2, shard_rows=4, progress=False)
+    assert len(cached) == 23
+    dist.destroy_process_group()
+
+def test_two_processes_share_the_work(tmp_path):
+    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29517', 'WORLD_SIZE': '2', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    code = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_latents import share; share(sys.argv[1])'
+    running = [subprocess.Popen([sys.executable, '-c', code, tmp_path/'two'], env={**env, 'RANK': str(i)}, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    for p in running:
+        _, err = p.communicate(timeout=120)
+        assert p.returncode == 0, err
+    cache_latents(rows, PixelLatents(1, 2), tmp_path/'one', batch_size=2, shard_rows=4, progress=False)
+    assert contents(tmp_path/'one') == contents(tmp_path/'two')

@@ -8,8 +8,8 @@ __all__ = ['app', 'Model', 'Seed', 'Json', 'Out', 'Picture', 'Config', 'RunFolde
            'quiet', 'generator', 'report', 'check_picture', 'save_picture', 'sheet', 'generate', 'reconstruct',
            'encode', 'decode', 'caption', 'demo', 'stacked', 'evaluate', 'read_config', 'call', 'DataConfig',
            'LLMConfig', 'load_data', 'some', 'check_run', 'check_out', 'is_main_process', 'in_common', 'all_captions',
-           'finish', 'llm_plan', 'pretrain_llm', 'train_autoencoder', 'open_latents', 'tokenizer_data', 'plan',
-           'train_tokenizer', 'train_llm']
+           'finish', 'llm_plan', 'pretrain_llm', 'autoencoder_plan', 'train_autoencoder', 'open_latents',
+           'tokenizer_data', 'plan', 'train_tokenizer', 'train_llm']
 
 # %% ../nbs/20_cli.ipynb #db1dd225
 import json, sys
@@ -294,6 +294,7 @@ class DataConfig:
     sizes:tuple=()        # [height, width] of training pictures, one for each batch; none: the model's own
     cache:str=''          # folder for the latents, computed once: for train-tokenizer
     held_out:float=0.1    # share (below 1) or number of rows to judge on, where the source has no split for that
+    check:bool=True       # image_folder: read every file once at the beginning; false: a broken one is replaced when it is met
     strict:bool=False     # fail on the first file that cannot be used
     seed:int=0            # of all this
 
@@ -337,7 +338,7 @@ def load_data(
     elif c.name == 'shapes': rows, held_out = shapes(c.split, c.n, c.size, c.seed), shapes('test', 300, c.size, c.seed)
     elif c.name == 'emoji': rows, held_out = emoji(c.split, c.size), emoji('unseen_pictures', c.size)
     elif c.name == 'image_folder':
-        whole = image_folder(c.folder, c.strict)
+        whole = image_folder(c.folder, c.strict, c.check)
         if is_main_process(): say(f'{c.folder}: {len(whole)} pictures can be used; {whole.report}')
         rows, held_out = split(whole)
     else:
@@ -422,7 +423,17 @@ def pretrain_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, re
         with write_folder(folder) as new: model.save_pretrained(new); tokenizer.save_pretrained(new)
     finish(model, out, save)
 
-# %% ../nbs/20_cli.ipynb #4cedb2ba
+# %% ../nbs/20_cli.ipynb #6c181a4e
+def autoencoder_plan(model, training, shape):
+    "What a training of an autoencoder takes, as text"
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    n, pictures = sum(p.numel() for p in model.parameters()), training.batch_size*training.accumulate
+    with FlopCounterMode(display=False) as counter: model(torch.zeros(1, *shape)).loss.backward()
+    grid, flops = model.model.encode(torch.zeros(1, *shape)).latent.shape[1:], pictures*counter.get_total_flops()
+    return '\n'.join([f'{n/1e6:,.2f} M weights; image {shape[1]}×{shape[2]} → {grid[1]}×{grid[2]} latents of {grid[0]} channels', f'{pictures*grid[1]*grid[2]:,} latents per step and process ({training.batch_size}×{training.accumulate} pictures)',
+        f'{flops/1e12:,.3g} TFLOP per step; {training.steps:,} steps: {training.steps*flops/1e18:,.3g} EFLOP in each process', f'memory: {20*n/2**30:,.3g} GiB for weights, gradients, AdamW and average'])
+
 @app.command()
 def train_autoencoder(config:Config, out:RunFolder=None, overrides:Overrides=None, resume:Resume=False, dry_run:DryRun=False, strict:Strict=False):
     "Train a small autoencoder, for pictures that no pretrained one knows."
@@ -436,9 +447,9 @@ def train_autoencoder(config:Config, out:RunFolder=None, overrides:Overrides=Non
     from v2flow_nbdev.metrics import psnr, ssim
     model = AutoencoderTraining(call(small_autoencoder, c['autoencoder'], 'autoencoder'))
     channels = model.model.config.in_channels
-    if dry_run: return print(f'{sum(p.numel() for p in model.parameters())/1e6:,.2f} M weights; {training.batch_size*training.accumulate:,} pictures per step and process; memory: {20*sum(p.numel() for p in model.parameters())/2**30:.2g} GiB for weights, gradients, AdamW and average')
-    rows, held_out = load_data(source)
     sizes = source.sizes or [(source.size, source.size)]
+    if dry_run: return print(autoencoder_plan(model, training, (channels, *sizes[0])))
+    rows, held_out = load_data(source)
     data = (PictureStream if source.streaming else Pictures)(rows, channels, sizes, source.name == 'mosaics', source.crop, source.flip)
     images, unseen = (data.at([r['image'] for r in some(r_, n)], sizes[0]) for r_, n in ((rows, 1500), (held_out, 200)))
     def scores(m):
@@ -509,9 +520,10 @@ def train_tokenizer(config:Config, out:RunFolder=None, overrides:Overrides=None,
     from v2flow_nbdev.data import Pictures
     from v2flow_nbdev.metrics import tokenizer_scores
     rows, held_out = load_data(source)
-    sample = some(rows, 1500)
+    n = max(32, min(1500, 2**28//(4*shape.image_channels*shape.image_size[0]*shape.image_size[1])))  # a quarter of a gigabyte
+    sample = some(rows, n)
     view = Pictures(sample, shape.image_channels, [shape.image_size], source.name == 'mosaics')
-    images, unseen = (view.at([r['image'] for r in r_], shape.image_size) for r_ in (sample, held_out[:300] if isinstance(held_out, list) else some(held_out, 300)))
+    images, unseen = (view.at([r['image'] for r in r_], shape.image_size) for r_ in (sample, some(held_out, min(n, 300))))
     for size in source.sizes: view.at([sample[0]['image']], size)                  # mosaics may be too small to be cut
     latents, shape = open_latents(shape, images, c['tokenizer'])
     with running():

@@ -563,6 +563,7 @@ def write_folder(
         for path in sorted(p for p in new.rglob('*') if p.is_file()):
             place = folder/path.relative_to(new)
             place.parent.mkdir(parents=True, exist_ok=True)
+            os.chmod(path, 0o666 & ~_umask())                                      # some libraries write for their owner alone
             os.replace(path, place)
     finally: shutil.rmtree(new, ignore_errors=True)
 

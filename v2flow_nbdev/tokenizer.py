@@ -359,6 +359,7 @@ class V2Flow(nn.Module):
         revision:str|None=None,   # branch, tag or commit, for a Hub id
         device=None,              # where to put it
         autoencoder:bool=True,    # False: leave the autoencoder out, if it has one
+        tiling:bool=False,        # True: let the autoencoder work in tiles, for large pictures and little memory
     ):                            # in `eval()`, float32
         "Load what `save_pretrained` wrote; a vocabulary of another model is an error, a missing one leaves a tokenizer that only decodes"
         folder = resolve_folder(name, subfolder, revision)
@@ -366,7 +367,7 @@ class V2Flow(nn.Module):
         try:
             config = config_from_dict(V2FlowConfig, read_json(folder/'config.json'))
             if (folder/'autoencoder').is_dir(): config = replace(config, autoencoder=str(folder/'autoencoder'))
-            pictures = AutoencoderLatents.from_pretrained(config.autoencoder, config.latent_scale, config.latent_shift) if config.autoencoder and autoencoder else None
+            pictures = AutoencoderLatents.from_pretrained(config.autoencoder, config.latent_scale, config.latent_shift, tiling=tiling) if config.autoencoder and autoencoder else None
             model = cls(config, vocabulary, pictures)
         except ValueError as e: raise OSError(f"{folder/'config.json'}: not an image tokenizer's config ({e})") from None
         if vocabulary and vocabulary.checksum != config.vocab_checksum:

@@ -12,7 +12,7 @@ __all__ = ['unessential', 'TrainConfig', 'due', 'lr_share', 'Batches', 'fill_gap
 # %% ../nbs/08_training.ipynb #644e6864
 import copy, errno, hashlib, json, math, os, re, shutil, signal, sys, time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
 from torch import nn
@@ -222,7 +222,7 @@ def make_optimizer(
 
 # %% ../nbs/08_training.ipynb #bd10ee1b
 class RunLog:
-    "Lines of JSON: step, seconds, mean losses since the last line, rate, images/s, scores. They can be read by anything, and followed while they grow"
+    "Lines of JSON: step, seconds, mean losses since the last line, rate, rows per second, scores. They can be read by anything, and followed while they grow"
     def __init__(self,
         folder=None,       # holds `log.jsonl`; None: keep nothing
         keep_until:int=0,  # steps whose lines are kept, when a run is resumed
@@ -594,8 +594,12 @@ def refuse(
     raise RuntimeError(f"no finite loss and gradient in {skipped} steps in a row, the last is step {step} ({', '.join(f'{k} {v:g}' for k,v in losses.items())}); "
                        f"rows of its batch: {' '.join(map(str, rows))}. Nothing was learned from them; try a lower training.lr, or look at these rows")
 
-def report_lost(lost, say):
-    "What could not be used, at the end"
+def report_lost(lost, processes, say):
+    "What could not be used in any process, at the end"
+    if processes > 1:
+        every = [None]*processes
+        dist.all_gather_object(every, lost)
+        lost = list(dict.fromkeys(why for some in every for why in some))
     if lost: say(f"{len(lost)} rows could not be used, others took their places: " + '; '.join(lost[:20]) + (' …' if len(lost) > 20 else ''))
 
 def train(
@@ -610,8 +614,11 @@ def train(
     settings:dict|None=None, # what else a resumed run must have in common with its beginning: data, model, …
     count=None,           # callable (batch) → how many items its loss is a mean over; None: every batch weighs the same
 ):                        # the averaged model, in `eval()`, on the device of the training
-    "The one training loop, for the image tokenizer and for the language model"
+    """The one training loop. Errors: `ValueError` for a run that cannot be resumed under these settings, `OSError` for a checkpoint that
+    cannot be written, `RuntimeError` for ten steps in a row without a finite gradient or a wrong number of processes, `Interrupted` after
+    SIGTERM or Ctrl-C"""
     accelerator = start_processes(config, out)
+    if accelerator.distributed_type == 'FSDP': config = replace(config, fsdp=True)  # so `accelerate launch` was told
     n, main = accelerator.num_processes, accelerator.is_main_process
     def say(text): tqdm.write(f'v2flow: {text}', file=sys.stderr) if main else None
     settings = dict(asdict(config), **(settings or {}), rows_per_step=config.batch_size*config.accumulate*n)
@@ -639,10 +646,10 @@ def train(
             if judged: record.evaluate(done, averaged.whole(), evaluate)
             if judged or due(done, config.log_every, config.steps):
                 line = record.line(done)
-                bar.set_postfix({k: f'{v:.3g}' for k,v in line.items() if k in ('loss', 'rows_per_s')})
+                bar.set_postfix({k: f'{v:.3g}' for k,v in line.items() if k in ('loss', 'rows_per_s')}, refresh=False)
             if out and (judged or stop or due(done, config.checkpoint_every, config.steps)): record.save(done, run_tensors(model, averaged, trainer.optimizer), line)
             if stop: raise Interrupted((signals or [signal.SIGTERM])[0], done, bool(out))
     for tracker in accelerator.trackers: tracker.finish()
     accelerator.wait_for_everyone()
-    report_lost(record.lost, say)
+    report_lost(record.lost, n, say)
     return averaged.whole()

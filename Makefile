@@ -18,7 +18,7 @@ demo: setup  ## The main job on the shipped checkpoint: writes outputs/demo.png
 
 test: check  ## Everything: notebooks clean and in sync, every notebook run, then pytest
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 check: setup  ## Are the notebooks clean, and are library and README in step with them?
 	$(BIN)/python tests/check_notebooks.py

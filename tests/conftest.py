@@ -16,8 +16,11 @@ def pipe():
     from v2flow_nbdev.pipeline import V2FlowPipeline
     return V2FlowPipeline.from_pretrained(shipped)
 
+slow = ['test_training', 'test_bad_input', 'test_processes', 'test_latents', 'test_checkpoint']
+
 def pytest_collection_modifyitems(items):
     import torch
+    items.sort(key=lambda i: slow.index(i.path.stem) if i.path.stem in slow else len(slow))      # the longest first: two workers then end together
     if not torch.cuda.is_available():
         for item in items:
             if 'cuda' in item.keywords: item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))

@@ -1,7 +1,7 @@
 "The shipped checkpoint still does what its README says; round trips and determinism on the real thing"
 import json
 import pytest, torch
-from conftest import shipped, v2flow
+from conftest import root, shipped, v2flow
 from v2flow_nbdev.data import digits, to_tensor
 from v2flow_nbdev.metrics import digit_aims, digit_scores, pixels
 
@@ -74,3 +74,17 @@ def test_encode_decode_caption_by_command(tmp_path):
     assert json.loads(done.stdout)['psnr_db'] > 15 and (tmp_path/'again.png').exists()
     done = v2flow('caption', tmp_path/'back.png', '--json'); assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)['caption']
+
+def test_the_emoji_autoencoder_restores_what_it_never_saw():
+    "The committed scores, again from the shipped files"
+    from v2flow_nbdev.data import emoji, to_tensor
+    from v2flow_nbdev.latents import AutoencoderLatents
+    from v2flow_nbdev.metrics import psnr
+    folder = root/'data/checkpoints/emoji'
+    latents = AutoencoderLatents.from_pretrained(folder/'autoencoder')
+    for split in ('unseen_pictures', 'unseen_compositions'):
+        x = to_tensor([r['image'] for r in emoji(split)])
+        z = torch.cat([latents.encode(part) for part in x.split(64)])
+        back = torch.cat([latents.decode(part) for part in z.split(64)])
+        assert abs(psnr(back, x).mean().item() - json.loads((folder/'autoencoder-scores.json').read_text())[split]['psnr_db']) < 0.1
+        assert z.shape[1:] == (16, 8, 8) and abs(z.std() - 1) < 0.1

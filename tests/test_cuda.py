@@ -1,5 +1,5 @@
 "On a CUDA device: one bf16 step of both models, both directions, and the same forward as on the CPU. Needs no notebook tools"
-import copy
+import copy, os
 import pytest, torch
 from v2flow_nbdev.llm import ImageTextRows, VisualWords, add_visual_words, collate, small_llama, train_text_tokenizer, write_captions, write_images
 from v2flow_nbdev.resampler import resample, word_noise
@@ -72,3 +72,18 @@ def test_resampler_in_blocks_equals_the_plain_form(dtype, tolerance):
         out = resample(x, w, b, t, 1., 1., 3)
         kept.append(torch.cuda.memory_allocated() - before); del out
     assert kept[1] <= 1.1*kept[0], kept
+
+def test_a_resumed_run_on_cuda_is_the_same_run(tmp_path):
+    "With deterministic algorithms, as on the CPU; CUBLAS wants a workspace of fixed size for that"
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    class Killed(Exception): pass
+    def fresh():
+        torch.manual_seed(0)
+        return V2Flow(V2FlowConfig(codebook_size=16, dim=32, depth=1, velocity_width=32), Vocabulary([f'w{i}' for i in range(40)], torch.randn(40, 16)))
+    data = [dict(images=torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(i))*2 - 1) for i in range(64)]
+    config = TrainConfig(steps=20, batch_size=16, checkpoint_every=4, evaluate_every=10, deterministic=True, trackers=[])
+    def deadly(m): raise Killed
+    whole = train(fresh(), data, config, evaluate=lambda m: {}, out=tmp_path/'whole', progress=False)
+    with pytest.raises(Killed): train(fresh(), data, config, evaluate=deadly, out=tmp_path/'killed', progress=False)
+    again = train(fresh(), data, config, evaluate=lambda m: {}, out=tmp_path/'killed', resume=True, progress=False)
+    for (n, a), b in zip(whole.state_dict().items(), again.state_dict().values()): assert torch.equal(a, b), n

@@ -396,7 +396,7 @@ def llm_plan(model, training, length):
     table = model.get_input_embeddings().weight.numel()
     h, depth, gib = model.config.hidden_size, model.config.num_hidden_layers, 2**30
     flops = 6*(n - table*(not model.config.tie_word_embeddings))*tokens + 12*depth*h*length*tokens      # 2 for each weight and token forward, twice that backward; attention
-    kept = training.batch_size*length*(depth*(34*h + 5*model.config.num_attention_heads*0) + 4*model.config.vocab_size)
+    kept = training.batch_size*length*(34*h*depth + 4*model.config.vocab_size)     # activations of the blocks, and logits in float32
     return '\n'.join([f'a language model of {n/1e6:,.2f} M weights, {table/1e6:,.2f} M of them embeddings', f'{tokens:,.0f} tokens per step and process ({training.batch_size}×{training.accumulate} sequences of {length:.0f})',
         f'{flops/1e12:,.3g} TFLOP per step; {training.steps:,} steps: {training.steps*flops/1e18:,.3g} EFLOP in each process',
         f'memory: {20*n/gib:,.3g} GiB for weights, gradients, AdamW and average; about {kept/gib:,.3g} GiB for backward in bf16 (Korthikanti et al., arXiv 2205.05198, without scores)'])

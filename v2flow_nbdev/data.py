@@ -7,8 +7,8 @@ __all__ = ['number_words', 'caption_templates', 'max_pixels', 'digit_captions', 
            'to_tensor', 'to_pil', 'augment', 'mosaics', 'names_sides', 'Pictures', 'seeded', 'emoji', 'upright_rgb',
            'read_image', 'load_image', 'Report', 'caption_lines', 'read_metadata', 'ImageFolder', 'image_folder',
            'HubRows', 'hub_captions', 'hub_row', 'shuffled', 'HubStream', 'hub', 'captions_of', 'Subset',
-           'PictureStream', 'check_writable', 'write_atomically', 'write_folder', 'draw', 'WholeBatch', 'no_autocast',
-           'at_least_float32']
+           'PictureStream', 'check_writable', 'write_atomically', 'sha256', 'write_folder', 'draw', 'WholeBatch',
+           'no_autocast', 'at_least_float32']
 
 # %% ../nbs/00_data.ipynb #f2f7317d
 import csv, hashlib, io, json, os, re, shutil, tempfile, textwrap, warnings
@@ -549,7 +549,14 @@ def _umask():
     mask = os.umask(0); os.umask(mask)
     return mask
 
-# %% ../nbs/00_data.ipynb #96656175
+# %% ../nbs/00_data.ipynb #4d934443
+def sha256(
+    path:str|Path,  # a file
+)->str:             # 64 hexadecimal digits
+    "What tells its content from any other"
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+# %% ../nbs/00_data.ipynb #a66e90ea
 @contextmanager
 def write_folder(
     folder:str|Path,  # the folder to be; made if missing, and other files in it are left alone
@@ -567,7 +574,7 @@ def write_folder(
             os.replace(path, place)
     finally: shutil.rmtree(new, ignore_errors=True)
 
-# %% ../nbs/00_data.ipynb #4ec47495
+# %% ../nbs/00_data.ipynb #be86cc37
 def draw(
     kind,            # `torch.randn`, `torch.rand` or `torch.randperm`
     shape,           # of the result; for `torch.randperm` a number
@@ -581,7 +588,7 @@ def draw(
         return draw(kind, (shape[0]*g.parts, *shape[1:]), g.generator, device)[g.part*shape[0]:(g.part + 1)*shape[0]]
     return kind(shape, generator=generator, device=generator.device if generator else device).to(device)
 
-# %% ../nbs/00_data.ipynb #b6cd1b4b
+# %% ../nbs/00_data.ipynb #95e7c9cc
 @dataclass
 class WholeBatch:
     """A generator for one of several processes: numbers are drawn for the batch of all of them, and it takes the rows that are its own. So n
@@ -598,7 +605,7 @@ class WholeBatch:
         there = torch.distributed.is_available() and torch.distributed.is_initialized()
         return cls(generator, torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else cls(generator)
 
-# %% ../nbs/00_data.ipynb #bd3838b1
+# %% ../nbs/00_data.ipynb #4317b728
 def no_autocast(
     device:torch.device,  # of the tensors inside
 ):                        # a context

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
-from .data import no_autocast, to_tensor, write_atomically, write_folder
+from .data import no_autocast, sha256, to_tensor, write_atomically, write_folder
 
 # %% ../nbs/01_latents.ipynb #ad36bebb
 def _check_images(images, channels, patch):
@@ -199,7 +199,7 @@ class AutoencoderLatents(nn.Module):
         dtype=None,       # weights are stored as this; None: as they are
     ):
         "Save in the format of `diffusers`, shift and scale in the config"
-        model = copy.deepcopy(self.model).to(dtype) if dtype else self.model
+        model = nn.Module.to(copy.deepcopy(self.model), dtype) if dtype else self.model   # `diffusers` would warn of its own `to`
         model.register_to_config(scaling_factor=self.scale, shift_factor=self.shift)
         with write_folder(folder) as new: model.save_pretrained(new)
 
@@ -239,7 +239,7 @@ class AutoencoderLatents(nn.Module):
         z = latents.float()/self.scale + self.shift
         with no_autocast(z.device): return self.model.decode(z.to(self.model.dtype)).sample.float().clamp(-1, 1)
 
-# %% ../nbs/01_latents.ipynb #c0076004
+# %% ../nbs/01_latents.ipynb #fa2a676d
 def fingerprint(
     rows,    # captioned images; one that has a `fingerprint` of its own, a string, is taken at its word
 )->str:      # 16 hexadecimal digits
@@ -251,7 +251,7 @@ def fingerprint(
         digest.update(json.dumps([image.size, rows[i].get('captions', [])]).encode() + image.tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/01_latents.ipynb #21afdd18
+# %% ../nbs/01_latents.ipynb #c2267a13
 index_version = 1
 
 key_names = dict(rows='pictures or captions', autoencoder='autoencoder, shift or scale', size='size of pictures', dtype='dtype')
@@ -275,10 +275,6 @@ def _read_index(folder):
         raise OSError(f"{path}: not the index of a cache of latents, version {index_version}; give another folder, or remove this one")
     return index
 
-def _checksum(path):
-    "Of a file's content"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-
 def _check_key(folder, key, found):
     "`ValueError` that says in what a cache differs from what is asked for"
     different = [f"other {name} ({found.get(k)} there, {key[k]} here)" for k,name in key_names.items() if k in key and found.get(k) != key[k]]
@@ -295,7 +291,7 @@ def _gather(x):
     if len(found) > 1: torch.distributed.all_gather_object(found, x)
     return found
 
-# %% ../nbs/01_latents.ipynb #c3f58801
+# %% ../nbs/01_latents.ipynb #5337ee15
 def _write_shard(rows, latents, folder, index, i, resize, bar):
     "Encode the rows of one shard, batch by batch, and write it; gives its line of the index"
     key, start = index['key'], i*index['shard_rows']
@@ -315,9 +311,9 @@ def _write_shard(rows, latents, folder, index, i, resize, bar):
     tensors, words = (Path(folder)/n for n in shard_names(i))
     with write_atomically(tensors) as tmp: save_file(dict(latents=z), tmp)
     _write_json(words, captions)
-    return dict(rows=len(z), shape=list(z.shape[1:]), latents=_checksum(tensors), captions=_checksum(words))
+    return dict(rows=len(z), shape=list(z.shape[1:]), latents=sha256(tensors), captions=sha256(words))
 
-# %% ../nbs/01_latents.ipynb #d0c6dcdb
+# %% ../nbs/01_latents.ipynb #ed76c1b5
 class CachedLatents(torch.utils.data.Dataset):
     "A data set of latents on disk: rows {\"latents\": (C, h, w) float32, \"captions\": [str, …]}, each shard opened when it is first asked for"
     def __init__(self,
@@ -344,7 +340,7 @@ class CachedLatents(torch.utils.data.Dataset):
             for name, kind in zip(shard_names(i), ('latents', 'captions')):
                 path = self.folder/name
                 if not path.is_file(): raise FileNotFoundError(f"{path}: missing; call `cache_latents` again")
-                if _checksum(path) != self.shards[i][kind]: raise OSError(f"{path}: damaged, its checksum is not that of the index; remove it and call `cache_latents` again")
+                if sha256(path) != self.shards[i][kind]: raise OSError(f"{path}: damaged, its checksum is not that of the index; remove it and call `cache_latents` again")
             tensors, words = (self.folder/n for n in shard_names(i))
             self._open[i] = safe_open(tensors, 'pt').get_slice('latents'), json.loads(words.read_text(encoding='utf-8'))
         return self._open[i]

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['unessential', 'TrainConfig', 'due', 'lr_share', 'Batches', 'fill_gaps', 'SeededBatches', 'StreamedBatches', 'whole',
-           'like', 'AveragedModel', 'make_optimizer', 'RunLog', 'sha256', 'checkpoints', 'sync', 'save_checkpoint',
+           'like', 'AveragedModel', 'make_optimizer', 'RunLog', 'checkpoints', 'sync', 'save_checkpoint',
            'prune_checkpoints', 'read_checkpoint', 'last_checkpoint', 'check_settings', 'run_tensors', 'restore',
            'processes_asked_for', 'start_processes', 'wrap', 'Interrupted', 'interruptions', 'exact', 'losses_of',
            'Trainer', 'as_it_is', 'deaf', 'make_loader', 'Record', 'refuse', 'report_lost', 'train']
 
-# %% ../nbs/08_training.ipynb #644e6864
-import copy, errno, hashlib, json, math, os, re, shutil, signal, sys, time
+# %% ../nbs/08_training.ipynb #d143b4d2
+import copy, errno, json, math, os, re, shutil, signal, sys, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 import torch.distributed as dist
 from tqdm.auto import tqdm
-from .data import seeded, write_atomically
+from .data import seeded, sha256, write_atomically
 from .vocabulary import read_json, read_tensors, write_json, write_tensors
 
 # %% ../nbs/08_training.ipynb #02d38d4d
@@ -254,11 +254,7 @@ class RunLog:
             with open(self.path, 'a') as f: f.write(json.dumps(line) + '\n')
         return line
 
-# %% ../nbs/08_training.ipynb #8114c2ed
-def sha256(path:Path)->str:
-    "Of a file's content"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-
+# %% ../nbs/08_training.ipynb #1fb0ac5c
 def checkpoints(
     out:Path,      # folder of a run
 )->list[Path]:     # its checkpoints, the newest first

@@ -56,6 +56,9 @@ def test_captions_as_hugging_face_reads_them(tmp_path):
         else: (f/'metadata.jsonl').write_text('\n'.join(json.dumps(r) for r in (dict(file_name='a.png', captions=['red, and wide']), dict(file_name='sub/b.png', captions=['b']), dict(file_name='lost.png', captions=['x']))))
         rows = image_folder(f)
         assert rows.captions == [['red, and wide'], [''], ['b']] and rows.report.left_out == {'lost.png': 'no such image file'}
+    (f/'metadata.jsonl').write_text('{"file_name": "a.png", "text": "red"}\n{"text": "nobody"}\n[1]\n{"file_name": "c.png", "text": 5}')
+    rows = image_folder(f)
+    assert rows.captions == [['red'], [''], ['']] and rows.report.changed['row without file_name: passed over'] == ['metadata.jsonl, row 2', 'metadata.jsonl, row 3']
     (f/'metadata.jsonl').write_text('{"name": 1}')
     with pytest.raises(OSError, match='needs the columns file_name and text'): image_folder(f)
 

@@ -313,13 +313,16 @@ def read_metadata(
     text = path.read_bytes().decode('utf-8-sig', 'surrogateescape')
     try: table = list(csv.DictReader(io.StringIO(text, newline=''))) if path.suffix == '.csv' else [json.loads(l) for l in text.splitlines() if l.strip()]
     except (ValueError, csv.Error) as e: raise OSError(f"{path}: cannot be read ({e})") from None
-    column = next((c for c in ('text', 'caption', 'captions', 'prompt') if table and c in table[0]), None)
-    if not column or 'file_name' not in table[0]: raise OSError(f"{path}: needs the columns file_name and text")
+    first = table[0] if table and isinstance(table[0], dict) else {}
+    column = next((c for c in ('text', 'caption', 'captions', 'prompt') if c in first), None)
+    if not column or 'file_name' not in first: raise OSError(f"{path}: needs the columns file_name and text")
     found = {}
-    for row in table:
-        given = row.get(column) or []
-        lines = [g for g in ([given] if isinstance(given, str) else given) if isinstance(g, str)]
-        found.setdefault(path.parent/row['file_name'], []).extend(caption_lines('\n'.join(lines).encode('utf-8', 'surrogateescape'), partial(note, row['file_name'])))
+    for i, row in enumerate(table, 1):
+        name = row.get('file_name') if isinstance(row, dict) else None
+        if not isinstance(name, str) or not name: note(f'{path.name}, row {i}', 'row without file_name: passed over'); continue
+        given = row.get(column)
+        lines = [g for g in (given if isinstance(given, list) else [given]) if isinstance(g, str)]
+        found.setdefault(path.parent/name, []).extend(caption_lines('\n'.join(lines).encode('utf-8', 'surrogateescape'), partial(note, name)))
     return found
 
 class ImageFolder:
@@ -413,7 +416,7 @@ class HubRows:
 
 def hub_captions(given)->list[str]:
     "A caption, a list of them, or none"
-    return [g for g in ([given] if isinstance(given, str) else given or []) if isinstance(g, str) and g.strip()] or ['']
+    return [g for g in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(g, str) and g.strip()] or ['']
 
 def hub_row(row, image, caption, name):
     "A row of a data set → a row of ours"

@@ -77,12 +77,12 @@ def test_a_launcher_that_starts_fewer_than_asked_is_found_out(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=200, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
     assert done.returncode != 0 and '2 processes were asked for, but this one finds itself among 1' in done.stderr and not (tmp_path/'run/model').exists(), done.stderr
 
-def test_the_real_command_in_two_processes_weighs_words_not_batches(tmp_path):
-    "A language model's batches differ in words; torchrun of two with half a batch each gives the weights of one"
+def test_the_real_command_in_two_processes_shards_the_model_and_weighs_words(tmp_path):
+    "A language model's batches differ in words; torchrun of two with half a batch each, the tied model sharded between them, gives the weights of one"
     from v2flow_nbdev.vocabulary import read_tensors
     def run(out, processes, batch_size):
         launch = [sys.executable, '-m'] if processes == 1 else [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '-m']
-        args = ['v2flow_nbdev.cli', 'pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', str(out), 'training.steps=20', f'training.batch_size={batch_size}', 'training.mixed_precision=no', f'training.processes={processes}',
+        args = ['v2flow_nbdev.cli', 'pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', str(out), 'training.steps=20', f'training.batch_size={batch_size}', 'training.mixed_precision=no', f'training.processes={processes}', f'training.fsdp={"true" if processes > 1 else "false"}',
                 'llm.hidden_size=32', 'llm.num_hidden_layers=1', 'llm.intermediate_size=64', 'training.trackers=[]']
         done = subprocess.run(launch + args, capture_output=True, text=True, cwd=root, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
         assert done.returncode == 0, done.stderr[-3000:]

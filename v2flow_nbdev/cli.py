@@ -346,6 +346,8 @@ def load_data(
         n = max(1, round(c.held_out)) if c.held_out >= 1 else 300
         rows = hub(c.path, c.split, c.image, c.caption, c.streaming, c.seed, n if c.streaming else 0, **how)
         rows, held_out = (rows, rows.take(n)) if c.streaming else split(rows)
+    if c.copies and (c.streaming or len(rows)*c.copies > 200_000):
+        raise ValueError(f"data.copies={c.copies}: moved copies are kept in memory, for small data; set data.copies=0, and use data.crop and data.flip")
     return augment(rows, c.copies, c.degrees, c.shift, c.scale, c.shear, c.seed) if c.copies else rows, held_out
 
 def some(rows, n):

@@ -33,13 +33,13 @@ def kill_once(out, text, steps, r, while_writing):
     process.send_signal(signal.SIGKILL); process.wait()
     return steps_done(out), writing(out)
 
-def session(kills, steps, seed, folder, text):
-    "The whole story; a dict of what happened"
+def session(kills, steps, seed, folder, text, every=3):
+    "The whole story, with every third (or other) kill while a checkpoint is being written; a dict of what happened"
     r, whole, killed = random.Random(seed), folder/'whole', folder/'killed'
     subprocess.run(command(whole, text, steps), cwd=root, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     at, torn = [], 0
     while len(at) < kills:
-        done = kill_once(killed, text, steps, r, while_writing=len(at) % 3 == 2)
+        done = kill_once(killed, text, steps, r, while_writing=len(at) % every == every - 1)
         if done is None: break
         at.append(done[0]); torn += done[1]
         print(f'kill {len(at)}: last checkpoint {done[0]}' + (', one half-written' if done[1] else ''), flush=True)

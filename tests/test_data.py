@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from conftest import v2flow
-from v2flow_nbdev.data import ImageFolder, Pictures, PictureStream, hub, image_folder, load_image, max_pixels, names_sides
+from v2flow_nbdev.data import Pictures, PictureStream, hub, image_folder, names_sides, usable
 
 colour = Image.new('RGB', (30, 20), (200, 30, 30))
 
@@ -106,6 +106,9 @@ def test_hub_rows_and_streams(parquet):
     rows = hub(str(parquet))
     assert len(rows) == 20 and rows[3]['captions'] == ['red 3'] and rows[3]['image'].getpixel((0, 0)) == (30, 0, 0) and rows.captions[0] == ['']
     with pytest.raises(OSError, match='row 5: not an image'): rows[5]
+    good = usable(rows)
+    assert len(good) == 19 and good.report.left_out == {'row 5': 'not an image that Pillow can read'} and good.report.changed == {'caption missing: left empty': ['row 0']}
+    with pytest.raises(OSError, match='strict reading ends here'): usable(rows, strict=True)
     flow = hub(str(parquet), streaming=True, held_out=4, seed=1)
     assert [r['captions'][0] for r in flow.take(3)] == ['', 'red 1', 'red 2']
     def some(start, n): return [(p, row.args[0]['number']) for (p, row), _ in zip(flow.stream(start), range(n))]

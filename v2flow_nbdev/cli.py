@@ -294,7 +294,7 @@ class DataConfig:
     sizes:tuple=()        # [height, width] of training pictures, one for each batch; none: the model's own
     cache:str=''          # folder for the latents, computed once: for train-tokenizer
     held_out:float=0.1    # share (below 1) or number of rows to judge on, where the source has no split for that
-    check:bool=True       # image_folder: read every file once at the beginning; false: a broken one is replaced when it is met
+    check:bool=True       # image_folder, hub: read every picture once at the beginning; false: a broken one is replaced when it is met
     strict:bool=False     # fail on the first file that cannot be used
     seed:int=0            # of all this
 
@@ -342,17 +342,26 @@ def load_data(
         if is_main_process(): say(f'{c.folder}: {len(whole)} pictures can be used; {whole.report}')
         rows, held_out = split(whole)
     else:
+        from v2flow_nbdev.data import usable
         how = dict(data_files=c.data_files) if c.data_files else {}
         n = max(1, round(c.held_out)) if c.held_out >= 1 else 300
         rows = hub(c.path, c.split, c.image, c.caption, c.streaming, c.seed, n if c.streaming else 0, **how)
+        if c.check and not c.streaming:
+            rows = usable(rows, c.strict)
+            if is_main_process(): say(f'{c.path}: {len(rows)} rows can be used; {rows.report}')
         rows, held_out = (rows, rows.take(n)) if c.streaming else split(rows)
     if c.copies and (c.streaming or len(rows)*c.copies > 200_000):
         raise ValueError(f"data.copies={c.copies}: moved copies are kept in memory, for small data; set data.copies=0, and use data.crop and data.flip")
     return augment(rows, c.copies, c.degrees, c.shift, c.scale, c.shear, c.seed) if c.copies else rows, held_out
 
 def some(rows, n):
-    "At most n of the rows, evenly spread; of a stream the first"
-    return rows.take(n) if hasattr(rows, 'take') else [rows[i] for i in range(0, len(rows), max(1, len(rows)//n))][:n]
+    "At most n of the rows that can be used, evenly spread; of a stream the first"
+    if hasattr(rows, 'take'): return rows.take(n)
+    found = []
+    for i in range(0, len(rows), max(1, len(rows)//n)):
+        try: found.append(rows[i])
+        except OSError: continue
+    return found[:n]
 
 # %% ../nbs/20_cli.ipynb #863aebf2
 def check_run(out, resume):

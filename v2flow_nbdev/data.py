@@ -6,7 +6,7 @@
 __all__ = ['number_words', 'caption_templates', 'max_pixels', 'digit_captions', 'named_digit', 'digits', 'picture_sheet',
            'to_tensor', 'to_pil', 'augment', 'mosaics', 'names_sides', 'Pictures', 'seeded', 'emoji', 'upright_rgb',
            'read_image', 'load_image', 'Report', 'caption_lines', 'read_metadata', 'ImageFolder', 'image_folder',
-           'HubRows', 'hub_captions', 'hub_row', 'shuffled', 'HubStream', 'hub', 'captions_of', 'Subset',
+           'HubRows', 'hub_captions', 'hub_row', 'shuffled', 'HubStream', 'hub', 'captions_of', 'Subset', 'usable',
            'PictureStream', 'check_writable', 'write_atomically', 'sha256', 'write_folder', 'draw', 'WholeBatch',
            'no_autocast', 'at_least_float32']
 
@@ -499,7 +499,8 @@ class Subset:
     def __init__(self,
         rows,          # captioned images
         indices:list,  # which
-    ): self.rows, self.indices = rows, list(indices)
+        report=None,   # what became of the others; None: what `rows` has
+    ): self.rows, self.indices, self.report = rows, list(indices), report or getattr(rows, 'report', None)
 
     def __len__(self): return len(self.indices)
 
@@ -509,10 +510,26 @@ class Subset:
     def captions(self): every = captions_of(self.rows); return [every[i] for i in self.indices]
 
     @property
-    def report(self): return getattr(self.rows, 'report', None)
-
-    @property
     def fingerprint(self): return hashlib.sha256(f'{self.rows.fingerprint} {self.indices}'.encode()).hexdigest()[:16] if hasattr(self.rows, 'fingerprint') else None
+
+def usable(
+    rows,               # captioned images by number; a row that cannot be used raises `OSError`
+    strict:bool=False,  # the first of these is an error, instead of being left out
+    progress:bool=True, # show a progress bar while there are many to read
+)->'Subset':            # the others, and a `report`
+    "Read every row once, and keep those that can be used"
+    from tqdm.auto import tqdm
+    report, keep = Report(), []
+    for i in tqdm(range(len(rows)), 'reading pictures', disable=not progress or len(rows) < 2000, mininterval=1):
+        try: row = rows[i]
+        except OSError as e:
+            if strict: raise OSError(f"{e}; strict reading ends here") from None
+            report.leave_out(*str(e).partition(': ')[::2])
+        else:
+            keep.append(i)
+            if row['captions'] == ['']: report.change(f'row {i}', 'caption missing: left empty')
+    if not keep: raise OSError(f"not one of {len(rows)} rows can be used; the first: {next(iter(report.left_out.items()), 'there is none')}")
+    return Subset(rows, keep, report)
 
 class PictureStream(Pictures):
     "The same from a stream"

@@ -1,4 +1,4 @@
-import os, subprocess, sys
+import json, os, subprocess, sys, tempfile
 from pathlib import Path
 import pytest
 
@@ -10,6 +10,37 @@ def v2flow(*args, cwd=root, timeout=300, threads=2):
     command = Path(sys.executable).with_name('v2flow')
     return subprocess.run([command, *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=timeout, 
                           env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': str(threads)})
+
+class Shell:
+    "The same command in a fork of a process that has done the imports: for many short calls. One call at a time"
+    code = """
+import gc, json, os, sys
+import accelerate, torch, transformers, PIL.Image
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+import v2flow_nbdev.cli, v2flow_nbdev.metrics, v2flow_nbdev.pipeline, v2flow_nbdev.shapes, v2flow_nbdev.training
+gc.freeze()
+for line in sys.stdin:
+    call = json.loads(line)
+    if not (child := os.fork()):
+        os.chdir(call['cwd'])
+        for fd, name in enumerate(('in', 'out', 'err')):
+            os.dup2(os.open(call[name], os.O_RDONLY if fd == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+        sys.argv = ['v2flow', *call['args']]
+        try: v2flow_nbdev.cli.main()
+        except SystemExit as e: sys.stdout.flush(); sys.stderr.flush(); os._exit(e.code or 0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+    def __init__(self):
+        self.server = subprocess.Popen([sys.executable, '-c', self.code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'})
+
+    def __call__(self, *args, cwd=root):
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = (Path(folder)/n for n in ('out', 'err'))
+            self.server.stdin.write(json.dumps(dict(args=[str(a) for a in args], cwd=str(cwd), out=str(out), err=str(err), **{'in': os.devnull})) + '\n'); self.server.stdin.flush()
+            code = int(self.server.stdout.readline())
+            return subprocess.CompletedProcess(args, code, out.read_text(), err.read_text())
+
+    def close(self): self.server.stdin.close(); self.server.wait(60)
 
 @pytest.fixture(scope='session')
 def pipe():

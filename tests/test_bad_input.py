@@ -3,13 +3,26 @@ import json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
-from conftest import root, shipped, v2flow
+from conftest import Shell, root, shipped, v2flow
 
 def flip_header_byte(path):
     content = bytearray(path.read_bytes()); content[10] ^= 0xff; path.write_bytes(content)
 
 def copy_model(folder, name):
     return Path(shutil.copytree(shipped, folder/name))
+
+def own_llm(folder):
+    "A language model of one block without visual words, in whose words the shipped image tokenizer speaks"
+    import torch
+    from v2flow_nbdev.data import digit_captions
+    from v2flow_nbdev.llm import small_llama, train_text_tokenizer
+    from v2flow_nbdev.vocabulary import Vocabulary
+    words, tokenizer = Vocabulary.load(shipped/'image_tokenizer'), train_text_tokenizer([c for d in range(10) for c in digit_captions(d)])    # as in configs/digits-text.yaml
+    torch.manual_seed(0)
+    model = small_llama(tokenizer, 128, 1, 2, 32)
+    with torch.no_grad(): model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(words.words)] = words.embeddings
+    model.save_pretrained(folder); tokenizer.save_pretrained(folder)
+    return model, tokenizer
 
 def make_files(f):
     "The broken files that the cases below speak of"
@@ -44,6 +57,12 @@ def make_files(f):
     config.write_text(config.read_text().replace('"dim": 96', '"dim": 97'))
     llm = copy_model(f, 'other_llm')/'llm/config.json'
     config = json.loads(llm.read_text()); config['v2flow']['codebook'] = '0'*16; llm.write_text(json.dumps(config))
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+    model, tokenizer = own_llm(f/'own')
+    T5ForConditionalGeneration(T5Config(vocab_size=500, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(f/'t5'); tokenizer.save_pretrained(f/'t5')
+    model.save_pretrained(f/'long_words'); AutoTokenizer.from_pretrained(shipped/'llm').save_pretrained(f/'long_words')
+    model.get_input_embeddings().weight.data.mul_(-1); model.save_pretrained(f/'stranger'); tokenizer.save_pretrained(f/'stranger')
+    wordless = copy_model(f, 'wordless'); shutil.rmtree(wordless/'llm'); shutil.copytree(f/'own', wordless/'llm')
     (f/'not.yaml').write_text('a: [1'); (f/'odd.yaml').write_text('colour: red'); (f/'list.yaml').write_text('- 1')
     (f/'read_only').mkdir(); (f/'read_only').chmod(0o500)
     (f/'held/checkpoints/step-00000010').mkdir(parents=True)
@@ -126,7 +145,7 @@ cases = {  # name: (arguments, exit code, what the line must contain)
     'text for a number of rows': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.copies=many'), 2, "data.copies='many': needs to be a whole number"),
     'yes for true': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.flip=maybe'), 2, "data.flip='maybe': needs to be true or false"),
     'a source without its folder': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.name=image_folder'), 2, 'image_folder needs it'),
-    'a folder without its source': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.folder={f}/pictures'), 2, 'only image_folder has it'),
+    'a folder without its source': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.folder={f}/pictures'), 2, 'only image_folder and ids have it'),
     'a cache of what changes': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.cache={f}/c', 'data.flip=true'), 2, 'a cache holds every picture once'),
     'a stream of digits': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.streaming=true'), 2, 'only hub can stream'),
     'broken pictures, strictly': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.name=image_folder', 'data.folder={f}/pictures', '--strict'), 1, 'b.png: not an image'),
@@ -137,16 +156,31 @@ cases = {  # name: (arguments, exit code, what the line must contain)
     'no such precision': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'training.mixed_precision=fp8'), 2, 'training.mixed_precision'),
     'a share beyond one': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'training.warmup=3'), 2, 'training.warmup=3'),
     'processes that are not there': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run2', 'training.processes=2'), 1, '2 processes were asked for'),
+    'a model that is not causal': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', f'image_tokenizer={shipped}/image_tokenizer', 'llm.pretrained={f}/t5'), 1, 't5: not a whole language model'),
+    'a text tokenizer of another model': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', f'image_tokenizer={shipped}/image_tokenizer', 'llm.pretrained={f}/long_words'), 1, 'they do not belong together'),
+    'codes of another vocabulary': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', f'image_tokenizer={shipped}/image_tokenizer', 'llm.pretrained={f}/stranger'), 1, 'the vocabulary of another language model'),
+    'visual words twice': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', f'image_tokenizer={shipped}/image_tokenizer', f'llm.pretrained={shipped}/llm'), 1, 'visual words already'),
+    'pictures beyond the positions': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', f'image_tokenizer={shipped}/image_tokenizer', 'llm.pretrained={f}/own', 'llm.grids=[[12,12]]'), 1, 'which takes 128 tokens'),
+    'no visual words': (('caption', '{f}/good.png', '--model', '{f}/wordless'), 1, 'no visual words'),
+    'a grid never learned': (('generate', 'a six', '--size', '12', '12', '--out', '{f}/x.png'), 2, 'made for 4×4'),
+    'a size that no grid has': (('generate', 'a six', '--size', '9', '8', '--out', '{f}/x.png'), 2, 'divisible by 2'),
+    'grids of one number': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', 'llm.grids=4'), 2, 'llm.grids=4'),
+    'an unknown start': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', 'llm.start=zeros'), 2, "llm.start='zeros'"),
+    'ids that are not there': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', f'image_tokenizer={shipped}/image_tokenizer', 'llm.pretrained={f}/own', 'data.name=ids', 'data.folder={f}/nothing', 'data.copies=0'), 1, 'no ids here'),
+    'ids to train a tokenizer': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.name=ids', 'data.folder={f}/nothing'), 2, 'only train-llm learns from ids'),
     'evaluate on the unknown': (('evaluate', '--data', 'cats'), 2, 'cats'),
 }
 
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
-    "All cases, two at a time"
+    "All cases, in two shells"
     f = tmp_path_factory.mktemp('bad'); make_files(f)
     before = {p for p in f.rglob('*')}
-    def run(args): return v2flow(*[a.replace('{f}', str(f)) for a in args], threads=1)
-    with ThreadPoolExecutor(2) as pool: done = dict(zip(cases, pool.map(run, [args for args,_,_ in cases.values()])))
+    shells = [Shell(), Shell()]
+    def run(shell, names): return {n: shell(*[a.replace('{f}', str(f)) for a in cases[n][0]]) for n in names}
+    with ThreadPoolExecutor(2) as pool: halves = list(pool.map(run, shells, (list(cases)[::2], list(cases)[1::2])))
+    for shell in shells: shell.close()
+    done = {**halves[0], **halves[1]}
     new = {p for p in f.rglob('*')} - before
     (f/'read_only').chmod(0o700)
     return done, new

@@ -1,7 +1,7 @@
 "On a CUDA device: one bf16 step of both models, both directions, and the same forward as on the CPU. Needs no notebook tools"
 import copy, os
 import pytest, torch
-from v2flow_nbdev.llm import ImageTextRows, VisualWords, add_visual_words, collate, small_llama, train_text_tokenizer, write_captions, write_images
+from v2flow_nbdev.llm import ImageTextRows, VisualWords, add_visual_words, collate, pack, small_llama, train_text_tokenizer, write_captions, write_images
 from v2flow_nbdev.resampler import resample, word_noise
 from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
 from v2flow_nbdev.training import TrainConfig, train
@@ -16,7 +16,7 @@ def parts():
     tokenizer = train_text_tokenizer(texts)
     llm = small_llama(tokenizer, hidden_size=64, num_hidden_layers=2, intermediate_size=128)
     table = llm.get_input_embeddings().weight.detach().clone()
-    tok = V2Flow(V2FlowConfig(codebook_size=32, dim=48, depth=1, quantize_from=0.), Vocabulary([f'w{i}' for i in range(len(table))], table))
+    tok = V2Flow(V2FlowConfig(codebook_size=32, dim=48, depth=1, quantize_from=0.), Vocabulary(tokenizer.convert_ids_to_tokens(range(len(table))), table))
     images = torch.rand(16, 1, 8, 8)*2 - 1
     return tok, llm, tokenizer, images
 
@@ -29,11 +29,13 @@ def test_one_step_of_each_and_both_directions(parts):
     g = lambda: torch.Generator().manual_seed(0)
     for scale in (1., 2.): assert tok.decode(ids, guidance_scale=scale, generator=g()).isfinite().all()
     words = add_visual_words(llm, tokenizer, tok)
-    rows = ImageTextRows(ids.cpu(), [texts]*16, tokenizer, words)
+    rows = ImageTextRows([dict(ids=i.view(4, 4), captions=texts) for i in ids.cpu()], tokenizer, words)
     llm = train(llm, rows, step, collate, progress=False)
+    llm = train(llm.requires_grad_(True), rows, step, lambda rows: pack(rows, 64), progress=False)
     for scale in (1., 2.):
         written = write_images(llm, tokenizer, texts, guidance_scale=scale, generator=g())
         assert written.shape == (3, 16) and written.device.type == 'cuda'
+        for how in (dict(static_cache=True), dict(compile=True)): assert (write_images(llm, tokenizer, texts, guidance_scale=scale, generator=g(), **how) == written).float().mean() > 0.9
     assert len(write_captions(llm, tokenizer, ids[:2])) == 2
 
 def test_forward_equals_the_cpu(parts):

@@ -91,4 +91,30 @@ def test_the_real_command_in_two_processes_shards_the_model_and_weighs_words(tmp
     assert max(abs(a - b) for a,b in zip(losses, same)) < 1e-4 and len(losses) == 20
     for name in one: torch.testing.assert_close(one[name], two[name], atol=1e-3, rtol=1e-2, msg=name)
 
+def test_a_data_set_is_encoded_by_two_processes_and_a_language_model_learns_from_it_in_two(tmp_path):
+    "The same files of ids as from one; then DDP over gloo from ids alone: the losses and the weights of one process with the whole batch"
+    from v2flow_nbdev.llm import EncodedImages, encode_dataset
+    from v2flow_nbdev.data import digits
+    from v2flow_nbdev.tokenizer import V2Flow
+    from v2flow_nbdev.vocabulary import read_tensors
+    from test_bad_input import own_llm
+    own_llm(tmp_path/'text')
+    tok = V2Flow.from_pretrained(root/'data/checkpoints/digits/image_tokenizer')
+    shared = ['--config', 'configs/digits-llm.yaml', f'image_tokenizer={root}/data/checkpoints/digits/image_tokenizer', 'data.copies=0']
+    def command(processes, *args):
+        launch = [sys.executable, '-m'] if processes == 1 else [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '-m']
+        done = subprocess.run([*launch, 'v2flow_nbdev.cli', *map(str, args)], capture_output=True, text=True, cwd=root, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
+        assert done.returncode == 0, done.stderr[-3000:]
+    command(2, 'encode-dataset', '--out', tmp_path/'ids', *shared)
+    alone = encode_dataset(digits('train'), tok, tmp_path/'alone', progress=False)
+    there = EncodedImages(tmp_path/'ids/8x8', tok)
+    assert len(there) == 1500 and there.shards == alone.shards and torch.equal(there[1499]['ids'], alone[1499]['ids'])
+    def run(out, processes, batch_size):
+        command(processes, 'train-llm', '--out', out, *shared, 'data.name=ids', f'data.folder={tmp_path}/ids', f'llm.pretrained={tmp_path}/text', 'llm.text_share=0.2', 'llm.save_dtype=float32', 'training.steps=8', 'training.evaluate_every=0',
+                f'training.batch_size={batch_size}', f'training.processes={processes}', 'training.mixed_precision=no', 'training.trackers=[]')
+        return [json.loads(l)['loss'] for l in (out/'log.jsonl').read_text().splitlines()], read_tensors(out/'model/llm/model.safetensors')
+    (losses, one), (same, two) = run(tmp_path/'one', 1, 16), run(tmp_path/'two', 2, 8)
+    assert len(losses) == 8 and max(abs(a - b) for a,b in zip(losses, same)) < 1e-4
+    for name in one: torch.testing.assert_close(one[name], two[name], atol=1e-3, rtol=1e-2, msg=name)
+
 if __name__ == '__main__': train_here(sys.argv[1], int(sys.argv[2]), bool(int(sys.argv[3])))

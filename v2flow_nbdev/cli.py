@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'Model', 'Seed', 'Json', 'Out', 'Picture', 'Config', 'RunFolder', 'Resume', 'DryRun', 'Strict', 'Overrides',
-           'digits_model', 'defaults', 'Unusable', 'running', 'say', 'fail', 'main', 'load_pipe', 'load_tokenizer',
-           'quiet', 'generator', 'report', 'check_picture', 'save_picture', 'sheet', 'generate', 'reconstruct',
-           'encode', 'decode', 'caption', 'demo', 'stacked', 'evaluate', 'read_config', 'call', 'DataConfig',
-           'LLMConfig', 'load_data', 'some', 'check_run', 'check_out', 'is_main_process', 'in_common', 'all_captions',
-           'finish', 'llm_plan', 'pretrain_llm', 'autoencoder_plan', 'train_autoencoder', 'open_latents',
-           'tokenizer_data', 'plan', 'train_tokenizer', 'train_llm']
+           'digits_model', 'defaults', 'gpus', 'Unusable', 'running', 'say', 'fail', 'main', 'load_pipe',
+           'load_tokenizer', 'quiet', 'generator', 'report', 'check_picture', 'save_picture', 'sheet', 'generate',
+           'reconstruct', 'encode', 'decode', 'caption', 'demo', 'stacked', 'evaluate', 'read_config', 'call',
+           'DataConfig', 'LLMConfig', 'load_data', 'some', 'check_run', 'check_out', 'is_main_process', 'in_common',
+           'all_captions', 'finish', 'llm_plan', 'pretrain_llm', 'autoencoder_plan', 'train_autoencoder',
+           'open_latents', 'tokenizer_data', 'plan', 'train_tokenizer', 'join_processes', 'encoded', 'picture_sizes',
+           'encode_dataset', 'ids_of', 'plain_texts', 'data_scores', 'shape_of', 'plan_llm', 'train_llm']
 
 # %% ../nbs/20_cli.ipynb #db1dd225
 import json, sys
@@ -124,13 +125,15 @@ def generate(
     num_images:Annotated[int, typer.Option(min=1, max=1000, help='How many pictures.')]=1,
     seed:Seed=0,
     guidance_scale:Annotated[Optional[float], typer.Option(help='Of the language model; 1 = none. Default: the model’s.')]=None,
+    size:Annotated[Optional[tuple[int, int]], typer.Option(help='Height and width, pixels, of a grid that the model knows. Default: its main size.')]=None,
     model:Model=digits_model,
     as_json:Json=False,
 ):
     "Text → image: one picture, or a sheet of several."
     check_picture(out)
     pipe = load_pipe(model)
-    made = pipe(caption, num_images, guidance_scale=guidance_scale, generator=generator(seed))
+    height, width = size or (None, None)
+    made = pipe(caption, num_images, guidance_scale=guidance_scale, generator=generator(seed), height=height, width=width)
     save_picture(sheet(made.images), out)
     report(as_json, dict(out=str(out), caption=caption, seed=seed, ids=made.ids.tolist()), f'{out}: {num_images} × "{caption}"')
 
@@ -224,21 +227,23 @@ def stacked(parts):
 @app.command()
 def evaluate(
     model:Model=digits_model,
-    data:Annotated[str, typer.Option('--data', help='What to judge on; `digits` so far.')]='digits',
-    per_digit:Annotated[int, typer.Option(min=2, help='Pictures to generate of each digit.')]=100,
+    data:Annotated[str, typer.Option('--data', help='What to judge on: digits or shapes.')]='digits',
+    per_digit:Annotated[int, typer.Option(min=2, help='digits: pictures to generate of each.')]=100,
+    n:Annotated[int, typer.Option('--n', min=2, help='shapes: pictures to generate of compositions seen in training, and as many of others.')]=500,
     seed:Seed=0, as_json:Json=False,
 ):
     "Measure the table of scores anew."
-    if data != 'digits': raise typer.BadParameter(f"'{data}': only `digits` has a judge so far", param_hint='--data')
+    if data not in ('digits', 'shapes'): raise typer.BadParameter(f"'{data}': use digits or shapes, which have a judge", param_hint='--data')
     pipe = load_pipe(model)
-    from v2flow_nbdev.metrics import digit_scores, score_table
-    with running(): scores = digit_scores(pipe, per_digit, seed, say)
-    print(json.dumps(scores) if as_json else score_table(scores))
+    from v2flow_nbdev.metrics import digit_aims, digit_scores, score_table
+    from v2flow_nbdev.shapes import shape_aims, shape_scores
+    with running(): scores = digit_scores(pipe, per_digit, seed, say) if data == 'digits' else shape_scores(pipe, n, seed, say)
+    print(json.dumps(scores) if as_json else score_table(scores, digit_aims if data == 'digits' else shape_aims))
 
 # %% ../nbs/20_cli.ipynb #0648a19a
 defaults = dict(words='all', generation={})                                        # what a config may leave out
 
-def read_config(path, overrides, sections, strict=False):
+def read_config(path, overrides, sections, strict=False, needed=None):
     "A YAML file of sections, with `section.name=value` over it"
     import yaml
     try: config = yaml.safe_load(path.read_text(encoding='utf-8'))
@@ -255,7 +260,7 @@ def read_config(path, overrides, sections, strict=False):
         try: section[last] = yaml.safe_load(value)
         except yaml.YAMLError: raise typer.BadParameter(f"'{text}': the value is not YAML") from None
     config = {**{k: v for k,v in defaults.items() if k in sections}, **config}
-    unknown, missing = set(config) - set(sections), set(sections) - set(config)
+    unknown, missing = set(config) - set(sections), set(needed or sections) - set(config)
     if unknown: raise ValueError(f"{path}: unknown settings {', '.join(sorted(unknown))}; there are {', '.join(sections)}")
     if missing: raise ValueError(f"{path}: missing {', '.join(sorted(missing))}")
     if strict and isinstance(config['data'], dict): config['data']['strict'] = True
@@ -273,9 +278,9 @@ def call(function, settings, section, **more):
 @dataclass
 class DataConfig:
     "Where captioned images come from, and what is done to them: the section `data` of every config"
-    name:str='digits'     # digits, mosaics, shapes, emoji, image_folder or hub
+    name:str='digits'     # digits, mosaics, shapes, emoji, image_folder, hub, or ids: what encode-dataset wrote
     split:str='train'     # of digits, shapes, emoji or hub
-    folder:str=''         # image_folder: of the pictures
+    folder:str=''         # image_folder: of the pictures; ids: of what encode-dataset wrote
     path:str=''           # hub: name on the Hub, a folder, or a format of files such as parquet
     data_files:str=''     # hub: files, with * for many
     image:str=''          # hub: column of the pictures; '': the first that holds any
@@ -284,6 +289,7 @@ class DataConfig:
     n:int=2000            # mosaics, shapes: how many
     size:int=64           # shapes, emoji: pixels to the side
     tiles:tuple=(6, 6)    # mosaics: rows and columns
+    captions:int=0        # at most so many of a picture's captions, drawn once; 0: all
     copies:int=0          # moved copies of each picture beside it, by `augment` with the next four
     degrees:float=8.
     shift:float=0.06
@@ -299,10 +305,10 @@ class DataConfig:
     seed:int=0            # of all this
 
     def __post_init__(self):
-        names = ('digits', 'mosaics', 'shapes', 'emoji', 'image_folder', 'hub')
+        names = ('digits', 'mosaics', 'shapes', 'emoji', 'image_folder', 'hub', 'ids')
         if self.name not in names: raise ValueError(f"name={self.name!r}: use one of {', '.join(names)}")
-        for name, source in dict(folder='image_folder', path='hub').items():
-            if (self.name == source) != bool(getattr(self, name)): raise ValueError(f"{name}={getattr(self, name)!r} with data.name={self.name}: " + (f'{source} needs it' if self.name == source else f'only {source} has it'))
+        for name, sources in dict(folder=('image_folder', 'ids'), path=('hub',)).items():
+            if (self.name in sources) != bool(getattr(self, name)): raise ValueError(f"{name}={getattr(self, name)!r} with data.name={self.name}: " + (f'{self.name} needs it' if self.name in sources else f"only {' and '.join(sources)} {'has' if len(sources) == 1 else 'have'} it"))
         if self.streaming and self.name != 'hub': raise ValueError(f"streaming=True with data.name={self.name}: only hub can stream")
         if self.cache and (self.streaming or self.crop < 1 or self.flip or len(self.sizes) > 1): raise ValueError(f"cache={self.cache!r} with streaming, crop, flip or several sizes: a cache holds every picture once, as it is")
         if not all(isinstance(s, (list, tuple)) and [type(n) for n in s] == [int, int] for s in self.sizes): raise ValueError(f"sizes={list(self.sizes)}: needs a list of [height, width]")
@@ -313,22 +319,37 @@ class DataConfig:
 class LLMConfig:
     "The language model that learns to write and read ids: the section `llm` of train-llm"
     pretrained:str=''          # a `transformers` folder or Hub id
+    start:str='codebook'       # how the input rows of new words start: codebook, rotated, mean or random, see `add_visual_words`
+    head_start:str=''          # the same for output rows with a table of their own; '': as `start`
+    grids:tuple=()             # [height, width] in visual words of the pictures to learn; none: the image tokenizer's own
+    train:str='all'            # what learns: all, new (the new rows alone) or lora (these, and low-rank updates through `peft`)
+    rank:int=16                # of LoRA's updates
+    alpha:float=32.            # LoRA's scale: updates count alpha/rank times
+    loss:str='target'          # target: on what is to be written; both: on the prompt too
     write_share:float=0.5      # share of caption → image, the rest is image → caption
     caption_dropout:float=0.1  # share of caption → image without its caption, for guidance
     id_noise:float=0.1         # share of ids replaced at random in image → caption
+    text_share:float=0.        # share of plain text instead of pictures, so that the language is kept
+    texts:str=''               # file of that text, one a line; '': the captions
+    pack:int=0                 # tokens of the sequences that short ones are packed into; 0: each row is padded
     save_dtype:str='float16'   # float32, float16 or bfloat16
 
     def __post_init__(self):
+        from v2flow_nbdev.llm import starts, ways
         if not self.pretrained: raise ValueError("pretrained='': a folder or a Hub id is needed")
-        if self.save_dtype not in ('float32', 'float16', 'bfloat16'): raise ValueError(f"save_dtype={self.save_dtype!r}: use float32, float16 or bfloat16")
-        for name in ('write_share', 'caption_dropout', 'id_noise'):
+        for name, known in dict(save_dtype=('float32', 'float16', 'bfloat16'), start=starts, head_start=('', *starts), train=ways, loss=('target', 'both')).items():
+            if getattr(self, name) not in known: raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(filter(None, known))}")
+        for name in ('write_share', 'caption_dropout', 'id_noise', 'text_share'):
             if not 0 <= getattr(self, name) <= 1: raise ValueError(f"{name}={getattr(self, name)}: needs 0 to 1")
+        if not all(isinstance(g, (list, tuple)) and [type(n) for n in g] == [int, int] for g in self.grids): raise ValueError(f"grids={list(self.grids)}: needs a list of [height, width]")
+        if self.rank < 1 or self.pack < 0: raise ValueError(f"rank={self.rank}: needs at least 1" if self.rank < 1 else f"pack={self.pack}: needs 0 or more")
 
 def load_data(
     c:DataConfig,  # which
 ):                 # (rows to train on, or a stream; rows to judge on)
     "The name of a data set in a config file becomes rows"
-    from v2flow_nbdev.data import Subset, augment, digits, emoji, hub, image_folder, mosaics
+    if c.name == 'ids': raise ValueError("data.name=ids: only train-llm learns from ids")
+    from v2flow_nbdev.data import FewCaptions, Subset, augment, digits, emoji, hub, image_folder, mosaics
     from v2flow_nbdev.shapes import shapes
     def split(rows):
         every = max(2, round(len(rows)/c.held_out)) if c.held_out >= 1 else max(2, round(1/c.held_out))
@@ -350,6 +371,7 @@ def load_data(
             rows = usable(rows, c.strict)
             if is_main_process(): say(f'{c.path}: {len(rows)} rows can be used; {rows.report}')
         rows, held_out = (rows, rows.take(n)) if c.streaming else split(rows)
+    if c.captions and not c.streaming: rows = FewCaptions(rows, c.captions, c.seed)
     if c.copies and (c.streaming or len(rows)*c.copies > 200_000):
         raise ValueError(f"data.copies={c.copies}: moved copies are kept in memory, for small data; set data.copies=0, and use data.crop and data.flip")
     return augment(rows, c.copies, c.degrees, c.shift, c.scale, c.shear, c.seed) if c.copies else rows, held_out
@@ -400,17 +422,24 @@ def finish(model, out, save, rows=None):
         if report.left_out or report.changed: say(f'data: {report}; by name in {out/"data.json"}')
     say(f'{sum(p.numel() for p in model.parameters()):,} weights: {out/"model"}')
 
-# %% ../nbs/20_cli.ipynb #3a82e68e
-def llm_plan(model, training, length):
+# %% ../nbs/20_cli.ipynb #97bc252b
+gpus = {'A100': 312e12, 'H100': 989e12}                                            # bf16 operations per second, by their makers' data sheets
+
+def llm_plan(config, training, grids, codebook_size, text):
     "What a training of a language model takes, as text"
-    n, tokens = sum(p.numel() for p in model.parameters()), training.batch_size*training.accumulate*length
-    table = model.get_input_embeddings().weight.numel()
-    h, depth, gib = model.config.hidden_size, model.config.num_hidden_layers, 2**30
-    flops = 6*(n - table*(not model.config.tie_word_embeddings))*tokens + 12*depth*h*length*tokens      # 2 for each weight and token forward, twice that backward; attention
-    kept = training.batch_size*length*(34*h*depth + 4*model.config.vocab_size)     # activations of the blocks, and logits in float32
-    return '\n'.join([f'a language model of {n/1e6:,.2f} M weights, {table/1e6:,.2f} M of them embeddings', f'{tokens:,.0f} tokens per step and process ({training.batch_size}×{training.accumulate} sequences of {length:.0f})',
-        f'{flops/1e12:,.3g} TFLOP per step; {training.steps:,} steps: {training.steps*flops/1e18:,.3g} EFLOP in each process',
-        f'memory: {20*n/gib:,.3g} GiB for weights, gradients, AdamW and average; about {kept/gib:,.3g} GiB for backward in bf16 (Korthikanti et al., arXiv 2205.05198, without scores)'])
+    from v2flow_nbdev.llm import llm_costs
+    n, gib = max(1, training.processes), 2**30
+    c = llm_costs(config, grids or [(0, 0)], codebook_size, text, training.batch_size, n, training.fsdp, training.activation_checkpointing)
+    lines = [f'a language model of {c["parameters"]/1e6:,.2f} M weights, {c["tables"]/1e6:,.2f} M of them embeddings',
+             f'{n} process{"es" if n > 1 else ""}, {"each with a share of" if training.fsdp else "each with all"} weights, gradients, AdamW and average' + ', activations computed twice'*training.activation_checkpointing]
+    for (h, w), g in c['grids'].items():
+        rows = training.batch_size*training.accumulate*n
+        flops = rows*g['tokens']*g['flops']
+        lines += [f'{f"{h*w:,} visual tokens and {text} of text" if h else f"{text} tokens of text"}: {rows*g["tokens"]:,} tokens per step ({n}×{training.batch_size}×{training.accumulate} sequences of {g["tokens"]:,})',
+            f'  {flops/1e12:,.3g} TFLOP per step; {training.steps:,} steps: {training.steps*flops/1e18:,.3g} EFLOP',
+            f'  memory per process: {sum(g[k] for k in ("state", "gathered", "activations", "logits"))/gib:,.3g} GiB = ' + ' + '.join(f'{g[k]/gib:,.3g} {name}' for k,name in dict(state='state', gathered='gathered shards', activations='activations in bf16', logits='logits').items() if g[k]),
+            '  expected at 40 % of the peak: ' + ', '.join(f'{n*0.4*peak/g["flops"]:,.0f} tokens/s on {n} × {name}' for name, peak in gpus.items())]
+    return '\n'.join(lines)
 
 @app.command()
 def pretrain_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resume:Resume=False, dry_run:DryRun=False):
@@ -427,8 +456,8 @@ def pretrain_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, re
     tokenizer = call(train_text_tokenizer, c['text_tokenizer'], 'text_tokenizer', texts=texts)
     torch.manual_seed(training.seed)
     model, rows = call(small_llama, c['llm'], 'llm', tokenizer=tokenizer), text_rows(tokenizer, texts)
-    if dry_run: return print(llm_plan(model, training, sum(len(p) + len(t) for p,t in rows)/len(rows)))
-    def scores(m): return dict(text_perplexity=text_perplexity(m, tokenizer, texts))
+    if dry_run: return print(llm_plan(model.config, training, [], 0, round(sum(len(p) + len(t) for p,t in rows)/len(rows))))
+    def scores(m): return dict(text_perplexity=text_perplexity(m, tokenizer, some(texts, 2000)))
     with running(): model = train(model, rows, training, collate, scores, out, resume, settings=in_common(c), count=count_targets)
     def save(folder):
         with write_folder(folder) as new: model.save_pretrained(new); tokenizer.save_pretrained(new)
@@ -548,7 +577,97 @@ def train_tokenizer(config:Config, out:RunFolder=None, overrides:Overrides=None,
     if not model.quantizer.initialised: raise Unusable(f"{out}: {training.steps} steps ended before there was a codebook; raise training.steps")
     finish(model, out, model.save_pretrained, rows)
 
-# %% ../nbs/20_cli.ipynb #6e2db839
+# %% ../nbs/20_cli.ipynb #4119bbb9
+def join_processes(training):
+    "Several processes that were launched together find each other, before there is work to share"
+    import os
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        from v2flow_nbdev.training import start_processes
+        start_processes(training)
+
+def encoded(rows, tok, folder, sizes):
+    "The ids of a data set, one folder for each size"
+    from v2flow_nbdev.llm import encode_dataset
+    return [encode_dataset(rows, tok, folder/f'{h}x{w}', (h, w), progress=is_main_process()) for h,w in sizes]
+
+def picture_sizes(tok, grids):
+    "Pixels of these grids of visual words"
+    side = tok.config.patch*tok.config.pool
+    return [(h*side, w*side) for h,w in grids or [tok.config.grid]]
+
+@app.command()
+def encode_dataset(config:Config, out:Annotated[Path, typer.Option('--out', help='The folder for the ids; a run that was stopped goes on there.')], overrides:Overrides=None, strict:Strict=False):
+    "Turn a data set’s pictures into ids once; train-llm then learns from data.name=ids alone."
+    c = read_config(config, overrides, ['data', 'image_tokenizer', 'llm', 'generation', 'training'], strict, needed=['data', 'image_tokenizer'])
+    from v2flow_nbdev.training import TrainConfig
+    from v2flow_nbdev.vocabulary import config_from_dict
+    source, llm = config_from_dict(DataConfig, c['data'], 'data'), c.get('llm') or {}
+    if source.streaming: raise ValueError("data.streaming=true: ids are computed for rows that can be counted")
+    quiet()
+    rows, _ = load_data(source)
+    join_processes(TrainConfig())
+    from v2flow_nbdev.tokenizer import V2Flow
+    with running():
+        tok = V2Flow.from_pretrained(c['image_tokenizer'])
+        done = encoded(rows, tok, out, picture_sizes(tok, llm.get('grids')))
+    if report := getattr(rows, 'report', None):
+        if is_main_process() and (report.left_out or report.changed): report.save(out/'data.json'); say(f'data: {report}; by name in {out/"data.json"}')
+    if is_main_process(): say(f"{len(rows):,} pictures as {' and '.join('×'.join(map(str, d.shape)) for d in done)} ids: {out}")
+
+# %% ../nbs/20_cli.ipynb #21a83939
+def ids_of(source, tok, grids, out):
+    "(rows of ids to learn from, rows to judge on): of a folder that encode-dataset wrote, or of pictures encoded into the run's folder"
+    from torch.utils.data import ConcatDataset
+    from v2flow_nbdev.data import Subset
+    from v2flow_nbdev.llm import EncodedImages
+    if source.name != 'ids':
+        rows, held_out = load_data(source)
+        return ConcatDataset(encoded(rows, tok, out/'ids', picture_sizes(tok, grids))), held_out, rows
+    with running():
+        folders = sorted(p.parent for p in Path(source.folder).glob('*/index.json'))
+        if not folders: raise FileNotFoundError(f"{source.folder}: no ids here; make them with `v2flow encode-dataset`")
+        rows = ConcatDataset([EncodedImages(f, tok) for f in folders])
+        every = max(2, round(1/source.held_out if source.held_out < 1 else len(rows)/source.held_out))
+        return Subset(rows, [i for i in range(len(rows)) if i % every]), Subset(rows, range(0, len(rows), every)), None
+
+def plain_texts(tuning, rows):
+    "(text to mix in, text to measure perplexity on)"
+    if not tuning.texts:
+        texts = sorted({c for r in some(rows, 2000) for c in r['captions'] if c})
+        return texts, some(texts, 500)
+    try: lines = [l.strip() for l in Path(tuning.texts).read_text(encoding='utf-8').splitlines() if l.strip()]
+    except (OSError, UnicodeDecodeError) as e: raise Unusable(f"{tuning.texts}: cannot be read as text ({e})") from None
+    if len(lines) < 50: raise Unusable(f"{tuning.texts}: {len(lines)} lines of text; at least 50 are needed")
+    return [l for i,l in enumerate(lines) if i % 50], some(lines[::50], 500)
+
+def data_scores(source, pipe):
+    "What can be judged while a language model learns from this data"
+    if source.name == 'digits':
+        from v2flow_nbdev.metrics import digit_scores
+        return {k: v for k,v in digit_scores(pipe, per_digit=20).items() if k in ('generation_accuracy', 'variety', 'copies', 'caption_accuracy')}
+    if source.name == 'shapes':
+        from v2flow_nbdev.shapes import drawing_scores
+        return drawing_scores(pipe, 'test', 48)
+    return {}
+
+def shape_of(image_tokenizer):
+    "The config of an image tokenizer: of its folder, or of the YAML file that it is to be trained by"
+    from v2flow_nbdev.tokenizer import V2FlowConfig
+    from v2flow_nbdev.vocabulary import config_from_dict, read_json
+    if Path(image_tokenizer).suffix not in ('.yaml', '.yml'):
+        with running(): return config_from_dict(V2FlowConfig, read_json(Path(image_tokenizer)/'config.json'))
+    return config_from_dict(V2FlowConfig, read_config(Path(image_tokenizer), [], ['data', 'vocabulary', 'words', 'tokenizer', 'training'])['tokenizer'], 'tokenizer')
+
+def plan_llm(c, tuning, training):
+    "What train-llm would take: from the shapes of both models alone"
+    from transformers import AutoConfig
+    shape = shape_of(c['image_tokenizer'])
+    with running():
+        try: config = AutoConfig.from_pretrained(tuning.pretrained)
+        except Exception as e: raise OSError(f"{tuning.pretrained}: no config of a language model could be read ({type(e).__name__})") from None
+        return llm_plan(config, training, [tuple(g) for g in tuning.grids or [shape.grid]], shape.codebook_size, 64)
+
+# %% ../nbs/20_cli.ipynb #f952c961
 @app.command()
 def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resume:Resume=False, dry_run:DryRun=False, strict:Strict=False):
     "Train a language model to write and read ids."
@@ -556,31 +675,36 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
     from v2flow_nbdev.training import TrainConfig, train
     from v2flow_nbdev.vocabulary import config_from_dict, resolve_folder, table_checksum
     training, tuning, source = (config_from_dict(kind, c[n], n) for kind, n in ((TrainConfig, 'training'), (LLMConfig, 'llm'), (DataConfig, 'data')))
+    if source.streaming: raise ValueError("data.streaming=true: ids are computed for rows that can be counted")
     check_out(out, resume or training.resume, dry_run)
+    if dry_run: return print(plan_llm(c, tuning, training))
     import torch
-    from v2flow_nbdev.data import captions_of, picture_sheet, to_tensor
-    from v2flow_nbdev.llm import ImageTextRows, add_visual_words, collate, count_targets
-    from v2flow_nbdev.metrics import digit_scores
+    from functools import partial
+    from v2flow_nbdev.data import picture_sheet
+    from v2flow_nbdev.llm import ImageTextRows, add_visual_words, choose_trained, collate, count_targets, pack, text_perplexity
     from v2flow_nbdev.pipeline import V2FlowPipeline, load_llm
     from v2flow_nbdev.tokenizer import V2Flow
     with running(): tok, (llm, tokenizer) = V2Flow.from_pretrained(c['image_tokenizer']), load_llm(resolve_folder(tuning.pretrained))
     settings = in_common(c, image_tokenizer=tok.codebook_checksum, llm=dict(c['llm'], pretrained=table_checksum(llm.get_input_embeddings().weight)))
     torch.manual_seed(training.seed)
-    with running(): words = add_visual_words(llm, tokenizer, tok)
+    with running(): words = add_visual_words(llm, tokenizer, tok, tuning.start, tuning.head_start or None, tuning.grids, training.seed)
     def pipe(model): return V2FlowPipeline(tok.to(model.device), model, tokenizer, c['generation'])
     pipe(llm)                                                                      # wrong defaults are found now, not at the end
-    rows, held_out = load_data(source)
-    captions = captions_of(rows)
-    if dry_run: return print(llm_plan(llm, training, words.n + 3 + sum(len(i) for i in tokenizer([x[0] for x in captions[:1000]], add_special_tokens=False).input_ids)/min(1000, len(captions))))
-    def tensor(rows): return to_tensor([r['image'] for r in rows], tok.config.image_channels, tok.config.image_size)
-    ids = torch.cat([tok.encode(tensor([rows[j] for j in range(i, min(i + 256, len(rows)))])) for i in range(0, len(rows), 256)])
-    sequences = ImageTextRows(ids, captions, tokenizer, words, tuning.write_share, tuning.caption_dropout, tuning.id_noise)
+    join_processes(training)
+    rows, held_out, source_rows = ids_of(source, tok, tuning.grids, out)
+    texts, unseen_texts = plain_texts(tuning, rows)
+    sequences = ImageTextRows(rows, tokenizer, words, tuning.write_share, tuning.caption_dropout, tuning.id_noise, tuning.loss, texts, tuning.text_share)
+    before = text_perplexity(llm, tokenizer, unseen_texts)                         # new words change it by nothing that can be seen
+    say(f'perplexity of plain text before there are pictures: {before:.3g}') if is_main_process() else None
     def scores(model):
-        found, shown = digit_scores(pipe(model), per_digit=20) if source.name == 'digits' else {}, [r['captions'][0] or 'a picture' for r in some(held_out, 10)]
+        shown = [next(iter(r['captions']), '') or 'a picture' for r in some(held_out, 10)]
         made = pipe(model)(shown, generator=torch.Generator().manual_seed(0)).images
-        return dict({k: v for k,v in found.items() if k in ('generation_accuracy', 'variety', 'copies', 'caption_accuracy')}, drawn=picture_sheet(made, shown, columns=5))
-    with running(): model = train(llm, sequences, training, collate, scores, out, resume, settings=settings, count=count_targets)
-    finish(model, out, lambda folder: pipe(model).save_pretrained(folder, getattr(torch, tuning.save_dtype)), rows)
+        return dict(data_scores(source, pipe(model)), text_perplexity=text_perplexity(model, tokenizer, unseen_texts), text_perplexity_before=before, drawn=picture_sheet(made, shown, columns=5))
+    llm = choose_trained(llm, tuning.train, tuning.rank, tuning.alpha)
+    joined = partial(pack, length=tuning.pack) if tuning.pack else collate
+    with running(): model = train(llm, sequences, training, joined, scores, out, resume, settings=settings, count=count_targets)
+    if tuning.train == 'lora' and is_main_process(): model.save_pretrained(out/'adapter')
+    finish(model, out, lambda folder: pipe(model).save_pretrained(folder, getattr(torch, tuning.save_dtype)), source_rows)
 
-# %% ../nbs/20_cli.ipynb #697639be
+# %% ../nbs/20_cli.ipynb #8db1a426
 if __name__ == '__main__' and globals().get('__package__'): main()                # for launchers: torchrun -m v2flow_nbdev.cli …

@@ -6,9 +6,9 @@
 __all__ = ['number_words', 'caption_templates', 'max_pixels', 'digit_captions', 'named_digit', 'digits', 'picture_sheet',
            'to_tensor', 'to_pil', 'augment', 'mosaics', 'names_sides', 'Pictures', 'seeded', 'emoji', 'upright_rgb',
            'read_image', 'load_image', 'Report', 'caption_lines', 'read_metadata', 'ImageFolder', 'image_folder',
-           'HubRows', 'hub_captions', 'hub_row', 'shuffled', 'HubStream', 'hub', 'captions_of', 'Subset', 'usable',
-           'PictureStream', 'check_writable', 'write_atomically', 'sha256', 'write_folder', 'draw', 'WholeBatch',
-           'no_autocast', 'at_least_float32']
+           'HubRows', 'hub_captions', 'hub_row', 'shuffled', 'HubStream', 'hub', 'captions_of', 'Subset', 'FewCaptions',
+           'usable', 'PictureStream', 'check_writable', 'write_atomically', 'sha256', 'write_folder', 'draw',
+           'WholeBatch', 'no_autocast', 'at_least_float32']
 
 # %% ../nbs/00_data.ipynb #f2f7317d
 import csv, hashlib, io, json, os, re, shutil, tempfile, textwrap, warnings
@@ -17,6 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from random import Random
 import numpy as np, torch
 import torch.nn.functional as F
 
@@ -512,6 +513,26 @@ class Subset:
     @property
     def fingerprint(self): return hashlib.sha256(f'{self.rows.fingerprint} {self.indices}'.encode()).hexdigest()[:16] if hasattr(self.rows, 'fingerprint') else None
 
+class FewCaptions:
+    "A data set with at most `n` of each row's captions, drawn once"
+    def __init__(self,
+        rows,        # captioned images
+        n:int,       # captions to keep
+        seed:int=0,  # draws them
+    ): self.rows, self.n, self.seed, self.report = rows, n, seed, getattr(rows, 'report', None)
+
+    def __len__(self): return len(self.rows)
+
+    def few(self, captions, i): return captions if len(captions) <= self.n else Random(self.seed*1_000_003 + i).sample(captions, self.n)
+
+    def __getitem__(self, i): return {**(row := self.rows[i]), 'captions': self.few(row['captions'], i)}
+
+    @property
+    def captions(self): return [self.few(c, i) for i,c in enumerate(captions_of(self.rows))]
+
+    @property
+    def fingerprint(self): return f'{self.rows.fingerprint} {self.n} of seed {self.seed}' if hasattr(self.rows, 'fingerprint') else None
+
 def usable(
     rows,               # captioned images by number; a row that cannot be used raises `OSError`
     strict:bool=False,  # the first of these is an error, instead of being left out
@@ -598,10 +619,12 @@ def write_folder(
 def draw(
     kind,            # `torch.randn`, `torch.rand` or `torch.randperm`
     shape,           # of the result; for `torch.randperm` a number
-    generator=None,  # draws on its own device, so that one seed gives the same numbers on CPU and CUDA; or a `WholeBatch`
+    generator=None,  # draws on its own device, so that one seed gives the same numbers on CPU and CUDA; or a `WholeBatch`; or a list, one for each picture
     device=None,     # where the result is wanted
 )->torch.Tensor:     # on `device`
     "Random numbers from an explicit generator, wherever the model is"
+    if isinstance(generator, (list, tuple)):                                       # the rows of a picture lie side by side
+        return torch.cat([draw(kind, (shape[0]//len(generator), *shape[1:]), g, device) for g in generator])
     if isinstance(generator, WholeBatch):
         g = generator
         if shape == (): return draw(kind, shape, g.generator, device)                # one number for all

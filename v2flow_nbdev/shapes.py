@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['colours', 'sizes', 'outlines', 'margin', 'relation_words', 'its_words', 'place_words', 'size_words', 'openings',
-           'held_out_pairs', 'held_out_relations', 'coverage', 'Thing', 'Scene', 'ground_of', 'draw_scene', 'Facts',
-           'facts', 'scene_captions', 'read_caption', 'held_out', 'random_scene', 'shapes', 'fit_ground', 'read_scene',
-           'judge']
+           'held_out_pairs', 'held_out_relations', 'shape_aims', 'coverage', 'Thing', 'Scene', 'ground_of',
+           'draw_scene', 'Facts', 'facts', 'scene_captions', 'read_caption', 'held_out', 'random_scene', 'shapes',
+           'fit_ground', 'read_scene', 'judge', 'drawn_captions', 'judged', 'reconstruction_scores', 'drawing_scores',
+           'caption_is_right', 'caption_scores', 'shape_scores', 'shape_sheet']
 
 # %% ../nbs/12_shapes.ipynb #3c0db724
 import math, re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import cycle, permutations
-import numpy as np
+import numpy as np, torch
+from .data import picture_sheet, to_pil, to_tensor
+from .metrics import fidelity
+from .quantizer import codebook_perplexity, codebook_usage
 
 # %% ../nbs/12_shapes.ipynb #48727ff2
 colours = dict(red=(220,30,40), orange=(250,140,20), yellow=(250,225,40), green=(30,150,60),
@@ -375,3 +379,155 @@ def judge(
     (size, colour, shape, relation), _ = max(map(right, permutations(list(seen[:6]) + [None]*max(0, len(wanted) - len(seen)), len(wanted))), key=lambda r: r[1])
     answers = dict(number=len(seen) == len(wanted), colour=colour, shape=shape, size=size, relation=bool(relation))
     return answers | dict(all=all(answers.values()))
+
+# %% ../nbs/12_shapes.ipynb #25da7bf5
+def drawn_captions(
+    rows:shapes,  # of any split
+)->list[str]:     # one for each row
+    "One wording of each scene, drawn from (seed, split, number) alone (ours)"
+    def one(i, captions): return captions[np.random.default_rng([rows.seed, _splits.index(rows.split), i, 1]).integers(len(captions))]
+    return [one(i, captions) for i,captions in enumerate(rows.captions)]
+
+_answers = ('number', 'colour', 'shape', 'size', 'relation')
+
+def judged(
+    images:list,  # PIL pictures
+    asked:list,   # for each a scene or facts, see `judge`
+)->dict:          # shares: number_accuracy, colour_accuracy, …; accuracy, the mean of the five; all_accuracy, all five at once
+    "How often each answer of the judge is yes"
+    if len(images) != len(asked): raise ValueError(f"{len(images)} pictures for {len(asked)} questions: need one for each")
+    answers = [judge(image, wanted) for image,wanted in zip(images, asked)]
+    def share(k): return float(np.mean([a[k] for a in answers]))
+    return {f'{k}_accuracy': share(k) for k in _answers} | dict(accuracy=float(np.mean([share(k) for k in _answers])), all_accuracy=share('all'))
+
+# %% ../nbs/12_shapes.ipynb #48a3d4b8
+def _parts(rows, batch_size):
+    if not len(rows) or batch_size < 1: raise ValueError(f"n={len(rows)}, batch_size={batch_size}: use 1 or more")
+    return [rows[i:i+batch_size] for i in range(0, len(rows), batch_size)]
+
+def reconstruction_scores(
+    tok,               # a `V2Flow` for RGB pictures
+    n:int=500,         # drawings of the split 'test', at the tokenizer's own size
+    seed:int=0,        # of the drawings and the decoder's noise
+    batch_size:int=64, # drawings at once
+)->dict:               # psnr_db, ssim (see `fidelity`), codebook_usage, codebook_perplexity, reconstruction_accuracy, reconstruction_all_accuracy
+    "What the ids keep of a drawing, in decibels and in the judge's answers (ours)"
+    c, generator = tok.config, torch.Generator().manual_seed(seed)
+    data = shapes('test', n, c.image_size, seed)
+    ids, close, back = [], [], []
+    for part in _parts(range(n), batch_size):
+        x = to_tensor([data[i]['image'] for i in part], c.image_channels)
+        ids.append(tok.encode(x))
+        y = tok.decode(ids[-1], generator=generator).cpu()
+        close.append(fidelity(y, x)); back += to_pil(y)
+    ids, answers = torch.cat(ids).cpu(), judged(back, [data.scene(i) for i in range(n)])
+    return {k: torch.cat([some[k] for some in close]).mean().item() for k in close[0]} | dict(
+        codebook_usage=codebook_usage(ids, c.codebook_size), codebook_perplexity=codebook_perplexity(ids, c.codebook_size),
+        reconstruction_accuracy=answers['accuracy'], reconstruction_all_accuracy=answers['all_accuracy'])
+
+# %% ../nbs/12_shapes.ipynb #55dfc9da
+def _generated(pipe, captions, seed, batch_size):
+    generator = torch.Generator().manual_seed(seed)
+    return [image for part in _parts(captions, batch_size) for image in pipe(part, generator=generator).images]
+
+def drawing_scores(
+    pipe,              # a `V2FlowPipeline`, or any function of captions and generator with `.images` in what it returns
+    split:str='test',  # of `shapes`: whose captions
+    n:int=500,         # captions, a picture for each
+    seed:int=0,        # of the captions and of the pictures
+    batch_size:int=64, # pictures at once
+)->dict:               # see `judged`
+    "Text → image: does the picture show what the caption says? (ours)"
+    captions = drawn_captions(shapes(split, n, seed=seed))
+    return judged(_generated(pipe, captions, seed, batch_size), [read_caption(c) for c in captions])
+
+# %% ../nbs/12_shapes.ipynb #3a13b7e0
+def caption_is_right(
+    caption:str,   # anything; what cannot be read is wrong
+    scene:Scene,   # what was to be described
+)->bool:
+    "All things of the scene and no others are named, and every relation that is stated is true, also those that our own captions leave out (ours)"
+    said, true = read_caption(caption), facts(scene, every=True)
+    return said.things == true.things and said.relations <= true.relations
+
+def caption_scores(
+    pipe,              # has `caption`: PIL pictures → captions
+    split:str='test',  # of `shapes`
+    n:int=500,         # drawings
+    seed:int=0,        # of the drawings
+    size:int|tuple=64, # side, or (height, width), pixels
+    batch_size:int=64, # drawings at once
+)->dict:               # caption_accuracy
+    "Image → text: is what the model says of a drawing right? (ours)"
+    data = shapes(split, n, size, seed)
+    captions = [c for part in _parts(range(n), batch_size) for c in pipe.caption([data[i]['image'] for i in part])]
+    if len(captions) != n: raise ValueError(f"{len(captions)} captions for {n} drawings: need one for each")
+    return dict(caption_accuracy=float(np.mean([caption_is_right(c, data.scene(i)) for i,c in enumerate(captions)])))
+
+# %% ../nbs/12_shapes.ipynb #fc350199
+_kinds = dict(seen='test', unseen='compositions')
+
+def shape_scores(
+    pipe,                  # a `V2FlowPipeline` for RGB drawings
+    n:int=500,             # drawings of each kind, and captions of each kind
+    seed:int=0,            # of all that is random
+    say=lambda text: None, # told what is being measured
+    batch_size:int=64,     # pictures at once; another one draws other random numbers
+)->dict:                   # the table; keys as in `shape_aims`
+    "Every score of a pipeline for `shapes`, on compositions of the kind it was trained on (seen) and on those held out (unseen) (ours)"
+    size = pipe.image_tokenizer.config.image_size
+    say(f'reconstructing {n} unseen drawings')
+    scores = reconstruction_scores(pipe.image_tokenizer, n, seed, batch_size)
+    for kind, split in _kinds.items():
+        say(f'drawing {n} captions of {kind} compositions')
+        found = drawing_scores(pipe, split, n, seed, batch_size)
+        say(f'captioning {n} drawings of {kind} compositions')
+        found |= caption_scores(pipe, split, n, seed, size, batch_size)
+        scores |= {f'{kind}_{k}': v for k,v in found.items()}
+    return scores
+
+def _aims(kind, words, aim):
+    return {f'{kind}_{k}': row for k,row in dict(
+        number_accuracy=(f'pictures generated from captions, {words}: as many things as asked', aim),
+        colour_accuracy=('all colours right', aim), shape_accuracy=('all shapes right', aim), size_accuracy=('all sizes right', aim),
+        relation_accuracy=('all relations right', aim), accuracy=('mean of the five', aim), all_accuracy=('all five right', ''),
+        caption_accuracy=(f'captions of drawings, {words}: no thing left out, and all that is said is true', 'reported')).items()}
+
+shape_aims = dict(
+    psnr_db=('reconstruction of unseen drawings from ids, PSNR', 'reported'),
+    ssim=('structural similarity of the same', ''),
+    codebook_usage=('codes in use on these drawings', 'at least 80 %'),
+    codebook_perplexity=('the same weighed by use: perplexity', ''),
+    reconstruction_accuracy=('the judge’s answers on reconstructions, mean of the five', 'reported'),
+    reconstruction_all_accuracy=('all five right', '')
+) | _aims('seen', 'compositions seen in kind', 'at least 95 %') | _aims('unseen', 'compositions never seen', 'at least 85 %')
+
+def _marked(image, right, side):
+    "The picture enlarged, with a tick or a cross in its upper right corner"
+    from PIL import Image, ImageDraw
+    image, m = image.convert('RGB').resize((side, side), Image.Resampling.NEAREST), side/8
+    pen = ImageDraw.Draw(image)
+    def line(*points): pen.line([(side - m - 2 + m*x, 2 + m*y) for x,y in points], (0, 130, 40) if right else (200, 0, 0), max(2, side//48))
+    pen.ellipse((side - m - 2, 2, side - 2, m + 2), 'white')
+    if right: line((.22, .52), (.43, .75), (.78, .28))
+    else: line((.27, .27), (.73, .73)); line((.27, .73), (.73, .27))
+    return image
+
+def shape_sheet(
+    pipe,              # see `drawing_scores`
+    n:int=24,          # pictures: one half of seen compositions, then one of unseen ones
+    seed:int=0,        # chooses the captions, draws the pictures
+    batch_size:int=64, # pictures at once
+    columns:int=6,     # pictures in a row
+    side:int=128,      # of a picture on the sheet, pixels
+)->'Image.Image':      # PIL RGB
+    "Generated pictures as they come, each with the judge's verdict, what is wrong, and its caption (ours)"
+    if n < 2: raise ValueError(f"n={n}: use 2 or more, one of each kind")
+    images, texts = [], []
+    for (kind, split), part in zip(_kinds.items(), (n - n//2, n//2)):
+        captions = drawn_captions(shapes(split, part, seed=seed))
+        for image, caption in zip(_generated(pipe, captions, seed, batch_size), captions, strict=True):
+            answers = judge(image, read_caption(caption))
+            wrong = ', '.join(k for k in _answers if not answers[k])
+            images.append(_marked(image, answers['all'], side)); texts.append(f"{kind}, {'wrong ' + wrong if wrong else 'right'}: {caption}")
+    return picture_sheet(images, texts, columns, side)

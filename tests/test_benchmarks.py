@@ -2,7 +2,8 @@
 import json
 import pytest, torch
 import v2flow_nbdev.flow as flow
-from benchmarks import bench, plain
+from benchmarks import bench, generation, plain
+from v2flow_nbdev.llm import write_images
 from v2flow_nbdev.quantizer import VectorQuantizer
 from v2flow_nbdev.resampler import resample
 from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
@@ -78,3 +79,20 @@ def test_results_and_the_table_made_of_them():
     names = {(r['name'], r['metric']) for r in rows}
     assert len(names) == len(rows) and set(bench.aims) <= names, set(bench.aims) - names
     assert bench.table(rows) in readme
+
+def test_generation_in_two_passes_writes_the_same_words_and_the_table_has_every_row():
+    "Two calls of the model per word and one batch of both branches, float32, one seed; words are far from equally likely"
+    model, tokenizer = generation.small_model(words=300, codes=32, grids=((2, 2), (1, 4)), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(10 if p.dim() == 2 else 1)
+    captions = [c[:5*(i + 1)] for i,c in enumerate(generation.captions_of(5))]                # of mixed lengths
+    for grid in ((2, 2), (1, 4)):
+        def ours(scale, n=0): return write_images(model, tokenizer, captions, guidance_scale=scale, grid=grid, generator=seed(n))
+        assert (generation.two_passes(model, tokenizer, captions, grid, 2., seed()) == ours(2.)).all()
+        assert (ours(2.) != ours(1.)).any() and (ours(2.) != ours(2., 1)).any()
+        assert generation.plain(model, tokenizer, captions, grid, True).shape == (10, 4)
+    rows = [generation.measure(model, tokenizer, batch, grid, 1, 1e9) for batch, grid in ((1, (2, 2)), (3, (1, 4)))]
+    assert all(0 < r['share'] and min(r['seconds'].values()) > 0 for r in rows)
+    assert rows[1]['bound'] == pytest.approx(4*sum(p.numel() for p in model.parameters())/1e9*4/3, rel=1e-3)
+    lines = generation.table(rows).splitlines()
+    assert len(lines) == 2 + len(rows) and all(l.startswith(f"| {r['batch']} | 4 |") and l.count('|') == lines[0].count('|') for l, r in zip(lines[2:], rows))

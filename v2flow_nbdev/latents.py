@@ -378,7 +378,7 @@ def cache_latents(
     done, total = min(_gather(there.index(False))), math.ceil(index['rows']/index['shard_rows'])
     rank, world = _processes()
     index['shards'] = index['shards'][:done]
-    with tqdm(total=index['rows'], initial=sum(s['rows'] for s in index['shards']), disable=not progress or rank > 0, desc='latents', mininterval=1) as bar:
+    with tqdm(total=index['rows'], initial=sum(s['rows'] for s in index['shards']), disable=not progress or rank > 0, desc='encoding', mininterval=1) as bar:
         for first in range(done, total, world):
             mine = _write_shard(rows, latents, folder, index, first + rank, resize, bar) if first + rank < total else None
             index['shards'] += [s for s in _gather(mine) if s]

@@ -81,9 +81,12 @@ def load_pipe(model):
     with running(): return V2FlowPipeline.from_pretrained(model)
 
 def load_tokenizer(model):
-    "Of a pipeline folder, or alone, as train-tokenizer leaves it"
+    "Of a pipeline folder or Hub id, or alone, as train-tokenizer leaves it"
     from v2flow_nbdev.tokenizer import V2Flow
-    with running(): return V2Flow.from_pretrained(model, None if (Path(model)/'config.json').is_file() else 'image_tokenizer')
+    from v2flow_nbdev.vocabulary import resolve_folder
+    with running():
+        folder = resolve_folder(model)
+        return V2Flow.from_pretrained(folder, None if (folder/'config.json').is_file() else 'image_tokenizer')
 
 def quiet():
     "No progress bars or advice from transformers on our stderr"
@@ -229,7 +232,7 @@ def evaluate(
     model:Model=digits_model,
     data:Annotated[str, typer.Option('--data', help='What to judge on: digits or shapes.')]='digits',
     per_digit:Annotated[int, typer.Option(min=2, help='digits: pictures to generate of each.')]=100,
-    n:Annotated[int, typer.Option('--n', min=2, help='shapes: pictures to generate of compositions seen in training, and as many of others.')]=500,
+    n:Annotated[int, typer.Option('--n', min=2, help='shapes: pictures to generate of compositions seen in training, and as many of others.')]=300,
     seed:Seed=0, as_json:Json=False,
 ):
     "Measure the table of scores anew."
@@ -321,7 +324,7 @@ class LLMConfig:
     pretrained:str=''          # a `transformers` folder or Hub id
     start:str='codebook'       # how the input rows of new words start: codebook, rotated, mean or random, see `add_visual_words`
     head_start:str=''          # the same for output rows with a table of their own; '': as `start`
-    grids:tuple=()             # [height, width] in visual words of the pictures to learn; none: the image tokenizer's own
+    grids:tuple=()             # [height, width] in visual words of the pictures to learn, the image tokenizer's own among them; none: that alone
     train:str='all'            # what learns: all, new (the new rows alone) or lora (these, and low-rank updates through `peft`)
     rank:int=16                # of LoRA's updates
     alpha:float=32.            # LoRA's scale: updates count alpha/rank times
@@ -330,7 +333,7 @@ class LLMConfig:
     caption_dropout:float=0.1  # share of caption → image without its caption, for guidance
     id_noise:float=0.1         # share of ids replaced at random in image → caption
     text_share:float=0.        # share of plain text instead of pictures, so that the language is kept
-    texts:str=''               # file of that text, one a line; '': the captions
+    texts:str=''               # file of that text, one a line; '': the captions, on which perplexity is then measured too
     pack:int=0                 # tokens of the sequences that short ones are packed into; 0: each row is padded
     save_dtype:str='float16'   # float32, float16 or bfloat16
 
@@ -425,12 +428,12 @@ def finish(model, out, save, rows=None):
 # %% ../nbs/20_cli.ipynb #97bc252b
 gpus = {'A100': 312e12, 'H100': 989e12}                                            # bf16 operations per second, by their makers' data sheets
 
-def llm_plan(config, training, grids, codebook_size, text):
+def llm_plan(config, training, grids, codebook_size, text, pack=0, trained=1.):
     "What a training of a language model takes, as text"
     from v2flow_nbdev.llm import llm_costs
     n, gib = max(1, training.processes), 2**30
-    c = llm_costs(config, grids or [(0, 0)], codebook_size, text, training.batch_size, n, training.fsdp, training.activation_checkpointing)
-    lines = [f'a language model of {c["parameters"]/1e6:,.2f} M weights, {c["tables"]/1e6:,.2f} M of them embeddings',
+    c = llm_costs(config, grids or [(0, 0)], codebook_size, text, pack, trained, training.batch_size, n, training.fsdp, training.activation_checkpointing)
+    lines = [f'a language model of {c["parameters"]/1e6:,.2f} M weights, {c["tables"]/1e6:,.2f} M of them embeddings' + (', of which new rows and about 2 % low-rank updates learn' if 0 < trained < 1 else ', of which new rows alone learn'*(not trained)),
              f'{n} process{"es" if n > 1 else ""}, {"each with a share of" if training.fsdp else "each with all"} weights, gradients, AdamW and average' + ', activations computed twice'*training.activation_checkpointing]
     for (h, w), g in c['grids'].items():
         rows = training.batch_size*training.accumulate*n
@@ -579,11 +582,12 @@ def train_tokenizer(config:Config, out:RunFolder=None, overrides:Overrides=None,
 
 # %% ../nbs/20_cli.ipynb #4119bbb9
 def join_processes(training):
-    "Several processes that were launched together find each other, before there is work to share"
-    import os
+    "Several processes that were launched together find each other, before there is work to share; the device of this one"
+    import os, torch
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         from v2flow_nbdev.training import start_processes
-        start_processes(training)
+        return start_processes(training).device
+    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 def encoded(rows, tok, folder, sizes):
     "The ids of a data set, one folder for each size"
@@ -601,15 +605,14 @@ def encode_dataset(config:Config, out:Annotated[Path, typer.Option('--out', help
     c = read_config(config, overrides, ['data', 'image_tokenizer', 'llm', 'generation', 'training'], strict, needed=['data', 'image_tokenizer'])
     from v2flow_nbdev.training import TrainConfig
     from v2flow_nbdev.vocabulary import config_from_dict
-    source, llm = config_from_dict(DataConfig, c['data'], 'data'), c.get('llm') or {}
+    source, grids = config_from_dict(DataConfig, c['data'], 'data'), config_from_dict(LLMConfig, c['llm'], 'llm').grids if c.get('llm') else ()
     if source.streaming: raise ValueError("data.streaming=true: ids are computed for rows that can be counted")
     quiet()
     rows, _ = load_data(source)
-    join_processes(TrainConfig())
-    from v2flow_nbdev.tokenizer import V2Flow
+    device = join_processes(TrainConfig())
     with running():
-        tok = V2Flow.from_pretrained(c['image_tokenizer'])
-        done = encoded(rows, tok, out, picture_sizes(tok, llm.get('grids')))
+        tok = load_tokenizer(c['image_tokenizer']).to(device)
+        done = encoded(rows, tok, out, picture_sizes(tok, grids))
     if report := getattr(rows, 'report', None):
         if is_main_process() and (report.left_out or report.changed): report.save(out/'data.json'); say(f'data: {report}; by name in {out/"data.json"}')
     if is_main_process(): say(f"{len(rows):,} pictures as {' and '.join('×'.join(map(str, d.shape)) for d in done)} ids: {out}")
@@ -626,14 +629,16 @@ def ids_of(source, tok, grids, out):
     with running():
         folders = sorted(p.parent for p in Path(source.folder).glob('*/index.json'))
         if not folders: raise FileNotFoundError(f"{source.folder}: no ids here; make them with `v2flow encode-dataset`")
-        rows = ConcatDataset([EncodedImages(f, tok) for f in folders])
-        every = max(2, round(1/source.held_out if source.held_out < 1 else len(rows)/source.held_out))
-        return Subset(rows, [i for i in range(len(rows)) if i % every]), Subset(rows, range(0, len(rows), every)), None
+        wanted = [tuple(g) for g in grids or [tok.config.grid]]
+        found = [d for d in (EncodedImages(f, tok) for f in folders) if tuple(d.shape) in wanted]
+        if not found: raise FileNotFoundError(f"{source.folder}: no ids of {' or '.join(f'{h}×{w}' for h,w in wanted)} here; make them with `v2flow encode-dataset`")
+        every = max(2, round(1/source.held_out if source.held_out < 1 else len(found[0])/source.held_out))     # the same rows of every grid
+        return ConcatDataset([Subset(d, [i for i in range(len(d)) if i % every]) for d in found]), Subset(found[0], range(0, len(found[0]), every)), None
 
 def plain_texts(tuning, rows):
     "(text to mix in, text to measure perplexity on)"
     if not tuning.texts:
-        texts = sorted({c for r in some(rows, 2000) for c in r['captions'] if c})
+        texts = sorted({c for r in some(rows, 2000) for c in r['captions'] if c}) or ['a picture']
         return texts, some(texts, 500)
     try: lines = [l.strip() for l in Path(tuning.texts).read_text(encoding='utf-8').splitlines() if l.strip()]
     except (OSError, UnicodeDecodeError) as e: raise Unusable(f"{tuning.texts}: cannot be read as text ({e})") from None
@@ -653,9 +658,11 @@ def data_scores(source, pipe):
 def shape_of(image_tokenizer):
     "The config of an image tokenizer: of its folder, or of the YAML file that it is to be trained by"
     from v2flow_nbdev.tokenizer import V2FlowConfig
-    from v2flow_nbdev.vocabulary import config_from_dict, read_json
+    from v2flow_nbdev.vocabulary import config_from_dict, read_json, resolve_folder
     if Path(image_tokenizer).suffix not in ('.yaml', '.yml'):
-        with running(): return config_from_dict(V2FlowConfig, read_json(Path(image_tokenizer)/'config.json'))
+        with running():
+            folder = resolve_folder(image_tokenizer, patterns=['config.json', '*/config.json'])
+            return config_from_dict(V2FlowConfig, read_json((folder if (folder/'config.json').is_file() else folder/'image_tokenizer')/'config.json'))
     return config_from_dict(V2FlowConfig, read_config(Path(image_tokenizer), [], ['data', 'vocabulary', 'words', 'tokenizer', 'training'])['tokenizer'], 'tokenizer')
 
 def plan_llm(c, tuning, training):
@@ -665,7 +672,7 @@ def plan_llm(c, tuning, training):
     with running():
         try: config = AutoConfig.from_pretrained(tuning.pretrained)
         except Exception as e: raise OSError(f"{tuning.pretrained}: no config of a language model could be read ({type(e).__name__})") from None
-        return llm_plan(config, training, [tuple(g) for g in tuning.grids or [shape.grid]], shape.codebook_size, 64)
+        return llm_plan(config, training, [tuple(g) for g in tuning.grids or [shape.grid]], shape.codebook_size, 64, tuning.pack, {'all': 1., 'lora': 0.02, 'new': 0.}[tuning.train])
 
 # %% ../nbs/20_cli.ipynb #f952c961
 @app.command()
@@ -673,7 +680,7 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
     "Train a language model to write and read ids."
     c = read_config(config, overrides, ['data', 'image_tokenizer', 'llm', 'generation', 'training'], strict)
     from v2flow_nbdev.training import TrainConfig, train
-    from v2flow_nbdev.vocabulary import config_from_dict, resolve_folder, table_checksum
+    from v2flow_nbdev.vocabulary import config_from_dict, light_files, resolve_folder, table_checksum
     training, tuning, source = (config_from_dict(kind, c[n], n) for kind, n in ((TrainConfig, 'training'), (LLMConfig, 'llm'), (DataConfig, 'data')))
     if source.streaming: raise ValueError("data.streaming=true: ids are computed for rows that can be counted")
     check_out(out, resume or training.resume, dry_run)
@@ -681,26 +688,31 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
     import torch
     from functools import partial
     from v2flow_nbdev.data import picture_sheet
-    from v2flow_nbdev.llm import ImageTextRows, add_visual_words, choose_trained, collate, count_targets, pack, text_perplexity
+    from v2flow_nbdev.llm import ImageTextRows, add_visual_words, check_packs, choose_trained, collate, count_targets, pack, room, text_perplexity
     from v2flow_nbdev.pipeline import V2FlowPipeline, load_llm
-    from v2flow_nbdev.tokenizer import V2Flow
-    with running(): tok, (llm, tokenizer) = V2Flow.from_pretrained(c['image_tokenizer']), load_llm(resolve_folder(tuning.pretrained))
+    with running(): tok, (llm, tokenizer) = load_tokenizer(c['image_tokenizer']), load_llm(resolve_folder(tuning.pretrained, patterns=[*light_files, 'generation_config.json', 'model*.safetensors']))
     settings = in_common(c, image_tokenizer=tok.codebook_checksum, llm=dict(c['llm'], pretrained=table_checksum(llm.get_input_embeddings().weight)))
     torch.manual_seed(training.seed)
-    with running(): words = add_visual_words(llm, tokenizer, tok, tuning.start, tuning.head_start or None, tuning.grids, training.seed)
+    with running():
+        words = add_visual_words(llm, tokenizer, tok, tuning.start, tuning.head_start or None, tuning.grids, training.seed)
+        if tuning.pack: check_packs(llm)
     def pipe(model): return V2FlowPipeline(tok.to(model.device), model, tokenizer, c['generation'])
     pipe(llm)                                                                      # wrong defaults are found now, not at the end
-    join_processes(training)
-    rows, held_out, source_rows = ids_of(source, tok, tuning.grids, out)
+    longest = min(room(llm), tuning.pack or room(llm))
+    if (n := max(h*w for h,w in words.grids) + 4) > longest: raise ValueError(f"llm.pack={tuning.pack}: a picture with its caption needs {n} tokens and more")
+    torch.manual_seed(training.seed)                                               # every process begins with the same updates
+    llm = choose_trained(llm, tuning.train, tuning.rank, tuning.alpha)
+    if tuning.texts: plain_texts(tuning, [])                                       # a missing file is found now
+    device = join_processes(training)
+    rows, held_out, source_rows = ids_of(source, tok.to(device), tuning.grids, out)
     texts, unseen_texts = plain_texts(tuning, rows)
-    sequences = ImageTextRows(rows, tokenizer, words, tuning.write_share, tuning.caption_dropout, tuning.id_noise, tuning.loss, texts, tuning.text_share)
-    before = text_perplexity(llm, tokenizer, unseen_texts)                         # new words change it by nothing that can be seen
-    say(f'perplexity of plain text before there are pictures: {before:.3g}') if is_main_process() else None
+    sequences = ImageTextRows(rows, tokenizer, words, tuning.write_share, tuning.caption_dropout, tuning.id_noise, tuning.loss, texts, tuning.text_share, longest)
+    before = text_perplexity(llm, tokenizer, unseen_texts) if is_main_process() else 0.   # without the new words, so as if they were not there
+    if is_main_process(): say(f'perplexity of plain text before there are pictures: {before:.3g}')
     def scores(model):
-        shown = [next(iter(r['captions']), '') or 'a picture' for r in some(held_out, 10)]
+        shown = [c for r in some(held_out, 10) for c in [next(iter(r['captions']), '') or 'a picture'] if len(tokenizer(c).input_ids) < room(llm) - n] or ['a picture']
         made = pipe(model)(shown, generator=torch.Generator().manual_seed(0)).images
         return dict(data_scores(source, pipe(model)), text_perplexity=text_perplexity(model, tokenizer, unseen_texts), text_perplexity_before=before, drawn=picture_sheet(made, shown, columns=5))
-    llm = choose_trained(llm, tuning.train, tuning.rank, tuning.alpha)
     joined = partial(pack, length=tuning.pack) if tuning.pack else collate
     with running(): model = train(llm, sequences, training, joined, scores, out, resume, settings=settings, count=count_targets)
     if tuning.train == 'lora' and is_main_process(): model.save_pretrained(out/'adapter')

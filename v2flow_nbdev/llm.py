@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['starts', 'ways', 'train_text_tokenizer', 'small_llama', 'first_id', 'text_rows', 'collate', 'count_targets',
            'VisualWords', 'text_perplexity', 'first_rows', 'room', 'check_match', 'add_visual_words', 'picture',
-           'text_to_image', 'image_to_text', 'text_with_images', 'ImageTextRows', 'pack', 'EncodedImages',
-           'encode_dataset', 'VisualProcessor', 'left_pad', 'generate', 'write_images', 'write_captions',
-           'choose_trained', 'merge', 'llm_costs']
+           'text_to_image', 'image_to_text', 'text_with_images', 'ImageTextRows', 'pack', 'check_packs',
+           'EncodedImages', 'encode_dataset', 'VisualProcessor', 'left_pad', 'generate', 'write_images',
+           'write_captions', 'choose_trained', 'merge', 'llm_costs']
 
 # %% ../nbs/09_llm.ipynb #2bd6576e
 import math
@@ -112,6 +112,7 @@ class VisualWords:
         "Those of a model that `add_visual_words` has seen"
         found = getattr(model.config, 'v2flow', None)
         if not found: raise ValueError("this language model has no visual words; give it some with add_visual_words")
+        if 'begin' in found: found = {**{k: v for k,v in found.items() if k not in ('begin', 'grid')}, 'begins': [found['begin']], 'grids': [found['grid']]}   # as version 0.1 wrote it
         return cls(**{**found, 'begins': tuple(found['begins']), 'grids': tuple(map(tuple, found['grids']))})
 
 @torch.no_grad()
@@ -122,8 +123,10 @@ def text_perplexity(
     batch_size:int=64,  # texts at a time
 )->float:               # exp of the mean loss per token, ≥ 1
     "How surprised the language model is by plain text"
-    rows, total, count = text_rows(tokenizer, texts), 0., 0
+    rows, total, count = text_rows(tokenizer, texts) if texts else [], 0., 0
     new = list(VisualWords.of(model).new) if getattr(model.config, 'v2flow', None) else []
+    if not texts: raise ValueError("there is no text to measure perplexity on")
+    rows = [(p, t[:room(model) - 1]) for p,t in rows]
     for i in range(0, len(rows), batch_size):
         batch = {k: v.to(model.device) for k,v in collate(rows[i:i+batch_size]).items()}
         labels = batch.pop('labels')[:, 1:]
@@ -181,8 +184,8 @@ def check_match(
     if not all(known) or (ours - theirs).abs().max() > 0.01*words.code_scale:                 # float16 and bfloat16 round by less
         raise ValueError("the image tokenizer was made for the vocabulary of another language model: its words have other rows here")
     if not grids or any(len(g) != 2 or min(g) < 1 for g in grids): raise ValueError(f"grids={grids}: needs (height, width) of at least one grid")
-    longest = max(h*w for h,w in grids) + 3
-    if longest > room(model): raise ValueError(f"a picture of {longest - 3} visual words is too long for this language model, which takes {room(model)} tokens in all")
+    longest = max(h*w for h,w in grids) + 4                                        # with first word, begin, end and a word of text
+    if longest > room(model): raise ValueError(f"a picture of {longest - 4} visual words is too long for this language model, which takes {room(model)} tokens in all")
 
 @torch.no_grad()
 def add_visual_words(
@@ -199,7 +202,7 @@ def add_visual_words(
     start in the mean"""
     grids = tuple(map(tuple, grids or [v2flow.config.grid]))
     check_match(model, tokenizer, v2flow, grids)
-    K, first, G = v2flow.config.codebook_size, len(tokenizer), len(grids)
+    K, first, G = v2flow.config.codebook_size, max(tokenizer.get_vocab().values()) + 1, len(grids)
     codes, words = v2flow.quantizer.codebook.cpu(), v2flow.vocabulary
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     tied = head.data_ptr() == table.data_ptr()
@@ -208,9 +211,9 @@ def add_visual_words(
     outside = first_rows(codes, old.mean(0), (old - old.mean(0)).norm(dim=-1).mean(), head_start or start, seed)
     middle = table[:first].mean(0)
     tokenizer.add_tokens([f'<|v{i}|>' for i in range(K)])
-    tokenizer.add_special_tokens({'additional_special_tokens': [*(f'<|image_{h}x{w}|>' for h,w in grids), '<|/image|>']})
+    tokenizer.add_special_tokens({'additional_special_tokens': [*(f'<|image_{h}x{w}|>' for h,w in grids), '<|/image|>']}, replace_extra_special_tokens=False)
     found = VisualWords(first, K, tuple(range(first + K, first + K + G)), first + K + G, grids, v2flow.codebook_checksum)
-    model.resize_token_embeddings(max(len(tokenizer), len(table)), mean_resizing=False)
+    model.resize_token_embeddings(max(found.end + 1, len(table)), mean_resizing=False)
     for weight, rows, centre in ((model.get_input_embeddings().weight, inside, middle), (model.get_output_embeddings().weight, outside, old.mean(0)))[:1 if tied else 2]:
         weight[first:first + K] = rows.to(weight)
         weight[first + K:found.end + 1] = centre.to(weight)
@@ -268,10 +271,11 @@ class ImageTextRows(torch.utils.data.Dataset):
         loss:str='target',           # 'target': on what is to be written; 'both': on the prompt too, which is then never noisy
         texts=(),                    # plain text to mix in, so that the language is kept
         text_share:float=0.,         # share of rows that are plain text instead
+        longest:int=2**31,           # tokens that a sequence may have, see `room`; longer texts are cut
     ):
         if loss not in ('target', 'both'): raise ValueError(f"loss={loss!r}: use target or both")
         if text_share and not texts: raise ValueError(f"text_share={text_share}: needs texts")
-        self.rows,self.tokenizer,self.words,self.bos,self.eos,self.loss,self.texts = rows,tokenizer,words,first_id(tokenizer),tokenizer.eos_token_id,loss,texts
+        self.rows,self.tokenizer,self.words,self.bos,self.eos,self.loss,self.texts,self.longest = rows,tokenizer,words,first_id(tokenizer),tokenizer.eos_token_id,loss,texts,longest
         self.write_share,self.caption_dropout,self.id_noise,self.text_share = write_share,caption_dropout,id_noise if loss == 'target' else 0.,text_share
 
     def __len__(self): return len(self.rows)
@@ -288,10 +292,12 @@ class ImageTextRows(torch.utils.data.Dataset):
         "A sequence of this row, or plain text in its place"
         text, write, drop, which = torch.rand(4).tolist()
         w, bos = self.words, self.bos
-        if text < self.text_share: return text_rows(self.tokenizer, [self.texts[int(which*len(self.texts))]])[0]
+        if text < self.text_share:
+            prompt, target = text_rows(self.tokenizer, [self.texts[int(which*len(self.texts))]])[0]
+            return prompt, target[:self.longest - 1]
         if 'parts' in row: return text_with_images(w, bos, [self.tokens(p) if isinstance(p, str) else p for p in row['parts']], self.eos)
         ids, captions = row['ids'], row['captions'] or ['']
-        caption = self.tokens(captions[int(which*len(captions))])
+        caption = self.tokens(captions[int(which*len(captions))])[:max(0, self.longest - ids.numel() - 4)]
         if write < self.write_share: return text_to_image(w, bos, [] if drop < self.caption_dropout else caption, ids)
         noisy = torch.where(torch.rand(ids.shape) < self.id_noise, torch.randint(w.codebook_size, ids.shape), ids) if self.id_noise else ids
         return image_to_text(w, bos, noisy, caption + [self.eos])
@@ -301,8 +307,9 @@ def pack(
     rows:list,     # (prompt, target) pairs
     length:int,    # of the packed sequences, tokens
 )->dict:           # input_ids, position_ids, labels, each (P, length): several rows in each sequence
-    """Short sequences side by side in long ones, without waste (first-fit decreasing). Positions begin anew with each, which is also how
-    `transformers` sees that none may look at another: with `position_ids` and neither mask nor cache, it attends within each alone"""
+    """Short sequences side by side in long ones, without waste (first-fit decreasing). Positions begin anew with each, which is also how most
+    families of `transformers` see that none may look at another: with `position_ids` and neither mask nor cache, they attend within each
+    alone. `check_packs` tells whether a model does"""
     bins = []
     for prompt, target in sorted(rows, key=lambda r: -len(r[0]) - len(r[1])):
         n = len(prompt) + len(target)
@@ -317,6 +324,15 @@ def pack(
                 [i for p,t in parts for i in [-100]*len(p) + t] + [-100]*rest)
     ids, positions, labels = zip(*(row(parts, used) for used, parts in bins))
     return dict(input_ids=torch.tensor(ids), position_ids=torch.tensor(positions), labels=torch.tensor(labels), use_cache=False)
+
+@torch.no_grad()
+def check_packs(
+    model,  # any causal language model
+):
+    "`ValueError` if packed rows would see each other: not every family of `transformers` attends by positions"
+    rows = [([0], [1, 2, 3, 4]), ([5], [6, 7, 8])]
+    losses = [model(**{k: v.to(model.device) if torch.is_tensor(v) else v for k,v in batch.items()}).loss for batch in (pack(rows, 16), collate(rows))]
+    if abs(losses[0] - losses[1]) > 1e-3: raise ValueError(f"{type(model).__name__}: its attention does not keep packed rows apart; leave packing out")
 
 # %% ../nbs/09_llm.ipynb #2a537242
 class _IdsOf:
@@ -379,12 +395,12 @@ class VisualProcessor(LogitsProcessor):
         w, written = self.words, input_ids.shape[1] - self.prompt_length
         if written >= self.n: pick = torch.full((len(scores), 1), w.end, device=scores.device)
         else:
-            logits = scores[:, w.first:w.first + w.codebook_size].float().log_softmax(-1)
+            logits = scores[:, w.first:w.first + w.codebook_size].float()
             if self.guidance_scale != 1:
                 cond, null = logits.chunk(2)
                 logits = torch.lerp(null, cond, self.guidance_schedule(self.guidance_scale, (written + 1)/self.n))
             pick = w.first + self.pick(logits)
-            if self.guidance_scale != 1: pick = pick.repeat(2, 1)
+            if self.guidance_scale != 1: pick = torch.cat((pick, pick))
         return torch.full_like(scores, -torch.inf).scatter_(1, pick, 0.)
 
     def pick(self,
@@ -392,7 +408,7 @@ class VisualProcessor(LogitsProcessor):
     )->torch.Tensor:          # (B, 1)
         "One code per row: the argmax, or by Gumbel-max a sample of the softmax"
         if self.temperature == 0: return logits.argmax(-1, keepdim=True)
-        logits = logits/self.temperature
+        if self.temperature != 1: logits = logits/self.temperature
         if self.top_k is not None: logits = logits.masked_fill(logits < logits.topk(min(self.top_k, logits.shape[1])).values[:, -1:], -torch.inf)
         if self.top_p is not None:
             ranked, order = logits.softmax(-1).sort(-1, descending=True)
@@ -416,18 +432,17 @@ def generate(
     max_new_tokens:int,  # at most
     static_cache:bool=False, # keys and values in tensors of fixed size
     compile:bool=False,  # `torch.compile` one step over a static cache; pays on CUDA, and for many calls of one shape
-    **kwargs,            # over the model's own generation config
+    **kwargs,            # of `transformers`' generation config, such as eos_token_id
 )->torch.Tensor:         # prompts and what follows, (B, L)
-    "Greedy `model.generate` under a copy of the model's generation config"
-    from transformers import CompileConfig
-    config = deepcopy(model.generation_config)
-    processor = kwargs.pop('logits_processor', None)
-    fixed = dict(cache_implementation='static') if static_cache or compile else {}
-    if compile: fixed['compile_config'] = CompileConfig(); fixed['compile_config']._compile_all_devices = True
-    settings = dict(kwargs, do_sample=False, max_new_tokens=max_new_tokens, max_length=None, pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-                    disable_compile=not compile, **fixed)
-    for k,v in settings.items(): setattr(config, k, v)
-    return model.generate(**batch, generation_config=config, logits_processor=processor)
+    "Greedy `model.generate`, without the generation settings that the model's folder brings: they were made for text of other kinds"
+    from transformers import CompileConfig, GenerationConfig
+    unset = {k: v for k,v in GenerationConfig().to_dict().items() if k not in ('transformers_version', 'bos_token_id', 'decoder_start_token_id') and not k.startswith('_')}
+    plain = unset | dict(min_length=0, use_cache=True, num_beams=1, num_return_sequences=1, early_stopping=False, output_scores=False, return_dict_in_generate=False)
+    settings = dict(plain, do_sample=False, max_new_tokens=max_new_tokens, max_length=None, pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+                    disable_compile=not compile) | kwargs
+    if static_cache or compile: settings['cache_implementation'] = 'static'
+    if compile: settings['compile_config'] = CompileConfig(); settings['compile_config']._compile_all_devices = True
+    return model.generate(**batch, **settings)
 
 @torch.no_grad()
 def write_images(
@@ -449,16 +464,17 @@ def write_images(
     begin, n = words.begin(grid), math.prod(grid)
     if isinstance(generator, (list, tuple)) and len(generator) != len(captions): raise ValueError(f"{len(generator)} generators for {len(captions)} pictures: give one, or one for each")
     prompts = [[bos, *c, begin] for c in tokenizer(captions, add_special_tokens=False).input_ids]
+    if any(i in words.new for p in prompts for i in p[1:-1]): raise ValueError("a caption spells a visual word, like <|v0|>; say it in words")
     longest, space = max(map(len, prompts)), room(model) - n - 1
     if longest > space: raise ValueError(f"a caption of {longest - 2} tokens is too long: this model takes {space - 2} beside a picture of {n}; shorten it")
     if guidance_scale != 1: prompts += [[bos, begin]]*len(prompts)
     batch = left_pad(prompts, model.device)
     length = batch['input_ids'].shape[1]
     processor = VisualProcessor(words, length, guidance_scale, temperature, top_k, top_p, generator, grid, guidance_schedule)
-    out = generate(model, tokenizer, batch, n, eos_token_id=None, suppress_tokens=[], logits_processor=LogitsProcessorList([processor]), **how)
+    out = generate(model, tokenizer, batch, n, logits_processor=LogitsProcessorList([processor]), **how)
     return out[:len(captions), length:length + n] - words.first
 
-# %% ../nbs/09_llm.ipynb #36923de0
+# %% ../nbs/09_llm.ipynb #17fd6cb3
 @torch.no_grad()
 def write_captions(
     model,                 # a language model with visual words
@@ -474,10 +490,11 @@ def write_captions(
     if ids.dim() != 2 or ids.shape[1] != math.prod(grid): raise ValueError(f"ids of shape {tuple(ids.shape)}: need (B, {math.prod(grid)}) for the grid {grid[0]}×{grid[1]}")
     batch = left_pad([image_to_text(words, first_id(tokenizer), row, [])[0] for row in ids.cpu().unflatten(1, grid)], model.device)
     length = batch['input_ids'].shape[1]
-    out = generate(model, tokenizer, batch, min(max_new_tokens, room(model) - length), suppress_tokens=list(words.new), **how)
+    if length >= room(model): raise ValueError(f"no positions are left for a caption beside a picture of {ids.shape[1]} visual words")
+    out = generate(model, tokenizer, batch, min(max_new_tokens, room(model) - length), eos_token_id=tokenizer.eos_token_id, suppress_tokens=list(words.new), **how)
     return [t.strip() for t in tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)]
 
-# %% ../nbs/09_llm.ipynb #79d71a5c
+# %% ../nbs/09_llm.ipynb #74b1354e
 ways = ('all', 'new', 'lora')  # what of a language model may be trained
 
 def choose_trained(
@@ -505,18 +522,20 @@ def merge(
     "Put what `peft` keeps beside the weights into them"
     return deepcopy(model).merge_and_unload() if hasattr(model, 'merge_and_unload') else model
 
-# %% ../nbs/09_llm.ipynb #6c493696
+# %% ../nbs/09_llm.ipynb #aac3d9cb
 def llm_costs(
     config,                # of a `transformers` causal language model
     grids,                 # (h, w) of the pictures
     codebook_size:int,     # K
     text:int=64,           # text tokens beside a picture
+    pack:int=0,            # tokens of a sequence, if short ones are packed
+    trained:float=1.,      # share of the weights that learns
     batch_size:int=8,      # sequences per forward and process
     processes:int=1,       # GPUs
     shards:bool=False,     # FSDP: weights, gradients, AdamW and average in equal parts over the processes
     recompute:bool=False,  # activation checkpointing
 )->dict:                   # parameters; for each grid {tokens, flops: of a training step per token, state, gathered, activations, logits: bytes per process}
-    """What a training takes, counted on the meta device, where nothing is allocated. Weights, gradients, AdamW and average are float32;
+    """What a training takes, counted on the meta device, where nothing is allocated. Weights and average are float32, and so are gradients and AdamW's two moments of what learns;
     activations bf16, 34 bytes per position, width and block (Korthikanti et al., arXiv 2205.05198, without scores), logits float32 too"""
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModelForCausalLM
@@ -527,11 +546,12 @@ def llm_costs(
     blocks = [sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
     loose = n - sum(blocks)                                                        # tables and last norm: gathered as one
     for h, w in grids:
-        length = text + h*w + 3
+        length = max(pack, text + h*w + 3)
+        if length > room(model): raise ValueError(f"sequences of {length:,} tokens are too long for this language model, which takes {room(model):,}")
         with torch.device('meta'), FlopCounterMode(display=False) as counter:
             model(input_ids=torch.zeros(1, length, dtype=torch.long), attention_mask=torch.ones(1, 1, length, length, dtype=torch.bool), use_cache=False)
         rows, width, depth = batch_size*length, shape.hidden_size, shape.num_hidden_layers
-        found[h, w] = dict(tokens=length, flops=counter.get_total_flops()/length*(4 if recompute else 3), state=20*n/(processes if shards else 1),
+        found[h, w] = dict(tokens=length, flops=counter.get_total_flops()/length*(4 if recompute else 3), state=(8 + 12*trained)*n/(processes if shards else 1),
             gathered=4*(loose + 2*max(blocks, default=0)) if shards else 0, activations=rows*width*(4*depth + 34 if recompute else 34*depth),
             logits=rows*model.get_output_embeddings().weight.shape[0]*10)          # bf16, float32, and the float32 gradient
     return dict(parameters=n, tables=model.get_input_embeddings().weight.numel()*(1 if shape.tie_word_embeddings else 2), grids=found)

@@ -33,8 +33,8 @@ def load_llm(
     for path in sorted(set(tensor_files(folder).values())):
         with open_tensors(path): pass
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        llm, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        llm, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
     except Exception as e: raise OSError(f"{folder}: not a whole language model ({type(e).__name__}: {' '.join(str(e).split())[:200]}); copy it again") from None
     lacking = sorted(found['missing_keys']) + sorted(str(k) for k in found['mismatched_keys'])
     if lacking: raise OSError(f"{folder}: weights are missing ({', '.join(lacking[:3])}, …); copy the model again")
@@ -60,10 +60,10 @@ class V2FlowPipeline:
         defaults:dict|None=None,  # over `generation_defaults`
     ):
         words = VisualWords.of(llm)
-        ours, theirs = (image_tokenizer.codebook_checksum, tuple(image_tokenizer.config.grid)), (words.codebook, words.grid)
-        if ours != theirs:
-            raise ValueError(f"the language model was taught the codebook {theirs[0]} on a grid of {theirs[1]}, "
-                             f"the image tokenizer has {ours[0]} on {ours[1]}: they were not made for each other")
+        ours, own = image_tokenizer.codebook_checksum, tuple(image_tokenizer.config.grid)
+        if ours != words.codebook or own not in words.grids:
+            raise ValueError(f"the language model was taught the codebook {words.codebook} on grids of {', '.join(f'{h}×{w}' for h,w in words.grids)}, "
+                             f"the image tokenizer has {ours} on {own[0]}×{own[1]}: they were not made for each other")
         if tokenizer.convert_tokens_to_ids('<|v0|>') != words.first: raise ValueError("the text tokenizer does not know the language model's visual words: it is another model's")
         unknown = set(defaults or {}) - set(generation_defaults)
         if unknown: raise ValueError(f"unknown defaults: {', '.join(sorted(unknown))}")

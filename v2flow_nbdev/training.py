@@ -216,7 +216,7 @@ def make_optimizer(
 ):
     "AdamW; no weight decay on norms, biases, embeddings and positions"
     rest = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or 'Norm' in type(m).__name__ for p in m.parameters(recurse=False)}
-    rest |= {id(p) for n,p in model.named_parameters() if p.dim() < 2 or 'position' in n}
+    rest |= {id(p) for n,p in model.named_parameters() if p.dim() < 2 or 'position' in n or 'trainable_tokens' in n}               # the last: rows that `peft` keeps beside an embedding
     groups = [dict(params=[p for p in model.parameters() if (id(p) in rest) == r], weight_decay=0. if r else config.weight_decay) for r in (False, True)]
     return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas))
 

@@ -4,7 +4,7 @@ import pytest, torch
 from conftest import Shell, shipped
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 from v2flow_nbdev.data import digit_captions
-from v2flow_nbdev.llm import VisualWords, add_visual_words, choose_trained, collate, merge, pack, text_to_image, train_text_tokenizer, write_captions, write_images
+from v2flow_nbdev.llm import VisualWords, add_visual_words, check_packs, choose_trained, collate, merge, pack, text_to_image, train_text_tokenizer, write_captions, write_images
 from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
 from v2flow_nbdev.vocabulary import Vocabulary
 
@@ -95,3 +95,25 @@ def test_the_command_teaches_two_grids_with_adapters_and_packing(tmp_path):
         done = shell('generate', 'a six', '--model', tmp_path/'run/model', '--size', size, size, '--out', tmp_path/'x.png')
         assert done.returncode == 0 and Image.open(tmp_path/'x.png').size == (size, size), done.stderr
     shell.close()
+
+def test_an_older_folder_is_understood():
+    "As version 0.1 wrote it: one grid, under other names"
+    model, tokenizer, tok = made('llama')
+    words = add_visual_words(model, tokenizer, tok)
+    old = dict(model.config.v2flow); old['begin'], old['grid'] = old.pop('begins')[0], list(old.pop('grids')[0])
+    model.config.v2flow = old
+    assert VisualWords.of(model) == words
+
+def test_a_family_that_cannot_be_packed_is_found_out():
+    from transformers import BloomConfig, BloomForCausalLM
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match='does not keep packed rows apart'): check_packs(BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=2)).eval())
+    assert check_packs(made('qwen3')[0]) is None
+
+def test_marks_of_a_chat_survive():
+    "Special words that the tokenizer had stay special, and text is cut as before"
+    model, tokenizer, tok = made('llama')
+    tokenizer.add_special_tokens({'additional_special_tokens': ['<|im_start|>']})
+    before = tokenizer('<|im_start|>the digit 3').input_ids
+    add_visual_words(model, tokenizer, tok)
+    assert '<|im_start|>' in tokenizer.all_special_tokens and tokenizer('<|im_start|>the digit 3').input_ids == before

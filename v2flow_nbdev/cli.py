@@ -335,6 +335,7 @@ class LLMConfig:
     text_share:float=0.        # share of plain text instead of pictures, so that the language is kept
     texts:str=''               # file of that text, one a line; '': the captions, on which perplexity is then measured too
     pack:int=0                 # tokens of the sequences that short ones are packed into; 0: each row is padded
+    attention:str=''           # how attention is computed: sdpa, eager, flash_attention_2, …; '': as `transformers` thinks best
     save_dtype:str='float16'   # float32, float16 or bfloat16
 
     def __post_init__(self):
@@ -580,7 +581,7 @@ def train_tokenizer(config:Config, out:RunFolder=None, overrides:Overrides=None,
     if not model.quantizer.initialised: raise Unusable(f"{out}: {training.steps} steps ended before there was a codebook; raise training.steps")
     finish(model, out, model.save_pretrained, rows)
 
-# %% ../nbs/20_cli.ipynb #4119bbb9
+# %% ../nbs/20_cli.ipynb #1c89aa7c
 def join_processes(training):
     "Several processes that were launched together find each other, before there is work to share; the device of this one"
     import os, torch
@@ -617,7 +618,7 @@ def encode_dataset(config:Config, out:Annotated[Path, typer.Option('--out', help
         if is_main_process() and (report.left_out or report.changed): report.save(out/'data.json'); say(f'data: {report}; by name in {out/"data.json"}')
     if is_main_process(): say(f"{len(rows):,} pictures as {' and '.join('×'.join(map(str, d.shape)) for d in done)} ids: {out}")
 
-# %% ../nbs/20_cli.ipynb #21a83939
+# %% ../nbs/20_cli.ipynb #7e8bd75a
 def ids_of(source, tok, grids, out):
     "(rows of ids to learn from, rows to judge on): of a folder that encode-dataset wrote, or of pictures encoded into the run's folder"
     from torch.utils.data import ConcatDataset
@@ -674,7 +675,7 @@ def plan_llm(c, tuning, training):
         except Exception as e: raise OSError(f"{tuning.pretrained}: no config of a language model could be read ({type(e).__name__})") from None
         return llm_plan(config, training, [tuple(g) for g in tuning.grids or [shape.grid]], shape.codebook_size, 64, tuning.pack, {'all': 1., 'lora': 0.02, 'new': 0.}[tuning.train])
 
-# %% ../nbs/20_cli.ipynb #f952c961
+# %% ../nbs/20_cli.ipynb #89ec51ca
 @app.command()
 def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resume:Resume=False, dry_run:DryRun=False, strict:Strict=False):
     "Train a language model to write and read ids."
@@ -694,6 +695,7 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
     settings = in_common(c, image_tokenizer=tok.codebook_checksum, llm=dict(c['llm'], pretrained=table_checksum(llm.get_input_embeddings().weight)))
     torch.manual_seed(training.seed)
     with running():
+        if tuning.attention: llm.set_attn_implementation(tuning.attention)
         words = add_visual_words(llm, tokenizer, tok, tuning.start, tuning.head_start or None, tuning.grids, training.seed)
         if tuning.pack: check_packs(llm)
     def pipe(model): return V2FlowPipeline(tok.to(model.device), model, tokenizer, c['generation'])
@@ -718,5 +720,5 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
     if tuning.train == 'lora' and is_main_process(): model.save_pretrained(out/'adapter')
     finish(model, out, lambda folder: pipe(model).save_pretrained(folder, getattr(torch, tuning.save_dtype)), source_rows)
 
-# %% ../nbs/20_cli.ipynb #8db1a426
+# %% ../nbs/20_cli.ipynb #4abdc2ae
 if __name__ == '__main__' and globals().get('__package__'): main()                # for launchers: torchrun -m v2flow_nbdev.cli …

@@ -123,10 +123,9 @@ def text_perplexity(
     batch_size:int=64,  # texts at a time
 )->float:               # exp of the mean loss per token, ≥ 1
     "How surprised the language model is by plain text"
-    rows, total, count = text_rows(tokenizer, texts) if texts else [], 0., 0
-    new = list(VisualWords.of(model).new) if getattr(model.config, 'v2flow', None) else []
     if not texts: raise ValueError("there is no text to measure perplexity on")
-    rows = [(p, t[:room(model) - 1]) for p,t in rows]
+    rows, total, count = [(p, t[:room(model) - 1]) for p,t in text_rows(tokenizer, texts)], 0., 0
+    new = list(VisualWords.of(model).new) if getattr(model.config, 'v2flow', None) else []
     for i in range(0, len(rows), batch_size):
         batch = {k: v.to(model.device) for k,v in collate(rows[i:i+batch_size]).items()}
         labels = batch.pop('labels')[:, 1:]
@@ -317,7 +316,6 @@ def pack(
         place = next((b for b in bins if b[0] + n <= length), None)
         if place is None: bins.append(place := [0, []])
         place[0] += n; place[1].append((prompt, target))
-    def fill(values, rest): return [v for v in values] + rest
     def row(parts, used):
         rest = length - used
         return ([i for p,t in parts for i in p + t] + [0]*rest, [i for p,t in parts for i in range(len(p) + len(t))] + list(range(rest)),

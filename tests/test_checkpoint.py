@@ -88,3 +88,20 @@ def test_the_emoji_autoencoder_restores_what_it_never_saw():
         back = torch.cat([latents.decode(part) for part in z.split(64)])
         assert abs(psnr(back, x).mean().item() - json.loads((folder/'autoencoder-scores.json').read_text())[split]['psnr_db']) < 0.1
         assert z.shape[1:] == (16, 8, 8) and abs(z.std() - 1) < 0.1
+
+def test_the_shapes_model_draws_one_thing_as_it_is_told():
+    "Its README and scores agree; and of captions of a single thing, drawn anew, few are wrong"
+    from v2flow_nbdev.metrics import score_table
+    from v2flow_nbdev.pipeline import V2FlowPipeline
+    from v2flow_nbdev.shapes import judge, read_caption, reconstruction_scores, shape_aims
+    folder = root/'data/checkpoints/shapes'
+    committed = json.loads((folder/'scores.json').read_text())
+    for line in score_table(committed, shape_aims).splitlines()[2:]: assert line in (folder/'README.md').read_text(encoding='utf-8'), line
+    pipe = V2FlowPipeline.from_pretrained(folder)
+    found = reconstruction_scores(pipe.image_tokenizer, 48, 1, 48)
+    assert abs(found['psnr_db'] - committed['psnr_db']) < 1 and found['reconstruction_accuracy'] > 0.93, found
+    captions = [f'a {size} {colour} {shape} {place}' for size, colour, shape, place in (
+        ('large', 'red', 'square', 'on the left'), ('small', 'blue', 'ring', 'on the right'), ('medium', 'green', 'star', 'in the upper half'), ('large', 'yellow', 'circle', 'near the bottom'),
+        ('small', 'purple', 'cross', 'on the left'), ('large', 'pink', 'ring', 'on the right'), ('medium', 'orange', 'circle', 'near the bottom'), ('large', 'cyan', 'triangle', 'in the upper half'))]
+    drawn = pipe(captions, generator=torch.Generator().manual_seed(0)).images
+    assert sum(judge(im, read_caption(c))['all'] for im, c in zip(drawn, captions)) >= 6

@@ -7,7 +7,7 @@ __all__ = ['colours', 'sizes', 'outlines', 'margin', 'relation_words', 'its_word
            'held_out_pairs', 'held_out_relations', 'shape_aims', 'coverage', 'Thing', 'Scene', 'ground_of',
            'draw_scene', 'Facts', 'facts', 'scene_captions', 'read_caption', 'held_out', 'random_scene', 'shapes',
            'fit_ground', 'read_scene', 'judge', 'drawn_captions', 'judged', 'reconstruction_scores', 'drawing_scores',
-           'caption_is_right', 'caption_scores', 'shape_scores', 'shape_sheet']
+           'caption_is_right', 'caption_scores', 'shape_scores', 'marked', 'shape_sheet']
 
 # %% ../nbs/12_shapes.ipynb #3c0db724
 import math, re
@@ -502,7 +502,11 @@ shape_aims = dict(
     reconstruction_all_accuracy=('all five right', '')
 ) | _aims('seen', 'compositions seen in kind', 'at least 95 %') | _aims('unseen', 'compositions never seen', 'at least 85 %')
 
-def _marked(image, right, side):
+def marked(
+    image,       # PIL
+    right,       # what the judge says
+    side:int,    # pixels
+):               # PIL RGB
     "The picture enlarged, with a tick or a cross in its upper right corner"
     from PIL import Image, ImageDraw
     image, m = image.convert('RGB').resize((side, side), Image.Resampling.NEAREST), side/8
@@ -529,5 +533,5 @@ def shape_sheet(
         for image, caption in zip(_generated(pipe, captions, seed, batch_size), captions, strict=True):
             answers = judge(image, read_caption(caption))
             wrong = ', '.join(k for k in _answers if not answers[k])
-            images.append(_marked(image, answers['all'], side)); texts.append(f"{kind}, {'wrong ' + wrong if wrong else 'right'}: {caption}")
+            images.append(marked(image, answers['all'], side)); texts.append(f"{kind}, {'wrong ' + wrong if wrong else 'right'}: {caption}")
     return picture_sheet(images, texts, columns, side)

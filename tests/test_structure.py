@@ -22,7 +22,7 @@ def test_no_import_points_to_a_higher_number():
         for other in imports_of(lib/f'{name}.py'): assert numbers[other] < number, f'{name} ({number}) imports {other} ({numbers[other]})'
 
 light = 'torch einops transformers numpy safetensors huggingface_hub tqdm yaml'.split()
-heavy = 'PIL sklearn skimage torchvision accelerate datasets diffusers matplotlib scipy psutil pyarrow pandas tensorboard peft emoji fastcore nbdev execnb typer IPython pytest vector_quantize_pytorch'.split()
+heavy = 'PIL sklearn skimage torchmetrics gradio fastapi uvicorn playwright torchvision accelerate datasets diffusers matplotlib scipy psutil pyarrow pandas tensorboard peft emoji fastcore nbdev execnb typer IPython pytest vector_quantize_pytorch'.split()
 
 def test_library_imports_with_the_packages_of_the_design_alone():
     modules = [f'v2flow_nbdev.{n}' for n in numbers if n not in ('cli', 'app')]

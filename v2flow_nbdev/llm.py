@@ -6,7 +6,7 @@
 __all__ = ['starts', 'ways', 'train_text_tokenizer', 'small_llama', 'first_id', 'text_rows', 'collate', 'count_targets',
            'VisualWords', 'text_perplexity', 'first_rows', 'room', 'check_match', 'add_visual_words', 'picture',
            'text_to_image', 'image_to_text', 'text_with_images', 'ImageTextRows', 'pack', 'check_packs',
-           'EncodedImages', 'encode_dataset', 'VisualProcessor', 'left_pad', 'generate', 'write_images',
+           'EncodedImages', 'encode_dataset', 'VisualProcessor', 'Watch', 'left_pad', 'generate', 'write_images',
            'write_captions', 'choose_trained', 'merge', 'llm_costs']
 
 # %% ../nbs/09_llm.ipynb #2bd6576e
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from .flow import constant_guidance
 from .latents import CachedLatents, cache_latents
 from .resampler import gumbel
@@ -414,7 +414,18 @@ class VisualProcessor(LogitsProcessor):
             logits = logits.masked_fill(torch.empty_like(beyond).scatter(1, order, beyond), -torch.inf)
         return (logits + gumbel(logits.shape, self.generator, logits.device)).argmax(-1, keepdim=True)
 
-# %% ../nbs/09_llm.ipynb #53ec7432
+# %% ../nbs/09_llm.ipynb #56b53128
+class Watch(StoppingCriteria):
+    "Looks on inside `model.generate`; what the callback raises ends the writing at once"
+    def __init__(self,
+        callback,           # called after each word with all words so far, (rows, words written)
+        prompt_length:int,  # columns before the first of them
+    ): self.callback, self.prompt_length = callback, prompt_length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.callback(input_ids[:, self.prompt_length:])
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
 def left_pad(
     rows:list[list[int]],  # prompts
     device=None,           # where they are wanted
@@ -454,6 +465,7 @@ def write_images(
     generator=None,           # draws the words; or a list with one for each caption, whose picture is then the same in any batch
     grid:tuple|None=None,     # (h, w) of the pictures, one that the model knows; None: the main one
     guidance_schedule=constant_guidance, # or `linear_guidance`, see `flow`
+    callback=None,            # called after each word with the ids so far, (B, 1 to N); what it raises ends the writing
     **how,                    # static_cache, compile: see `generate`
 )->torch.Tensor:              # ids, (B, N) int64 in [0, K)
     "Captions → ids, written by the language model word by word"
@@ -469,10 +481,11 @@ def write_images(
     batch = left_pad(prompts, model.device)
     length = batch['input_ids'].shape[1]
     processor = VisualProcessor(words, length, guidance_scale, temperature, top_k, top_p, generator, grid, guidance_schedule)
+    if callback: how['stopping_criteria'] = StoppingCriteriaList([Watch(lambda written: callback(written[:len(captions)] - words.first), length)])
     out = generate(model, tokenizer, batch, n, logits_processor=LogitsProcessorList([processor]), **how)
     return out[:len(captions), length:length + n] - words.first
 
-# %% ../nbs/09_llm.ipynb #17fd6cb3
+# %% ../nbs/09_llm.ipynb #da298525
 @torch.no_grad()
 def write_captions(
     model,                 # a language model with visual words
@@ -480,6 +493,7 @@ def write_captions(
     ids:torch.Tensor,      # (B, N)
     grid:tuple|None=None,  # (h, w), h·w = N; None: the main one
     max_new_tokens:int=64, # of text, at most; fewer where the model has no more positions
+    callback=None,         # called after each word with the text tokens so far, (B, 1 to max_new_tokens); what it raises ends the writing
     **how,                 # static_cache, compile: see `generate`
 )->list[str]:              # B captions
     "Ids → captions, greedily; visual words are suppressed"
@@ -489,10 +503,11 @@ def write_captions(
     batch = left_pad([image_to_text(words, first_id(tokenizer), row, [])[0] for row in ids.cpu().unflatten(1, grid)], model.device)
     length = batch['input_ids'].shape[1]
     if length >= room(model): raise ValueError(f"no positions are left for a caption beside a picture of {ids.shape[1]} visual words")
+    if callback: how['stopping_criteria'] = StoppingCriteriaList([Watch(callback, length)])
     out = generate(model, tokenizer, batch, min(max_new_tokens, room(model) - length), eos_token_id=tokenizer.eos_token_id, suppress_tokens=list(words.new), **how)
     return [t.strip() for t in tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)]
 
-# %% ../nbs/09_llm.ipynb #74b1354e
+# %% ../nbs/09_llm.ipynb #a2f57cf9
 ways = ('all', 'new', 'lora')  # what of a language model may be trained
 
 def choose_trained(
@@ -520,7 +535,7 @@ def merge(
     "Put what `peft` keeps beside the weights into them"
     return deepcopy(model).merge_and_unload() if hasattr(model, 'merge_and_unload') else model
 
-# %% ../nbs/09_llm.ipynb #aac3d9cb
+# %% ../nbs/09_llm.ipynb #40e903f8
 def llm_costs(
     config,                # of a `transformers` causal language model
     grids,                 # (h, w) of the pictures

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['generation_defaults', 'PipelineOutput', 'load_llm', 'many', 'as_picture', 'V2FlowPipeline']
 
-# %% ../nbs/10_pipeline.ipynb #689d08e7
-import copy
+# %% ../nbs/10_pipeline.ipynb #636cb829
+import copy, math
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -118,6 +118,7 @@ class V2FlowPipeline:
         guidance_schedule=constant_guidance,      # of the language model, over the places of a picture; or `linear_guidance`, see `flow`
         static_cache:bool=False,                  # of the language model: keys and values in tensors of fixed size
         compile:bool=False,                       # of the language model: `torch.compile` over a static cache; pays on CUDA and for many calls of one shape
+        callback_on_step_end=None,                # called as in `diffusers`, after each written word and each mask round: see `teller`; what it raises ends the call
     )->PipelineOutput:
         "Captions → pictures"
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -127,11 +128,24 @@ class V2FlowPipeline:
         settings = {k: self.defaults[k] if v is None else v for k,v in given.items()}
         captions = [p for p in prompts for _ in range(num_images_per_prompt)]
         grid = self.grid_of(height, width)
+        tell_word, tell_round = self.teller(callback_on_step_end, grid, n_iter)
         ids = write_images(self.llm, self.tokenizer, captions, generator=generator, grid=grid, guidance_schedule=guidance_schedule,
-                           static_cache=static_cache, compile=compile, **settings)
+                           static_cache=static_cache, compile=compile, callback=tell_word, **settings)
         images = self.image_tokenizer.decode(ids, grid, n_iter=n_iter, n_steps=n_steps, guidance_scale=decoder_guidance_scale,
-                                             temperature=decoder_temperature, generator=generator)
+                                             temperature=decoder_temperature, generator=generator, callback=tell_round)
         return PipelineOutput(to_pil(images), ids)
+
+    def teller(self,
+        callback,  # called with (pipeline, step from 0, share of the way done in (0, 1], {ids: (B, words so far)}, and in mask rounds images: (B, C, H, W) in [-1, 1], so far); or None
+        grid,      # (h, w) of the visual words
+        n_iter=None, # mask rounds; None: the model's default
+    ):             # what `write_images` calls after each word, and what `decode` calls after each round
+        "One count of steps over both halves of a call: first the words, then the rounds"
+        if callback is None: return None, None
+        n, found = math.prod(grid), {}
+        steps = n + (n_iter or self.image_tokenizer.config.n_iter)
+        def tell(step, **new): found.update(new); callback(self, step, (step + 1)/steps, dict(found))
+        return lambda ids: tell(ids.shape[1] - 1, ids=ids), lambda i, images: tell(n + i - 1, images=images)
 
     def grid_of(self, height=None, width=None):
         "The grid of visual words of a picture of this size, pixels; `ValueError` if there is none"

@@ -129,6 +129,8 @@ cases = {  # name: (arguments, exit code, what the line must contain)
     'override of no section': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'data.name.x=3'), 2, 'not a section'),
     'override of the wrong type': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'training.steps=abc'), 2, "steps='abc'"),
     'data setting unknown': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'data.coppies=3'), 2, 'data.coppies'),
+    'more text that is not there': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'text.file={f}/none.txt'), 1, 'none.txt: cannot be read as text'),
+    'text setting unknown': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'text.packs=64'), 2, 'text.packs'),
     'words of no model': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'vocabulary={f}/none'), 1, 'no such model folder'),
     'batch too small for the codes': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'training.batch_size=2'), 2, 'training.batch_size=2: so many pictures have fewer tokens'),
     'size that does not fit': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.sizes=[[8,8],[7,8]]'), 2, 'divisible by patch=2'),
@@ -208,4 +210,4 @@ def test_help_is_quick_and_complete():
     import time
     began = time.time(); done = v2flow('--help'); seconds = time.time() - began
     assert done.returncode == 0 and seconds < 2, seconds             # within one on an idle machine
-    for command in 'demo generate reconstruct encode decode caption pretrain-llm train-tokenizer train-llm evaluate'.split(): assert command in done.stdout
+    for command in 'demo generate reconstruct encode decode caption pretrain-llm train-tokenizer train-llm evaluate app'.split(): assert command in done.stdout

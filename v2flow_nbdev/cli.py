@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['app', 'Model', 'Seed', 'Json', 'Out', 'Picture', 'Config', 'RunFolder', 'Resume', 'DryRun', 'Strict', 'Overrides',
-           'digits_model', 'defaults', 'gpus', 'Unusable', 'running', 'say', 'fail', 'main', 'load_pipe',
-           'load_tokenizer', 'quiet', 'generator', 'report', 'check_picture', 'save_picture', 'sheet', 'generate',
-           'reconstruct', 'encode', 'decode', 'caption', 'demo', 'stacked', 'evaluate', 'read_config', 'call',
-           'DataConfig', 'LLMConfig', 'load_data', 'some', 'check_run', 'check_out', 'is_main_process', 'in_common',
-           'all_captions', 'finish', 'llm_plan', 'pretrain_llm', 'autoencoder_plan', 'train_autoencoder',
-           'open_latents', 'tokenizer_data', 'plan', 'train_tokenizer', 'join_processes', 'encoded', 'picture_sizes',
-           'encode_dataset', 'ids_of', 'plain_texts', 'data_scores', 'shape_of', 'plan_llm', 'train_llm']
+           'digits_model', 'judges', 'defaults', 'gpus', 'Unusable', 'running', 'say', 'fail', 'leave_processes',
+           'main', 'load_pipe', 'load_tokenizer', 'quiet', 'generator', 'report', 'check_picture', 'save_picture',
+           'sheet', 'generate', 'reconstruct', 'encode', 'decode', 'caption', 'demo', 'stacked', 'measure', 'evaluate',
+           'web_page', 'read_config', 'call', 'DataConfig', 'LLMConfig', 'TextConfig', 'load_data', 'some', 'check_run',
+           'check_out', 'is_main_process', 'in_common', 'all_captions', 'finish', 'llm_plan', 'lines_of',
+           'pretrain_llm', 'autoencoder_plan', 'train_autoencoder', 'open_latents', 'tokenizer_data', 'plan',
+           'train_tokenizer', 'join_processes', 'encoded', 'picture_sizes', 'encode_dataset', 'ids_of', 'plain_texts',
+           'data_scores', 'shape_of', 'plan_llm', 'train_llm']
 
 # %% ../nbs/20_cli.ipynb #db1dd225
 import json, sys
@@ -63,16 +64,26 @@ def fail(message, code):
     say(f"v2flow: {' '.join(str(message).split())}")
     sys.exit(code)
 
+def leave_processes():
+    "Processes that were launched together say goodbye: one that ends while its threads still listen to the others is aborted now and then"
+    dist = sys.modules.get('torch.distributed')
+    if dist and dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
+
 def main():
     "The `v2flow` command: one line on stderr for every error; exit code 2 when the arguments are wrong, 1 when a file cannot be used or a run fails"
     if len(sys.argv) == 1: sys.argv.append('--help')
-    try: sys.exit(app(standalone_mode=False) or 0)
+    try:
+        code = app(standalone_mode=False) or 0
+        leave_processes()
+        sys.exit(code)
     except typer.TyperException as e: fail(f"{e.format_message() if hasattr(e, 'format_message') else e} (see v2flow --help)", 2)
     except typer.Exit as e: sys.exit(e.exit_code)
     except (KeyboardInterrupt, typer.Abort): fail('interrupted', 130)
     except ValueError as e: fail(e, 2)
     except (Unusable, OSError) as e: fail(e, 1)
-    except Exception as e: fail(e if hasattr(e, 'signal') else f'{type(e).__name__}: {e}', 128 + getattr(e, 'signal', -127))   # `Interrupted` has one
+    except Exception as e:
+        if hasattr(e, 'signal'): leave_processes()                                 # `Interrupted`: all of them stop after the same step
+        fail(e if hasattr(e, 'signal') else f'{type(e).__name__}: {e}', 128 + getattr(e, 'signal', -127))
 
 # %% ../nbs/20_cli.ipynb #6e0723c3
 def load_pipe(model):
@@ -214,11 +225,11 @@ def demo(out:Out=Path('outputs/demo.png'), seed:Seed=0, model:Model=digits_model
     print(score_table(digit_scores(pipe, per_digit=20, seed=seed, say=say)))
     print(f'\n20 generated pictures a digit; `v2flow evaluate` uses 100. The picture: {out} ({time.time() - began:.0f} s)')
 
-def stacked(parts):
+def stacked(parts, side=80):
     "Titled sheets of pictures, one above the other"
     from PIL import Image, ImageDraw, ImageFont
     from v2flow_nbdev.data import picture_sheet
-    sheets = [picture_sheet(images, captions, side=80) for _,images,captions in parts]
+    sheets = [picture_sheet(images, captions, side=side) for _,images,captions in parts]
     whole = Image.new('RGB', (max(s.width for s in sheets), sum(s.height + 26 for s in sheets)), 'white')
     y = 0
     for (title, *_), s in zip(parts, sheets):
@@ -226,25 +237,47 @@ def stacked(parts):
         whole.paste(s, (0, y + 26)); y += s.height + 26
     return whole
 
-# %% ../nbs/20_cli.ipynb #de54d55e
+# %% ../nbs/20_cli.ipynb #3587c85e
+judges = ('digits', 'shapes')
+
+def measure(data, pipe, per_digit, n, seed):
+    "(scores of a pipeline on a data set that has a judge, what they should be)"
+    if data == 'digits':
+        from v2flow_nbdev.metrics import digit_aims, digit_scores
+        return digit_scores(pipe, per_digit, seed, say), digit_aims
+    from v2flow_nbdev.shapes import shape_aims, shape_scores
+    return shape_scores(pipe, n, seed, say), shape_aims
+
 @app.command()
 def evaluate(
-    model:Model=digits_model,
-    data:Annotated[str, typer.Option('--data', help='What to judge on: digits or shapes.')]='digits',
+    model:Annotated[Optional[str], typer.Option('--model', help='A pipeline folder or a Hub id. Default: the one that is shipped for the data.')]=None,
+    data:Annotated[str, typer.Option('--data', help=f'What to judge on: {", ".join(judges)}.')]='digits',
     per_digit:Annotated[int, typer.Option(min=2, help='digits: pictures to generate of each.')]=100,
     n:Annotated[int, typer.Option('--n', min=2, help='shapes: pictures to generate of compositions seen in training, and as many of others.')]=300,
     seed:Seed=0, as_json:Json=False,
 ):
     "Measure the table of scores anew."
-    if data not in ('digits', 'shapes'): raise typer.BadParameter(f"'{data}': use digits or shapes, which have a judge", param_hint='--data')
+    if data not in judges: raise typer.BadParameter(f"'{data}': use {', '.join(judges[:-1])} or {judges[-1]}, which have a judge", param_hint='--data')
+    from v2flow_nbdev.metrics import score_table
+    model = model or f'data/checkpoints/{data}'
     pipe = load_pipe(model)
-    from v2flow_nbdev.metrics import digit_aims, digit_scores, score_table
-    from v2flow_nbdev.shapes import shape_aims, shape_scores
-    with running(): scores = digit_scores(pipe, per_digit, seed, say) if data == 'digits' else shape_scores(pipe, n, seed, say)
-    print(json.dumps(scores) if as_json else score_table(scores, digit_aims if data == 'digits' else shape_aims))
+    with running(): scores, aims = measure(data, pipe, per_digit, n, seed)
+    print(json.dumps(scores) if as_json else score_table(scores, aims))
 
-# %% ../nbs/20_cli.ipynb #0648a19a
-defaults = dict(words='all', generation={})                                        # what a config may leave out
+# %% ../nbs/20_cli.ipynb #03e6338d
+@app.command('app')
+def web_page(
+    model:Model=digits_model,
+    host:Annotated[str, typer.Option(help='Address to listen on; the default is reached from this machine alone.')]='127.0.0.1',
+    port:Annotated[int, typer.Option(min=0, max=65535, help='0: any that is free.')]=7860,
+):
+    "A page for the browser: captions → pictures, pictures → words."
+    from v2flow_nbdev.app import serve
+    quiet()
+    with running(): serve(model, host, port, say)
+
+# %% ../nbs/20_cli.ipynb #e3e2b1fa
+defaults = dict(words='all', generation={}, text={})                                  # what a config may leave out
 
 def read_config(path, overrides, sections, strict=False, needed=None):
     "A YAML file of sections, with `section.name=value` over it"
@@ -277,7 +310,7 @@ def call(function, settings, section, **more):
     if unknown := set(settings) - set(known): raise ValueError(f"unknown settings {', '.join(f'{section}.{u}' for u in sorted(unknown))}; there are {', '.join(known)}")
     return function(**settings, **more)
 
-# %% ../nbs/20_cli.ipynb #fa179765
+# %% ../nbs/20_cli.ipynb #fbf6e4c8
 @dataclass
 class DataConfig:
     "Where captioned images come from, and what is done to them: the section `data` of every config"
@@ -348,6 +381,15 @@ class LLMConfig:
         if not all(isinstance(g, (list, tuple)) and [type(n) for n in g] == [int, int] for g in self.grids): raise ValueError(f"grids={list(self.grids)}: needs a list of [height, width]")
         if self.rank < 1 or self.pack < 0: raise ValueError(f"rank={self.rank}: needs at least 1" if self.rank < 1 else f"pack={self.pack}: needs 0 or more")
 
+@dataclass
+class TextConfig:
+    "More text to read than the captions: the section `text` of pretrain-llm"
+    file:str=''  # one text a line; every fiftieth line is held out
+    pack:int=0   # tokens of the sequences that short texts are packed into, longer ones being cut; 0: each text is padded
+
+    def __post_init__(self):
+        if self.pack < 0: raise ValueError(f"pack={self.pack}: needs 0 or more")
+
 def load_data(
     c:DataConfig,  # which
 ):                 # (rows to train on, or a stream; rows to judge on)
@@ -389,7 +431,7 @@ def some(rows, n):
         except OSError: continue
     return found[:n]
 
-# %% ../nbs/20_cli.ipynb #863aebf2
+# %% ../nbs/20_cli.ipynb #6956f112
 def check_run(out, resume):
     "A run's folder is never overwritten by accident. Nothing is made yet: that happens when all settings have proved sound"
     from v2flow_nbdev.training import checkpoints
@@ -426,7 +468,7 @@ def finish(model, out, save, rows=None):
         if report.left_out or report.changed: say(f'data: {report}; by name in {out/"data.json"}')
     say(f'{sum(p.numel() for p in model.parameters()):,} weights: {out/"model"}')
 
-# %% ../nbs/20_cli.ipynb #97bc252b
+# %% ../nbs/20_cli.ipynb #30a5af39
 gpus = {'A100': 312e12, 'H100': 989e12}                                            # bf16 operations per second, by their makers' data sheets
 
 def llm_plan(config, training, grids, codebook_size, text, pack=0, trained=1.):
@@ -445,29 +487,43 @@ def llm_plan(config, training, grids, codebook_size, text, pack=0, trained=1.):
             '  expected at 40 % of the peak: ' + ', '.join(f'{n*0.4*peak/g["flops"]:,.0f} tokens/s on {n} × {name}' for name, peak in gpus.items())]
     return '\n'.join(lines)
 
+def lines_of(path):
+    "(texts to learn from, texts held out) of a file with one text a line"
+    try: lines = [l.strip() for l in Path(path).read_text(encoding='utf-8').splitlines() if l.strip()]
+    except (OSError, UnicodeDecodeError) as e: raise Unusable(f"{path}: cannot be read as text ({e})") from None
+    if len(lines) < 50: raise Unusable(f"{path}: {len(lines)} lines of text; at least 50 are needed")
+    return [l for i,l in enumerate(lines) if i % 50], some(lines[::50], 500)
+
 @app.command()
 def pretrain_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resume:Resume=False, dry_run:DryRun=False):
-    "Train a small LLaMA on captions as plain text."
-    c = read_config(config, overrides, ['data', 'text_tokenizer', 'llm', 'training'])
+    "Train a small LLaMA on captions, and on other text if there is any."
+    c = read_config(config, overrides, ['data', 'text', 'text_tokenizer', 'llm', 'training'])
     from v2flow_nbdev.training import TrainConfig, train
     from v2flow_nbdev.vocabulary import config_from_dict
-    training, source = config_from_dict(TrainConfig, c['training'], 'training'), config_from_dict(DataConfig, c['data'], 'data')
+    training, source, more = (config_from_dict(kind, c[n], n) for kind, n in ((TrainConfig, 'training'), (DataConfig, 'data'), (TextConfig, 'text')))
     check_out(out, resume or training.resume, dry_run)
     import torch
+    from functools import partial
     from v2flow_nbdev.data import write_folder
-    from v2flow_nbdev.llm import collate, count_targets, small_llama, text_perplexity, text_rows, train_text_tokenizer
-    texts = all_captions(load_data(source)[0])
-    tokenizer = call(train_text_tokenizer, c['text_tokenizer'], 'text_tokenizer', texts=texts)
+    from v2flow_nbdev.llm import check_packs, collate, count_targets, pack, small_llama, text_perplexity, text_rows, train_text_tokenizer
+    rows, held_out = load_data(source)
+    captions, (lines, unseen_lines) = all_captions(rows), lines_of(more.file) if more.file else ([], [])
+    tokenizer = call(train_text_tokenizer, c['text_tokenizer'], 'text_tokenizer', texts=captions + lines)
     torch.manual_seed(training.seed)
-    model, rows = call(small_llama, c['llm'], 'llm', tokenizer=tokenizer), text_rows(tokenizer, texts)
+    model, rows = call(small_llama, c['llm'], 'llm', tokenizer=tokenizer), text_rows(tokenizer, captions + lines)
     if dry_run: return print(llm_plan(model.config, training, [], 0, round(sum(len(p) + len(t) for p,t in rows)/len(rows))))
-    def scores(m): return dict(text_perplexity=text_perplexity(m, tokenizer, some(texts, 2000)))
-    with running(): model = train(model, rows, training, collate, scores, out, resume, settings=in_common(c), count=count_targets)
+    longest = min(model.config.max_position_embeddings, more.pack or 2**31)
+    rows = [(p, t[:longest - len(p)]) for p,t in rows]
+    if more.pack: check_packs(model)
+    unseen = dict(text_perplexity=some(captions, 2000), **({'text_perplexity_held_out': unseen_lines} if unseen_lines else {}))
+    def scores(m): return {name: text_perplexity(m, tokenizer, texts) for name, texts in unseen.items()}
+    joined = partial(pack, length=more.pack) if more.pack else collate
+    with running(): model = train(model, rows, training, joined, scores, out, resume, settings=in_common(c), count=count_targets)
     def save(folder):
         with write_folder(folder) as new: model.save_pretrained(new); tokenizer.save_pretrained(new)
     finish(model, out, save)
 
-# %% ../nbs/20_cli.ipynb #6c181a4e
+# %% ../nbs/20_cli.ipynb #aad3f905
 def autoencoder_plan(model, training, shape):
     "What a training of an autoencoder takes, as text"
     import torch
@@ -489,7 +545,8 @@ def train_autoencoder(config:Config, out:RunFolder=None, overrides:Overrides=Non
     from v2flow_nbdev.latents import AutoencoderLatents, AutoencoderTraining, small_autoencoder
     from v2flow_nbdev.data import PictureStream, Pictures, picture_sheet, to_pil
     from v2flow_nbdev.metrics import psnr, ssim
-    model = AutoencoderTraining(call(small_autoencoder, c['autoencoder'], 'autoencoder'))
+    noise = c['autoencoder'].pop('noise', 0.) if isinstance(c['autoencoder'], dict) else 0.
+    model = AutoencoderTraining(call(small_autoencoder, c['autoencoder'], 'autoencoder'), noise)
     channels = model.model.config.in_channels
     sizes = source.sizes or [(source.size, source.size)]
     if dry_run: return print(autoencoder_plan(model, training, (channels, *sizes[0])))
@@ -503,7 +560,7 @@ def train_autoencoder(config:Config, out:RunFolder=None, overrides:Overrides=Non
     with running(): model = train(model, data, training, data.collate, scores, out, resume, settings=in_common(c))
     finish(model, out, AutoencoderLatents.fit(model.model, images.to(next(model.parameters()).device)).save_pretrained, rows)
 
-# %% ../nbs/20_cli.ipynb #789449f8
+# %% ../nbs/20_cli.ipynb #562de18a
 def open_latents(shape, images, given):
     "The latents that a tokenizer's config asks for, and the config with their shift and scale"
     from dataclasses import replace
@@ -526,7 +583,7 @@ def tokenizer_data(source, shape, latents, rows):
     data = kind(rows, shape.image_channels, source.sizes or [shape.image_size], source.name == 'mosaics', source.crop, source.flip)
     return data, data.collate
 
-# %% ../nbs/20_cli.ipynb #525a6fba
+# %% ../nbs/20_cli.ipynb #66e2db84
 def plan(shape, training, vocabulary):
     "What a training of the image tokenizer takes, as text"
     from dataclasses import replace
@@ -581,7 +638,7 @@ def train_tokenizer(config:Config, out:RunFolder=None, overrides:Overrides=None,
     if not model.quantizer.initialised: raise Unusable(f"{out}: {training.steps} steps ended before there was a codebook; raise training.steps")
     finish(model, out, model.save_pretrained, rows)
 
-# %% ../nbs/20_cli.ipynb #1c89aa7c
+# %% ../nbs/20_cli.ipynb #f54638d4
 def join_processes(training):
     "Several processes that were launched together find each other, before there is work to share; the device of this one"
     import os, torch
@@ -618,7 +675,7 @@ def encode_dataset(config:Config, out:Annotated[Path, typer.Option('--out', help
         if is_main_process() and (report.left_out or report.changed): report.save(out/'data.json'); say(f'data: {report}; by name in {out/"data.json"}')
     if is_main_process(): say(f"{len(rows):,} pictures as {' and '.join('×'.join(map(str, d.shape)) for d in done)} ids: {out}")
 
-# %% ../nbs/20_cli.ipynb #7e8bd75a
+# %% ../nbs/20_cli.ipynb #aafd4e9b
 def ids_of(source, tok, grids, out):
     "(rows of ids to learn from, rows to judge on): of a folder that encode-dataset wrote, or of pictures encoded into the run's folder"
     from torch.utils.data import ConcatDataset
@@ -638,13 +695,9 @@ def ids_of(source, tok, grids, out):
 
 def plain_texts(tuning, rows):
     "(text to mix in, text to measure perplexity on)"
-    if not tuning.texts:
-        texts = sorted({c for r in some(rows, 2000) for c in r['captions'] if c}) or ['a picture']
-        return texts, some(texts, 500)
-    try: lines = [l.strip() for l in Path(tuning.texts).read_text(encoding='utf-8').splitlines() if l.strip()]
-    except (OSError, UnicodeDecodeError) as e: raise Unusable(f"{tuning.texts}: cannot be read as text ({e})") from None
-    if len(lines) < 50: raise Unusable(f"{tuning.texts}: {len(lines)} lines of text; at least 50 are needed")
-    return [l for i,l in enumerate(lines) if i % 50], some(lines[::50], 500)
+    if tuning.texts: return lines_of(tuning.texts)
+    texts = sorted({c for r in some(rows, 2000) for c in r['captions'] if c}) or ['a picture']
+    return texts, some(texts, 500)
 
 def data_scores(source, pipe):
     "What can be judged while a language model learns from this data"
@@ -675,7 +728,7 @@ def plan_llm(c, tuning, training):
         except Exception as e: raise OSError(f"{tuning.pretrained}: no config of a language model could be read ({type(e).__name__})") from None
         return llm_plan(config, training, [tuple(g) for g in tuning.grids or [shape.grid]], shape.codebook_size, 64, tuning.pack, {'all': 1., 'lora': 0.02, 'new': 0.}[tuning.train])
 
-# %% ../nbs/20_cli.ipynb #89ec51ca
+# %% ../nbs/20_cli.ipynb #e2bc2c04
 @app.command()
 def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resume:Resume=False, dry_run:DryRun=False, strict:Strict=False):
     "Train a language model to write and read ids."
@@ -720,5 +773,5 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
     if tuning.train == 'lora' and is_main_process(): model.save_pretrained(out/'adapter')
     finish(model, out, lambda folder: pipe(model).save_pretrained(folder, getattr(torch, tuning.save_dtype)), source_rows)
 
-# %% ../nbs/20_cli.ipynb #4abdc2ae
+# %% ../nbs/20_cli.ipynb #35825396
 if __name__ == '__main__' and globals().get('__package__'): main()                # for launchers: torchrun -m v2flow_nbdev.cli …

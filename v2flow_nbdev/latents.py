@@ -72,12 +72,15 @@ def small_autoencoder(
     width:int=48,          # feature maps at half the resolution; twice as many at a quarter, 4 times at an eighth
     image_channels:int=3,  # 1 or 3
     seed:int=0,            # of the initial weights; the global random state is left alone
-):                         # `diffusers.AutoencoderDC`, f8, untrained; 5.7 million weights at the default
+    halvings:int=3,        # how often the side is halved: 3 is f8, 2 is f4
+):                         # `diffusers.AutoencoderDC`, untrained; 5.7 million weights at the default
     "A DC-AE that a CPU can train: no attention, no blocks at full resolution, and residual parts that start at zero (after DC-AE, arXiv 2410.10733)"
     from diffusers import AutoencoderDC
     if image_channels not in (1, 3): raise ValueError(f"image_channels={image_channels}: use 1 (luminance) or 3 (RGB)")
-    if width < 4 or width % 4 or channels < 1 or 4*width % channels: raise ValueError(f"channels={channels}, width={width}: width must be a multiple of 4, and 4·width one of channels")
-    widths, layers, none = (width, width, 2*width, 4*width), (0, 1, 2, 3), ((),)*4
+    if halvings not in (1, 2, 3): raise ValueError(f"halvings={halvings}: use 1 to 3")
+    deepest = width*2**(halvings - 1)
+    if width < 4 or width % 4 or channels < 1 or deepest % channels: raise ValueError(f"channels={channels}, width={width}: width must be a multiple of 4, and {deepest//max(width, 1)}·width one of channels")
+    widths, layers, none = (width, width, 2*width, 4*width)[:halvings + 1], (0, 1, 2, 3)[:halvings + 1], ((),)*(halvings + 1)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = AutoencoderDC(in_channels=image_channels, latent_channels=channels, encoder_block_out_channels=widths, decoder_block_out_channels=widths,
@@ -98,19 +101,23 @@ class AutoencoderOutput:
 class AutoencoderTraining(nn.Module):
     "An autoencoder of `diffusers` as something to train: mean squared error of the restored pictures, nothing else (ours)"
     def __init__(self,
-        model,  # `AutoencoderDC`; any module whose `encode` gives `latent` and whose `decode` gives `sample`
+        model,          # `AutoencoderDC`; any module whose `encode` gives `latent` and whose `decode` gives `sample`
+        noise:float=0., # standard deviation of noise on the latents in training, in shares of their own: what a quantizer will do to them
     ):
         super().__init__()
-        self.model = model
+        if not 0 <= noise < 1: raise ValueError(f"noise={noise}: needs 0 to 1")
+        self.model, self.noise = model, noise
 
     def forward(self,
         images:torch.Tensor,  # (B, C, H, W) in [-1, 1]
     )->AutoencoderOutput:     # its `loss` is a scalar
         "Pictures → latents → pictures, and how far off they are"
-        back = self.model.decode(self.model.encode(images).latent).sample.float()
+        z = self.model.encode(images).latent
+        if self.training and self.noise: z = z + self.noise*z.float().std().to(z.dtype)*torch.randn_like(z)
+        back = self.model.decode(z).sample.float()
         return AutoencoderOutput((back - images).square().mean(), back)
 
-# %% ../nbs/01_latents.ipynb #7439a414
+# %% ../nbs/01_latents.ipynb #84e8eb17
 def _autoencoder_folder(name, subfolder, revision):
     "A local folder with the autoencoder's config and weights; of a Hub model only these files are fetched"
     folder, inside = Path(name), f'{subfolder}/' if subfolder else ''
@@ -149,7 +156,7 @@ def load_autoencoder(
     if problem: raise OSError(f"{folder}: the {kind} cannot be loaded ({problem}); copy the autoencoder again")
     return model
 
-# %% ../nbs/01_latents.ipynb #edec5b57
+# %% ../nbs/01_latents.ipynb #f564b86c
 class AutoencoderLatents(nn.Module):
     "A pretrained, frozen autoencoder of `diffusers`: image ↔ latent grid at unit scale (the authors: DC-AE f32c32, arXiv 2410.10733; MAR: KL-f16)"
     def __init__(self,
@@ -239,7 +246,7 @@ class AutoencoderLatents(nn.Module):
         z = latents.float()/self.scale + self.shift
         with no_autocast(z.device): return self.model.decode(z.to(self.model.dtype)).sample.float().clamp(-1, 1)
 
-# %% ../nbs/01_latents.ipynb #fa2a676d
+# %% ../nbs/01_latents.ipynb #d18a9063
 def fingerprint(
     rows,    # captioned images; one that has a `fingerprint` of its own, a string, is taken at its word
 )->str:      # 16 hexadecimal digits
@@ -251,7 +258,7 @@ def fingerprint(
         digest.update(json.dumps([image.size, rows[i].get('captions', [])]).encode() + image.tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/01_latents.ipynb #c2267a13
+# %% ../nbs/01_latents.ipynb #d44d82a2
 index_version = 1
 
 key_names = dict(rows='pictures or captions', autoencoder='autoencoder, shift or scale', size='size of pictures', dtype='dtype')
@@ -291,7 +298,7 @@ def _gather(x):
     if len(found) > 1: torch.distributed.all_gather_object(found, x)
     return found
 
-# %% ../nbs/01_latents.ipynb #5337ee15
+# %% ../nbs/01_latents.ipynb #439bc6a7
 def _write_shard(rows, latents, folder, index, i, resize, bar):
     "Encode the rows of one shard, batch by batch, and write it; gives its line of the index"
     key, start = index['key'], i*index['shard_rows']
@@ -313,7 +320,7 @@ def _write_shard(rows, latents, folder, index, i, resize, bar):
     _write_json(words, captions)
     return dict(rows=len(z), shape=list(z.shape[1:]), latents=sha256(tensors), captions=sha256(words))
 
-# %% ../nbs/01_latents.ipynb #ed76c1b5
+# %% ../nbs/01_latents.ipynb #f76e963c
 class CachedLatents(torch.utils.data.Dataset):
     "A data set of latents on disk: rows {\"latents\": (C, h, w) float32, \"captions\": [str, …]}, each shard opened when it is first asked for"
     def __init__(self,

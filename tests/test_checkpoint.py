@@ -45,6 +45,14 @@ def test_most_ids_survive_a_round_trip(pipe, record_property):
     record_property('ids_kept', kept); print(f'ids kept by encode → decode → encode: {kept:.1%}')
     assert kept > 0.8
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_the_codes(pipe, tmp_path, dtype):
+    pipe.save_pretrained(tmp_path, dtype)
+    again = type(pipe).from_pretrained(tmp_path)              # would be refused if the codes had changed
+    x = pixels(digits('test')[:50])
+    same = (again.image_tokenizer.encode(x) == pipe.image_tokenizer.encode(x)).float().mean().item()
+    assert again.image_tokenizer.codebook_checksum == pipe.image_tokenizer.codebook_checksum and same > 0.97, same
+
 def test_save_and_load_give_the_same(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = type(pipe).from_pretrained(tmp_path)

@@ -349,7 +349,9 @@ class V2Flow(nn.Module):
         with write_folder(folder) as new:
             if own: own.save_pretrained(new/'autoencoder', dtype); config = replace(config, autoencoder='autoencoder')
             if self.vocabulary: self.vocabulary.save(new)
-            write_tensors(new/'model.safetensors', {n: t.to(dtype) if dtype and t.is_floating_point() else t for n,t in self.state_dict().items()})
+            kept = torch.float16 if dtype == torch.bfloat16 else dtype             # of the codes, whose checksum the language model knows
+            kinds = {n: kept if n == 'quantizer.codebook' else dtype for n in self.state_dict()}
+            write_tensors(new/'model.safetensors', {n: t.to(kinds[n]) if dtype and t.is_floating_point() else t for n,t in self.state_dict().items()})
             write_json(new/'config.json', asdict(config))
 
     @classmethod

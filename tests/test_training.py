@@ -20,7 +20,7 @@ def test_more_text_than_captions(tmp_path):
     prose = list(sentences('The quick brown fox jumps over the lazy dog again.\n\nshape: (B, C, H, W)\n\n>>> f(x)\n\nToo short.'))
     assert prose == ['The quick brown fox jumps over the lazy dog again.']
     (tmp_path/'prose.txt').write_text('\n'.join(f'{prose[0]} Number {i}.' for i in range(120)))
-    done = v2flow('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', tmp_path/'run', 'training.steps=4', 'training.batch_size=16', f'text.file={tmp_path}/prose.txt', 'text.pack=48', 'llm.hidden_size=32', 'llm.num_hidden_layers=1')
+    done = v2flow('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', tmp_path/'run', 'training.steps=4', 'training.batch_size=16', f'text.file={tmp_path}/prose.txt', 'text.pack=48', 'text.caption_weight=2', 'llm.hidden_size=32', 'llm.num_hidden_layers=1')
     assert done.returncode == 0, done.stderr
     last = json.loads((tmp_path/'run/log.jsonl').read_text().splitlines()[-1])
     assert last['text_perplexity_held_out'] > 1 and last['text_perplexity'] > 1

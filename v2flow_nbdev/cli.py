@@ -384,11 +384,13 @@ class LLMConfig:
 @dataclass
 class TextConfig:
     "More text to read than the captions: the section `text` of pretrain-llm"
-    file:str=''  # one text a line; every fiftieth line is held out
-    pack:int=0   # tokens of the sequences that short texts are packed into, longer ones being cut; 0: each text is padded
+    file:str=''          # one text a line; every fiftieth line is held out
+    pack:int=0           # tokens of the sequences that short texts are packed into, longer ones being cut; 0: each text is padded
+    caption_weight:int=1 # how often captions count beside that text when the text tokenizer chooses its words
 
     def __post_init__(self):
         if self.pack < 0: raise ValueError(f"pack={self.pack}: needs 0 or more")
+        if self.caption_weight < 1: raise ValueError(f"caption_weight={self.caption_weight}: needs at least 1")
 
 def load_data(
     c:DataConfig,  # which
@@ -508,7 +510,7 @@ def pretrain_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, re
     from v2flow_nbdev.llm import check_packs, collate, count_targets, pack, small_llama, text_perplexity, text_rows, train_text_tokenizer
     rows, held_out = load_data(source)
     captions, (lines, unseen_lines) = all_captions(rows), lines_of(more.file) if more.file else ([], [])
-    tokenizer = call(train_text_tokenizer, c['text_tokenizer'], 'text_tokenizer', texts=captions + lines)
+    tokenizer = call(train_text_tokenizer, c['text_tokenizer'], 'text_tokenizer', texts=captions*more.caption_weight + lines)
     torch.manual_seed(training.seed)
     model, rows = call(small_llama, c['llm'], 'llm', tokenizer=tokenizer), text_rows(tokenizer, captions + lines)
     if dry_run: return print(llm_plan(model.config, training, [], 0, round(sum(len(p) + len(t) for p,t in rows)/len(rows))))

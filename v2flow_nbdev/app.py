@@ -222,7 +222,7 @@ def sentence(
     traceback.print_exception(error)
     return f"This did not work ({type(error).__name__}). The server's terminal says more."
 
-# %% ../nbs/19_app.ipynb #ffb81444
+# %% ../nbs/19_app.ipynb #cbd24012
 class Stopped(Exception): "A user pressed Stop, or left"
 
 class Runs:
@@ -264,7 +264,7 @@ def follow(
         if kind == 'error': raise output
         yield output
 
-# %% ../nbs/19_app.ipynb #c98d5453
+# %% ../nbs/19_app.ipynb #a9f1e4ad
 def sizes(
     pipe:V2FlowPipeline,
 )->list[tuple]:  # (height, width) in pixels, the model's own first
@@ -331,7 +331,7 @@ def answer(images, caption):
     said = f'<blockquote>{escape(caption or "…")}<cite>what the language model says of the tokens</cite></blockquote>'
     return f'<div class="v2-answer">{figures(to_pil(images), ["drawn again from its tokens alone"], 168)}{said}</div>'
 
-# %% ../nbs/19_app.ipynb #c717b5ac
+# %% ../nbs/19_app.ipynb #3ac78702
 def need_gradio():
     "Gradio, which only the page needs"
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'                               # nothing is reported to anyone
@@ -380,7 +380,7 @@ def wire(gr, start, stop, call, runs, inputs, outputs):
     def stopped(request:gr.Request): runs.stop(request.session_hash); return note('Stopped.')
     stop.click(stopped, None, outputs[0], cancels=[joined(s) for s in start], **quick)
 
-# %% ../nbs/19_app.ipynb #c8665609
+# %% ../nbs/19_app.ipynb #b2df1c5f
 picker = '''<label class="v2-drop"><input type="file" accept="image/*" aria-label="a picture">${value
   ? `<img src="${value}" alt="" onload="this.style.imageRendering = this.naturalHeight < 64 ? 'pixelated' : 'auto'" onerror="this.remove()">`
   : "Drop a picture here<br>or click to choose one"}</label>'''
@@ -404,7 +404,7 @@ def drawing_tab(gr, pipe, runs, examples):
     known, usual = sizes(pipe), min(max(pipe.defaults['guidance_scale'], bounds['guidance'][0]), bounds['guidance'][1])
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            caption = gr.Textbox(label='Caption', placeholder='What to draw', lines=1, max_lines=4, elem_id='v2-caption', value=next(iter(examples), ''))
+            caption = gr.Textbox(label='Caption', lines=1, max_lines=4, elem_id='v2-caption', value=next(iter(examples), ''))
             with gr.Row(elem_id='v2-examples', visible=len(examples) > 1):
                 for e in examples: gr.Button(e, size='sm', min_width=60).click(None, None, caption, js=f'() => {json.dumps(e)}', **quick)
             with gr.Row():
@@ -454,7 +454,7 @@ def make_app(
         page.unload(left)
     return page.queue(max_size=16)
 
-# %% ../nbs/19_app.ipynb #f33349d6
+# %% ../nbs/19_app.ipynb #53634551
 class Guard:
     "In front of the page (ASGI): no large request, no file on our disk, and nothing that the page would fetch from elsewhere"
     policy = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"

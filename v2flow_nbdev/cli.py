@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['app', 'Model', 'Seed', 'Json', 'Out', 'Picture', 'Config', 'RunFolder', 'Resume', 'DryRun', 'Strict', 'Overrides',
-           'digits_model', 'judges', 'defaults', 'gpus', 'Unusable', 'running', 'say', 'fail', 'leave_processes',
+           'shipped_model', 'judges', 'defaults', 'gpus', 'Unusable', 'running', 'say', 'fail', 'leave_processes',
            'main', 'load_pipe', 'load_tokenizer', 'quiet', 'generator', 'report', 'check_picture', 'save_picture',
-           'sheet', 'generate', 'reconstruct', 'encode', 'decode', 'caption', 'demo', 'stacked', 'measure', 'evaluate',
-           'web_page', 'read_config', 'call', 'DataConfig', 'LLMConfig', 'TextConfig', 'load_data', 'some', 'check_run',
-           'check_out', 'is_main_process', 'in_common', 'all_captions', 'finish', 'llm_plan', 'lines_of',
-           'pretrain_llm', 'autoencoder_plan', 'train_autoencoder', 'open_latents', 'tokenizer_data', 'plan',
-           'train_tokenizer', 'join_processes', 'encoded', 'picture_sizes', 'encode_dataset', 'ids_of', 'plain_texts',
-           'data_scores', 'shape_of', 'plan_llm', 'train_llm']
+           'sheet', 'generate', 'reconstruct', 'encode', 'decode', 'caption', 'digits_demo', 'emojis_demo', 'demo',
+           'stacked', 'measure', 'evaluate', 'web_page', 'read_config', 'call', 'DataConfig', 'LLMConfig', 'TextConfig',
+           'load_data', 'some', 'check_run', 'check_out', 'is_main_process', 'in_common', 'all_captions', 'finish',
+           'llm_plan', 'lines_of', 'pretrain_llm', 'autoencoder_plan', 'train_autoencoder', 'open_latents',
+           'tokenizer_data', 'plan', 'train_tokenizer', 'join_processes', 'encoded', 'picture_sizes', 'encode_dataset',
+           'ids_of', 'plain_texts', 'known_words', 'data_scores', 'shape_of', 'plan_llm', 'train_llm']
 
 # %% ../nbs/20_cli.ipynb #db1dd225
 import json, sys
@@ -47,7 +47,7 @@ Strict = Annotated[bool, typer.Option('--strict', help='Fail on the first file t
 
 Overrides = Annotated[Optional[list[str]], typer.Argument(help='Settings over the file’s, e.g. training.steps=60.')]
 
-digits_model = 'data/checkpoints/digits'
+shipped_model = 'data/checkpoints/emoji'
 
 # %% ../nbs/20_cli.ipynb #8ccc1330
 class Unusable(Exception): "A file or folder cannot be used, or a run failed: exit code 1"
@@ -134,13 +134,13 @@ def sheet(images):
 # %% ../nbs/20_cli.ipynb #b4958055
 @app.command()
 def generate(
-    caption:Annotated[str, typer.Argument(help='What to draw, e.g. "a handwritten seven".')],
+    caption:Annotated[str, typer.Argument(help='What to draw, e.g. "a woman firefighter with dark skin tone".')],
     out:Out=Path('out.png'),
     num_images:Annotated[int, typer.Option(min=1, max=1000, help='How many pictures.')]=1,
     seed:Seed=0,
     guidance_scale:Annotated[Optional[float], typer.Option(help='Of the language model; 1 = none. Default: the model’s.')]=None,
     size:Annotated[Optional[tuple[int, int]], typer.Option(help='Height and width, pixels, of a grid that the model knows. Default: its main size.')]=None,
-    model:Model=digits_model,
+    model:Model=shipped_model,
     as_json:Json=False,
 ):
     "Text → image: one picture, or a sheet of several."
@@ -152,7 +152,7 @@ def generate(
     report(as_json, dict(out=str(out), caption=caption, seed=seed, ids=made.ids.tolist()), f'{out}: {num_images} × "{caption}"')
 
 @app.command()
-def reconstruct(image:Picture, out:Out=Path('out.png'), seed:Seed=0, model:Model=digits_model, as_json:Json=False):
+def reconstruct(image:Picture, out:Out=Path('out.png'), seed:Seed=0, model:Model=shipped_model, as_json:Json=False):
     "Image → ids → image, with PSNR and SSIM."
     from v2flow_nbdev.data import load_image
     check_picture(out)
@@ -166,7 +166,7 @@ def reconstruct(image:Picture, out:Out=Path('out.png'), seed:Seed=0, model:Model
 
 # %% ../nbs/20_cli.ipynb #aeb67efa
 @app.command()
-def encode(image:Picture, model:Model=digits_model):
+def encode(image:Picture, model:Model=shipped_model):
     "Image → ids, as JSON on stdout."
     from v2flow_nbdev.data import load_image, to_tensor
     picture, tok = load_image(image), load_tokenizer(model)
@@ -175,7 +175,7 @@ def encode(image:Picture, model:Model=digits_model):
 @app.command()
 def decode(
     ids:Annotated[Path, typer.Argument(help='A JSON file: a list of ids, as `v2flow encode` prints it.')],
-    out:Out=Path('out.png'), seed:Seed=0, model:Model=digits_model,
+    out:Out=Path('out.png'), seed:Seed=0, model:Model=shipped_model,
 ):
     "Ids → image."
     import torch
@@ -192,23 +192,16 @@ def decode(
     print(out)
 
 @app.command()
-def caption(image:Picture, model:Model=digits_model, as_json:Json=False):
+def caption(image:Picture, model:Model=shipped_model, as_json:Json=False):
     "Image → text."
     from v2flow_nbdev.data import load_image
     picture, pipe = load_image(image), load_pipe(model)
     text = pipe.caption(picture)
     report(as_json, dict(image=str(image), caption=text), text)
 
-# %% ../nbs/20_cli.ipynb #ec151902
-@app.command()
-def demo(out:Out=Path('outputs/demo.png'), seed:Seed=0, model:Model=digits_model):
-    "The main job: digits reconstructed, drawn, captioned."
-    import time
-    began = time.time()
-    pipe = load_pipe(model)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    check_picture(out)
-    say(f'loaded {model}')
+# %% ../nbs/20_cli.ipynb #79840ad8
+def digits_demo(pipe, seed):
+    "What the digits model can do: (titled pictures, scores, what they are of)"
     from v2flow_nbdev.data import digits, number_words
     from v2flow_nbdev.metrics import digit_scores, score_table
     real = [r['image'] for r in digits('test')[:10]]
@@ -218,12 +211,30 @@ def demo(out:Out=Path('outputs/demo.png'), seed:Seed=0, model:Model=digits_model
     prompts = [f'a handwritten {word}' for word in number_words] + [f'the digit {d}' for d in range(10)]
     made = pipe(prompts, generator=generator(seed)).images
     named = pipe.caption(real)
-    picture = stacked([('Real digits that no model was trained on, and the captions they get', real, named),
-                       ('The same from their ids alone', back, None),
-                       ('Drawn from captions', made, prompts)])
-    save_picture(picture, out)
-    print(score_table(digit_scores(pipe, per_digit=20, seed=seed, say=say)))
-    print(f'\n20 generated pictures a digit; `v2flow evaluate` uses 100. The picture: {out} ({time.time() - began:.0f} s)')
+    parts = [('Real digits that no model was trained on, and the captions they get', real, named),
+             ('The same from their ids alone', back, None), ('Drawn from captions', made, prompts)]
+    return parts, score_table(digit_scores(pipe, per_digit=20, seed=seed, say=say)), '20 generated pictures a digit; `v2flow evaluate` uses 100'
+
+def emojis_demo(pipe, seed):
+    "The same for the emoji model"
+    from v2flow_nbdev.emoji import emoji_aims, emoji_demo, emoji_judge
+    from v2flow_nbdev.metrics import score_table
+    parts, scores = emoji_demo(pipe, emoji_judge(), seed, say)
+    return parts, score_table(scores, emoji_aims), 'Of the pictures on the page alone; `v2flow evaluate --data emoji` draws thousands'
+
+@app.command()
+def demo(out:Out=Path('outputs/demo.png'), seed:Seed=0, model:Model=shipped_model):
+    "The main job on one page: pictures from captions, captions from pictures, and pictures from their ids."
+    import time
+    began = time.time()
+    pipe = load_pipe(model)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    check_picture(out)
+    say(f'loaded {model}')
+    with running(): parts, table, remark = digits_demo(pipe, seed) if pipe.image_tokenizer.config.image_channels == 1 else emojis_demo(pipe, seed)
+    save_picture(stacked(parts), out)
+    print(table)
+    print(f'\n{remark}. The page: {out} ({time.time() - began:.0f} s)')
 
 def stacked(parts, side=80):
     "Titled sheets of pictures, one above the other"
@@ -237,23 +248,26 @@ def stacked(parts, side=80):
         whole.paste(s, (0, y + 26)); y += s.height + 26
     return whole
 
-# %% ../nbs/20_cli.ipynb #3587c85e
-judges = ('digits', 'shapes')
+# %% ../nbs/20_cli.ipynb #2a4956e2
+judges = ('digits', 'shapes', 'emoji')
 
-def measure(data, pipe, per_digit, n, seed):
+def measure(data, pipe, model, per_digit, n, seed):
     "(scores of a pipeline on a data set that has a judge, what they should be)"
     if data == 'digits':
         from v2flow_nbdev.metrics import digit_aims, digit_scores
         return digit_scores(pipe, per_digit, seed, say), digit_aims
-    from v2flow_nbdev.shapes import shape_aims, shape_scores
-    return shape_scores(pipe, n, seed, say), shape_aims
+    if data == 'shapes':
+        from v2flow_nbdev.shapes import shape_aims, shape_scores
+        return shape_scores(pipe, n or 300, seed, say), shape_aims
+    from v2flow_nbdev.emoji import emoji_aims, emoji_judge, emoji_scores
+    return emoji_scores(pipe, emoji_judge(), n or 2000, seed, say, model), emoji_aims
 
 @app.command()
 def evaluate(
     model:Annotated[Optional[str], typer.Option('--model', help='A pipeline folder or a Hub id. Default: the one that is shipped for the data.')]=None,
     data:Annotated[str, typer.Option('--data', help=f'What to judge on: {", ".join(judges)}.')]='digits',
     per_digit:Annotated[int, typer.Option(min=2, help='digits: pictures to generate of each.')]=100,
-    n:Annotated[int, typer.Option('--n', min=2, help='shapes: pictures to generate of compositions seen in training, and as many of others.')]=300,
+    n:Annotated[Optional[int], typer.Option('--n', min=2, help='shapes: pictures to generate of compositions seen in training, and as many of others; emoji: of both together. Default: 300, 2,000.')]=None,
     seed:Seed=0, as_json:Json=False,
 ):
     "Measure the table of scores anew."
@@ -261,13 +275,13 @@ def evaluate(
     from v2flow_nbdev.metrics import score_table
     model = model or f'data/checkpoints/{data}'
     pipe = load_pipe(model)
-    with running(): scores, aims = measure(data, pipe, per_digit, n, seed)
+    with running(): scores, aims = measure(data, pipe, model, per_digit, n, seed)
     print(json.dumps(scores) if as_json else score_table(scores, aims))
 
 # %% ../nbs/20_cli.ipynb #03e6338d
 @app.command('app')
 def web_page(
-    model:Model=digits_model,
+    model:Model=shipped_model,
     host:Annotated[str, typer.Option(help='Address to listen on; the default is reached from this machine alone.')]='127.0.0.1',
     port:Annotated[int, typer.Option(min=0, max=65535, help='0: any that is free.')]=7860,
 ):
@@ -354,7 +368,7 @@ class DataConfig:
 @dataclass
 class LLMConfig:
     "The language model that learns to write and read ids: the section `llm` of train-llm"
-    pretrained:str=''          # a `transformers` folder or Hub id
+    pretrained:str=''          # a `transformers` folder or Hub id; one that has the visual words of this image tokenizer learns on
     start:str='codebook'       # how the input rows of new words start: codebook, rotated, mean or random, see `add_visual_words`
     head_start:str=''          # the same for output rows with a table of their own; '': as `start`
     grids:tuple=()             # [height, width] in visual words of the pictures to learn, the image tokenizer's own among them; none: that alone
@@ -365,6 +379,7 @@ class LLMConfig:
     write_share:float=0.5      # share of caption → image, the rest is image → caption
     caption_dropout:float=0.1  # share of caption → image without its caption, for guidance
     id_noise:float=0.1         # share of ids replaced at random in image → caption
+    write_noise:float=0.       # largest share of ids replaced at random, for each picture another, in what caption → image has written already
     text_share:float=0.        # share of plain text instead of pictures, so that the language is kept
     texts:str=''               # file of that text, one a line; '': the captions, on which perplexity is then measured too
     pack:int=0                 # tokens of the sequences that short ones are packed into; 0: each row is padded
@@ -376,7 +391,7 @@ class LLMConfig:
         if not self.pretrained: raise ValueError("pretrained='': a folder or a Hub id is needed")
         for name, known in dict(save_dtype=('float32', 'float16', 'bfloat16'), start=starts, head_start=('', *starts), train=ways, loss=('target', 'both')).items():
             if getattr(self, name) not in known: raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(filter(None, known))}")
-        for name in ('write_share', 'caption_dropout', 'id_noise', 'text_share'):
+        for name in ('write_share', 'caption_dropout', 'id_noise', 'write_noise', 'text_share'):
             if not 0 <= getattr(self, name) <= 1: raise ValueError(f"{name}={getattr(self, name)}: needs 0 to 1")
         if not all(isinstance(g, (list, tuple)) and [type(n) for n in g] == [int, int] for g in self.grids): raise ValueError(f"grids={list(self.grids)}: needs a list of [height, width]")
         if self.rank < 1 or self.pack < 0: raise ValueError(f"rank={self.rank}: needs at least 1" if self.rank < 1 else f"pack={self.pack}: needs 0 or more")
@@ -701,6 +716,14 @@ def plain_texts(tuning, rows):
     texts = sorted({c for r in some(rows, 2000) for c in r['captions'] if c}) or ['a picture']
     return texts, some(texts, 500)
 
+def known_words(llm, tok, grids):
+    "The visual words of a language model that knows these codes already and is to learn on; None if it knows none, or others"
+    from v2flow_nbdev.llm import VisualWords
+    if (getattr(llm.config, 'v2flow', None) or {}).get('codebook') != tok.codebook_checksum: return None
+    words = VisualWords.of(llm)
+    if {tuple(g) for g in grids} - set(words.grids): raise ValueError(f"llm.grids={list(grids)}: this language model has visual words already, for {', '.join(f'{h}×{w}' for h,w in words.grids)}")
+    return words
+
 def data_scores(source, pipe):
     "What can be judged while a language model learns from this data"
     if source.name == 'digits':
@@ -709,6 +732,9 @@ def data_scores(source, pipe):
     if source.name == 'shapes':
         from v2flow_nbdev.shapes import drawing_scores
         return drawing_scores(pipe, 'test', 48)
+    if source.name == 'emoji':
+        from v2flow_nbdev.emoji import drawing_scores
+        return drawing_scores(pipe)
     return {}
 
 def shape_of(image_tokenizer):
@@ -751,7 +777,7 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
     torch.manual_seed(training.seed)
     with running():
         if tuning.attention: llm.set_attn_implementation(tuning.attention)
-        words = add_visual_words(llm, tokenizer, tok, tuning.start, tuning.head_start or None, tuning.grids, training.seed)
+        words = known_words(llm, tok, tuning.grids) or add_visual_words(llm, tokenizer, tok, tuning.start, tuning.head_start or None, tuning.grids, training.seed)
         if tuning.pack: check_packs(llm)
     def pipe(model): return V2FlowPipeline(tok.to(model.device), model, tokenizer, c['generation'])
     pipe(llm)                                                                      # wrong defaults are found now, not at the end
@@ -763,7 +789,7 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
     device = join_processes(training)
     rows, held_out, source_rows = ids_of(source, tok.to(device), tuning.grids, out)
     texts, unseen_texts = plain_texts(tuning, rows)
-    sequences = ImageTextRows(rows, tokenizer, words, tuning.write_share, tuning.caption_dropout, tuning.id_noise, tuning.loss, texts, tuning.text_share, longest)
+    sequences = ImageTextRows(rows, tokenizer, words, tuning.write_share, tuning.caption_dropout, tuning.id_noise, tuning.loss, texts, tuning.text_share, longest, tuning.write_noise)
     before = text_perplexity(llm, tokenizer, unseen_texts) if is_main_process() else 0.   # without the new words, so as if they were not there
     if is_main_process(): say(f'perplexity of plain text before there are pictures: {before:.3g}')
     def scores(model):

@@ -67,12 +67,12 @@ def text_rows(
     return [([first_id(tokenizer)], ids + [tokenizer.eos_token_id]) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
 
 def collate(
-    rows:list,         # (prompt, target) pairs
+    rows:list,         # (prompt, target), or (prompt, target, what is shown in place of the target)
 )->dict:               # input_ids, attention_mask, labels, each (B, L); labels only on targets
     "Pad on the right; the loss is on the target side alone"
     pad = lambda seqs, value: pad_sequence([torch.tensor(s) for s in seqs], batch_first=True, padding_value=value)
-    return dict(input_ids=pad([p + t for p,t in rows], 0), attention_mask=pad([[1]*len(p + t) for p,t in rows], 0),
-                labels=pad([[-100]*len(p) + t for p,t in rows], -100))
+    return dict(input_ids=pad([r[0] + r[-1] for r in rows], 0), attention_mask=pad([[1]*len(r[0] + r[1]) for r in rows], 0),
+                labels=pad([[-100]*len(r[0]) + r[1] for r in rows], -100))
 
 # %% ../nbs/09_llm.ipynb #40e9249b
 def count_targets(
@@ -170,7 +170,7 @@ def check_match(
     kind, table, head = type(model).__name__, model.get_input_embeddings().weight, model.get_output_embeddings()
     if model.config.is_encoder_decoder or head is None or 'CausalLM' not in kind and 'LMHead' not in kind:
         raise ValueError(f"{kind}: visual words need a causal language model, one that `AutoModelForCausalLM` loads")
-    if getattr(model.config, 'v2flow', None): raise ValueError("this language model has visual words already")
+    if getattr(model.config, 'v2flow', None): raise ValueError("this language model has visual words already, of other codes")
     if len(tokenizer) > len(table): raise ValueError(f"the text tokenizer has {len(tokenizer):,} words, the language model's table {len(table):,} rows: they do not belong together")
     words = v2flow.vocabulary
     if words is None: raise ValueError("the image tokenizer was loaded without its vocabulary; its codes cannot be placed among words")
@@ -271,23 +271,32 @@ class ImageTextRows(torch.utils.data.Dataset):
         texts=(),                    # plain text to mix in, so that the language is kept
         text_share:float=0.,         # share of rows that are plain text instead
         longest:int=2**31,           # tokens that a sequence may have, see `room`; longer texts are cut
+        write_noise:float=0.,        # largest share of visual words replaced by random ones in what is written already; every picture draws its own
     ):
         if loss not in ('target', 'both'): raise ValueError(f"loss={loss!r}: use target or both")
         if text_share and not texts: raise ValueError(f"text_share={text_share}: needs texts")
         self.rows,self.tokenizer,self.words,self.bos,self.eos,self.loss,self.texts,self.longest = rows,tokenizer,words,first_id(tokenizer),tokenizer.eos_token_id,loss,texts,longest
-        self.write_share,self.caption_dropout,self.id_noise,self.text_share = write_share,caption_dropout,id_noise if loss == 'target' else 0.,text_share
+        self.write_share,self.caption_dropout,self.text_share = write_share,caption_dropout,text_share
+        self.id_noise,self.write_noise = (id_noise, write_noise) if loss == 'target' else (0., 0.)
 
     def __len__(self): return len(self.rows)
 
     def tokens(self, text): return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def __getitem__(self, i):  # prompt and target, two lists of ids
-        prompt, target = self.draw(self.rows[i])
-        return (prompt, target) if self.loss == 'target' else (prompt[:1], prompt[1:] + target)
+    def __getitem__(self, i):  # prompt and target, two lists of ids; a third where the model is shown other ids than the target
+        prompt, target, *shown = self.draw(self.rows[i])
+        return (prompt, target, *shown) if self.loss == 'target' else (prompt[:1], prompt[1:] + target)
+
+    def noisy(self,
+        ids:torch.Tensor,  # codes
+        share:float,       # of them to replace
+    )->torch.Tensor:       # the same shape
+        "Some codes replaced by random ones"
+        return torch.where(torch.rand(ids.shape) < share, torch.randint(self.words.codebook_size, ids.shape), ids) if share else ids
 
     def draw(self,
         row:dict,  # see above
-    ):             # prompt and target
+    ):             # prompt and target, and what is shown in place of the target if it is noisy
         "A sequence of this row, or plain text in its place"
         text, write, drop, which = torch.rand(4).tolist()
         w, bos = self.words, self.bos
@@ -297,29 +306,30 @@ class ImageTextRows(torch.utils.data.Dataset):
         if 'parts' in row: return text_with_images(w, bos, [self.tokens(p) if isinstance(p, str) else p for p in row['parts']], self.eos)
         ids, captions = row['ids'], row['captions'] or ['']
         caption = self.tokens(captions[int(which*len(captions))])[:max(0, self.longest - ids.numel() - 4)]
-        if write < self.write_share: return text_to_image(w, bos, [] if drop < self.caption_dropout else caption, ids)
-        noisy = torch.where(torch.rand(ids.shape) < self.id_noise, torch.randint(w.codebook_size, ids.shape), ids) if self.id_noise else ids
-        return image_to_text(w, bos, noisy, caption + [self.eos])
+        if write >= self.write_share: return image_to_text(w, bos, self.noisy(ids, self.id_noise), caption + [self.eos])
+        prompt, target = text_to_image(w, bos, [] if drop < self.caption_dropout else caption, ids)
+        if not self.write_noise: return prompt, target
+        return prompt, target, picture(w, self.noisy(ids, self.write_noise*torch.rand(()).item()))[1:]
 
-# %% ../nbs/09_llm.ipynb #1b5ab1ff
+# %% ../nbs/09_llm.ipynb #b75027c3
 def pack(
-    rows:list,     # (prompt, target) pairs
+    rows:list,     # see `collate`
     length:int,    # of the packed sequences, tokens
 )->dict:           # input_ids, position_ids, labels, each (P, length): several rows in each sequence
     """Short sequences side by side in long ones, without waste (first-fit decreasing). Positions begin anew with each, which is also how most
     families of `transformers` see that none may look at another: with `position_ids` and neither mask nor cache, they attend within each
     alone. `check_packs` tells whether a model does"""
     bins = []
-    for prompt, target in sorted(rows, key=lambda r: -len(r[0]) - len(r[1])):
+    for prompt, target, *shown in sorted(rows, key=lambda r: -len(r[0]) - len(r[1])):
         n = len(prompt) + len(target)
         if n > length: raise ValueError(f"a sequence of {n} tokens does not fit into {length}; raise the length")
         place = next((b for b in bins if b[0] + n <= length), None)
         if place is None: bins.append(place := [0, []])
-        place[0] += n; place[1].append((prompt, target))
+        place[0] += n; place[1].append((prompt, target, *shown))
     def row(parts, used):
         rest = length - used
-        return ([i for p,t in parts for i in p + t] + [0]*rest, [i for p,t in parts for i in range(len(p) + len(t))] + list(range(rest)),
-                [i for p,t in parts for i in [-100]*len(p) + t] + [-100]*rest)
+        return ([i for r in parts for i in r[0] + r[-1]] + [0]*rest, [i for r in parts for i in range(len(r[0]) + len(r[1]))] + list(range(rest)),
+                [i for r in parts for i in [-100]*len(r[0]) + r[1]] + [-100]*rest)
     ids, positions, labels = zip(*(row(parts, used) for used, parts in bins))
     return dict(input_ids=torch.tensor(ids), position_ids=torch.tensor(positions), labels=torch.tensor(labels), use_cache=False)
 
@@ -332,7 +342,7 @@ def check_packs(
     losses = [model(**{k: v.to(model.device) if torch.is_tensor(v) else v for k,v in batch.items()}).loss for batch in (pack(rows, 16), collate(rows))]
     if abs(losses[0] - losses[1]) > 1e-3: raise ValueError(f"{type(model).__name__}: its attention does not keep packed rows apart; leave packing out")
 
-# %% ../nbs/09_llm.ipynb #2a537242
+# %% ../nbs/09_llm.ipynb #277b8e19
 class _IdsOf:
     "An image tokenizer in an autoencoder's place: `cache_latents` then writes ids"
     def __init__(self, tok): self.tok, self.image_channels, self.checksum, self.parameters = tok, tok.config.image_channels, tok.codebook_checksum, tok.parameters
@@ -364,7 +374,7 @@ def encode_dataset(
     cache_latents(rows, _IdsOf(v2flow), folder, tuple(size or v2flow.config.image_size), torch.int32, **how)
     return EncodedImages(folder, v2flow)
 
-# %% ../nbs/09_llm.ipynb #d8472487
+# %% ../nbs/09_llm.ipynb #056fcee0
 class VisualProcessor(LogitsProcessor):
     """Writes a picture inside `model.generate`: only visual words, exactly as many as the grid needs, then the end word; mixes the
     two branches of guidance (rows 0…B-1 with caption, B…2B-1 without) and picks the word itself, with the caller's generator"""
@@ -378,12 +388,14 @@ class VisualProcessor(LogitsProcessor):
         generator=None,            # draws the words; or a list with one for each row
         grid:tuple|None=None,      # (h, w) of the picture; None: the main one
         guidance_schedule=constant_guidance, # or `linear_guidance`: (scale, share written) → scale at this place, see `flow`
+        min_p:float|None=None,     # only words at least this share as likely as the likeliest, before guidance and temperature
     ):
         if not -1e4 < guidance_scale < 1e4: raise ValueError(f"guidance_scale={guidance_scale}: needs to be a number of moderate size")
         if not 0 <= temperature < 1e4: raise ValueError(f"temperature={temperature}: needs to be 0 or more")
         if top_k is not None and top_k < 1: raise ValueError(f"top_k={top_k}: needs to be at least 1")
         if top_p is not None and not 0 < top_p <= 1: raise ValueError(f"top_p={top_p}: needs to be in (0, 1]")
-        self.words,self.prompt_length,self.guidance_scale,self.n = words,prompt_length,guidance_scale,math.prod(grid or words.grid)
+        if min_p is not None and not 0 < min_p <= 1: raise ValueError(f"min_p={min_p}: needs to be in (0, 1]")
+        self.words,self.prompt_length,self.guidance_scale,self.min_p,self.n = words,prompt_length,guidance_scale,min_p,math.prod(grid or words.grid)
         self.temperature,self.top_k,self.top_p,self.generator,self.guidance_schedule = temperature,top_k,top_p,generator,guidance_schedule
 
     def __call__(self,
@@ -393,10 +405,11 @@ class VisualProcessor(LogitsProcessor):
         w, written = self.words, input_ids.shape[1] - self.prompt_length
         if written >= self.n: pick = torch.full((len(scores), 1), w.end, device=scores.device)
         else:
-            logits = scores[:, w.first:w.first + w.codebook_size].float()
+            cond = logits = scores[:, w.first:w.first + w.codebook_size].float()
             if self.guidance_scale != 1:
                 cond, null = logits.chunk(2)
                 logits = torch.lerp(null, cond, self.guidance_schedule(self.guidance_scale, (written + 1)/self.n))
+            if self.min_p is not None: logits = logits.masked_fill(cond < cond.amax(-1, keepdim=True) + math.log(self.min_p), -torch.inf)
             pick = w.first + self.pick(logits)
             if self.guidance_scale != 1: pick = torch.cat((pick, pick))
         return torch.full_like(scores, -torch.inf).scatter_(1, pick, 0.)
@@ -414,7 +427,7 @@ class VisualProcessor(LogitsProcessor):
             logits = logits.masked_fill(torch.empty_like(beyond).scatter(1, order, beyond), -torch.inf)
         return (logits + gumbel(logits.shape, self.generator, logits.device)).argmax(-1, keepdim=True)
 
-# %% ../nbs/09_llm.ipynb #56b53128
+# %% ../nbs/09_llm.ipynb #be4839fc
 class Watch(StoppingCriteria):
     "Looks on inside `model.generate`; what the callback raises ends the writing at once"
     def __init__(self,
@@ -462,6 +475,7 @@ def write_images(
     temperature:float=1.,     # 0 = always the likeliest word
     top_k:int|None=None,      # only the k likeliest words
     top_p:float|None=None,    # only the likeliest words that hold this share
+    min_p:float|None=None,    # only words at least this share as likely as the likeliest, before guidance and temperature
     generator=None,           # draws the words; or a list with one for each caption, whose picture is then the same in any batch
     grid:tuple|None=None,     # (h, w) of the pictures, one that the model knows; None: the main one
     guidance_schedule=constant_guidance, # or `linear_guidance`, see `flow`
@@ -480,12 +494,12 @@ def write_images(
     if guidance_scale != 1: prompts += [[bos, begin]]*len(prompts)
     batch = left_pad(prompts, model.device)
     length = batch['input_ids'].shape[1]
-    processor = VisualProcessor(words, length, guidance_scale, temperature, top_k, top_p, generator, grid, guidance_schedule)
+    processor = VisualProcessor(words, length, guidance_scale, temperature, top_k, top_p, generator, grid, guidance_schedule, min_p)
     if callback: how['stopping_criteria'] = StoppingCriteriaList([Watch(lambda written: callback(written[:len(captions)] - words.first), length)])
     out = generate(model, tokenizer, batch, n, logits_processor=LogitsProcessorList([processor]), **how)
     return out[:len(captions), length:length + n] - words.first
 
-# %% ../nbs/09_llm.ipynb #da298525
+# %% ../nbs/09_llm.ipynb #07a47bb8
 @torch.no_grad()
 def write_captions(
     model,                 # a language model with visual words
@@ -507,7 +521,7 @@ def write_captions(
     out = generate(model, tokenizer, batch, min(max_new_tokens, room(model) - length), eos_token_id=tokenizer.eos_token_id, suppress_tokens=list(words.new), **how)
     return [t.strip() for t in tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)]
 
-# %% ../nbs/09_llm.ipynb #a2f57cf9
+# %% ../nbs/09_llm.ipynb #e1905af0
 ways = ('all', 'new', 'lora')  # what of a language model may be trained
 
 def choose_trained(
@@ -535,7 +549,7 @@ def merge(
     "Put what `peft` keeps beside the weights into them"
     return deepcopy(model).merge_and_unload() if hasattr(model, 'merge_and_unload') else model
 
-# %% ../nbs/09_llm.ipynb #40e903f8
+# %% ../nbs/09_llm.ipynb #28673caf
 def llm_costs(
     config,                # of a `transformers` causal language model
     grids,                 # (h, w) of the pictures

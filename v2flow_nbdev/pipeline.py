@@ -17,7 +17,7 @@ from .tokenizer import V2Flow
 from .vocabulary import open_tensors, push_to_hub, read_json, resolve_folder, tensor_files, write_json
 
 # %% ../nbs/10_pipeline.ipynb #77507f5b
-generation_defaults = dict(guidance_scale=2., temperature=1., top_k=None, top_p=None)  # of the language model; the flow's are in V2FlowConfig
+generation_defaults = dict(guidance_scale=2., temperature=1., top_k=None, top_p=None, min_p=None)  # of the language model; the flow's are in V2FlowConfig
 
 @dataclass
 class PipelineOutput:
@@ -108,6 +108,7 @@ class V2FlowPipeline:
         temperature:float|None=None,              # of the language model's words; 0 = the likeliest
         top_k:int|None=None,                      # only the k likeliest words
         top_p:float|None=None,                    # only the likeliest words that hold this share
+        min_p:float|None=None,                    # only words at least this share as likely as the likeliest, before guidance
         decoder_guidance_scale:float|None=None,   # of the flow; 1 = none
         decoder_temperature:float|None=None,      # standard deviation of the flow's noise
         n_iter:int|None=None,                     # mask rounds of the decoder
@@ -124,7 +125,7 @@ class V2FlowPipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or not all(p.strip() for p in prompts): raise ValueError("the caption is empty; say what to draw")
         if num_images_per_prompt < 1: raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: need at least 1")
-        given = dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+        given = dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         settings = {k: self.defaults[k] if v is None else v for k,v in given.items()}
         captions = [p for p in prompts for _ in range(num_images_per_prompt)]
         grid = self.grid_of(height, width)

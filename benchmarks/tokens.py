@@ -1,0 +1,29 @@
+"""How many tokens does an emoji need? Autoencoders of other grids, their latents replaced by the nearest of K k-means codes, and decoded: what
+a plain vector quantizer keeps of pictures that no autoencoder was trained on. Prints the table of `13_emoji`.
+
+    v2flow train-autoencoder --config configs/emoji-autoencoder.yaml --out runs/emoji-autoencoder-f8 autoencoder.channels=16 autoencoder.width=32 autoencoder.halvings=3 autoencoder.noise=0
+    python -m benchmarks.tokens runs/emoji-autoencoder/model runs/emoji-autoencoder-f8/model"""
+import argparse
+import torch
+from v2flow_nbdev.data import emoji, to_tensor
+from v2flow_nbdev.emoji import nearest_codes, plain_codes
+from v2flow_nbdev.latents import AutoencoderLatents
+from v2flow_nbdev.metrics import psnr, ssim
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('autoencoders', nargs='+', help='folders of autoencoders')
+    parser.add_argument('--codes', type=int, nargs='+', default=[256, 512, 1024, 2048])
+    args = parser.parse_args()
+    seen, unseen = (to_tensor([r['image'] for r in emoji(split)], 3) for split in ('train', 'unseen_pictures'))
+    print('| tokens, numbers in each | codes | bits a picture | variance lost | PSNR | SSIM |\n|---|--:|--:|--:|--:|--:|')
+    for folder in args.autoencoders:
+        latents = AutoencoderLatents.from_pretrained(folder)
+        z_seen, z = (torch.cat([latents.encode(part) for part in x.split(64)]) for x in (seen[::2], unseen))
+        for k in args.codes:
+            kept = nearest_codes(z, plain_codes(z_seen, k))
+            back = torch.cat([latents.decode(part) for part in kept.split(64)])
+            lost, n = ((kept - z).square().mean()/z.var()).item(), z.shape[2]*z.shape[3]
+            print(f'| {n}, {z.shape[1]} | {k:,} | {n*(k - 1).bit_length():,} | {lost:.2f} | {psnr(back, unseen).mean():.1f} dB | {ssim(back, unseen).mean():.3f} |', flush=True)
+
+if __name__ == '__main__': main()

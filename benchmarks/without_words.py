@@ -1,0 +1,55 @@
+"""The emoji tokenizer's codes once more, without words: the resampler's mixture of word embeddings becomes a plain linear layer of the same
+width, and all else stays: data, quantizer, losses, steps. It ends when the codes are settled, for afterwards they do not change. With these
+codes `13_emoji` compares its visual vocabulary.
+
+    python -m benchmarks.without_words [--config configs/emoji-tokenizer.yaml] [--out runs/emoji-without-words] [training.batch_size=…]"""
+import argparse
+from dataclasses import replace
+from pathlib import Path
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+from v2flow_nbdev.cli import DataConfig, all_captions, load_data, open_latents, read_config, some, tokenizer_data
+from v2flow_nbdev.data import Pictures
+from v2flow_nbdev.metrics import tokenizer_scores
+from v2flow_nbdev.resampler import VocabularyResampler
+from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
+from v2flow_nbdev.training import TrainConfig, train
+from v2flow_nbdev.vocabulary import Vocabulary, config_from_dict, write_tensors
+
+class WithoutWords(VocabularyResampler):
+    "The same features, read out into the space of the embeddings, but not through them"
+    def __init__(self, channels, dim, width, depth, pool):
+        super().__init__(channels, 1, width, depth, pool)
+        self.readout = nn.Linear(width, dim)
+
+    def forward(self, latents, vocab, tau=1., noise=0., seed=0, allowed=None, part=0): return self.readout(self.tokens(latents))
+
+class Settled(Exception): "The codes are final"
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--config', type=Path, default=Path('configs/emoji-tokenizer.yaml'))
+    parser.add_argument('--out', type=Path, default=Path('runs/emoji-without-words'))
+    parser.add_argument('overrides', nargs='*')
+    args = parser.parse_args()
+    c = read_config(args.config, args.overrides, ['data', 'vocabulary', 'words', 'tokenizer', 'training'])
+    training, shape, source = (config_from_dict(kind, c[n], n) for kind, n in ((TrainConfig, 'training'), (V2FlowConfig, 'tokenizer'), (DataConfig, 'data')))
+    rows, held_out = load_data(source)
+    view = Pictures(some(rows, 1500), shape.image_channels, [shape.image_size])
+    images, unseen = (view.at([r['image'] for r in r_], shape.image_size) for r_ in (some(rows, 1500), some(held_out, 300)))
+    latents, shape = open_latents(shape, images, c['tokenizer'])
+    data, collate = tokenizer_data(source, shape, latents, rows)
+    torch.manual_seed(training.seed)
+    words = Vocabulary.from_pretrained(c['vocabulary'])
+    if c['words'] == 'seen': words = words.seen_in(all_captions(rows), AutoTokenizer.from_pretrained(c['vocabulary']))
+    model = V2Flow(shape, words, latents)
+    model.resampler = WithoutWords(shape.channels, model.config.vocab_dim, shape.resampler_width, shape.resampler_depth, shape.pool)
+    def settled(m):
+        write_tensors(args.out/'codes.safetensors', dict(codes=m.quantizer.codebook.half()))
+        print({k: v for k,v in tokenizer_scores(m, unseen, images).items() if isinstance(v, float)}, args.out/'codes.safetensors', flush=True)
+        raise Settled
+    try: train(model, data, replace(training, evaluate_every=shape.settle_at), collate, settled, args.out, resume=True)
+    except Settled: pass
+
+if __name__ == '__main__': main()

@@ -100,11 +100,11 @@ def test_the_emoji_model_does_what_its_pages_say():
     z = tok.to_latents(x)
     assert z.shape[1:] == (4, 16, 16) and abs(z.std() - 1) < 0.1
     assert abs(psnr(tok.latents.decode(z), x).mean().item() - committed['psnr_db_autoencoder']) < 0.1
-    assert abs(psnr(tok.decode(tok.encode(latents=z[::3]), generator=torch.Generator().manual_seed(0)), x[::3]).mean().item() - committed['psnr_db']) < 0.7
-    drawn, rows = drawing_scores(pipe, 24, judge, seed=5), emoji_rows()
-    read = reading_scores(pipe, [r for r in rows if r['split'] == 'unseen_compositions'][::4], rows)
+    assert abs(psnr(tok.decode(tok.encode(latents=z[::6]), generator=torch.Generator().manual_seed(0)), x[::6]).mean().item() - committed['psnr_db']) < 1
+    drawn, rows = drawing_scores(pipe, 12, judge, seed=5), emoji_rows()
+    read = reading_scores(pipe, [r for r in rows if r['split'] == 'unseen_compositions'][::8], rows)
     print(drawn, read)
-    assert all(abs(v - committed[k]) < 0.3 for k,v in (drawn | read).items()), (drawn, read)    # three deviations of a share of 24
+    assert all(abs(v - committed[k]) < 0.4 for k,v in (drawn | read).items()), (drawn, read)    # three deviations of a share of 12
 
 def test_the_shapes_model_draws_one_thing_as_it_is_told():
     "Its README and scores agree; and of captions of a single thing, drawn anew, few are wrong"

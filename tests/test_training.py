@@ -155,7 +155,7 @@ def test_on_an_autoencoder_and_from_a_cache(text, tmp_path):
     "A small autoencoder on a drawn world, a tokenizer on its latents, from pictures and from the cache; the model carries its autoencoder along"
     from v2flow_nbdev.shapes import shapes
     data = ['data.name=shapes', 'data.n=80', 'data.size=32', 'data.copies=0']
-    done = v2flow('train-autoencoder', '--config', 'configs/emoji-autoencoder.yaml', '--out', tmp_path/'ae', *data, 'autoencoder.width=8', 'autoencoder.channels=4', 'training.steps=20', 'training.batch_size=8', 'training.evaluate_every=0')
+    done = v2flow('train-autoencoder', '--config', 'configs/emoji-autoencoder.yaml', '--out', tmp_path/'ae', *data, 'autoencoder.width=8', 'autoencoder.channels=4', 'autoencoder.halvings=3', 'training.steps=20', 'training.batch_size=8', 'training.evaluate_every=0')
     assert done.returncode == 0, done.stderr
     runs = []
     for name, cache in (('images', []), ('cached', [f'data.cache={tmp_path}/latents'])):

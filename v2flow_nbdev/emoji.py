@@ -274,13 +274,14 @@ def emoji_demo(
     judge:PictureClassifier,  # see `emoji_judge`
     seed:int=0,               # chooses the pictures and captions, draws everything
     say=lambda text: None,    # told what is being done
+    n:int=10,                 # pictures in a row
 )->tuple:                     # (list of (title, PIL images, captions or None), scores of these pictures)
     "What the model can do, on a page: pictures that are not chosen by hand"
     rows, rng = emoji_rows(), np.random.default_rng(seed)
-    def some(split): return [int(i) for i in rng.permutation([i for i,r in enumerate(rows) if r['split'] == split])[:10 if split != 'unseen_compositions' else 20]]
+    def some(split): return [int(i) for i in rng.permutation([i for i,r in enumerate(rows) if r['split'] == split])[:n if split != 'unseen_compositions' else 2*n]]
     def gen(): return torch.Generator().manual_seed(seed)
     unseen, seen, composed = (some(s) for s in ('unseen_pictures', 'train', 'unseen_compositions'))
-    say('ten pictures that no model was trained on → ids → pictures')
+    say(f'{n} pictures that no model was trained on → ids → pictures')
     images = [rows[i]['image'] for i in unseen]
     back = pipe.reconstruct(images, generator=gen())
     say('captions → language model → ids → pictures')
@@ -289,14 +290,14 @@ def emoji_demo(
     right = nearest_scores(made, seen + composed, rows, to_tensor([r['image'] for r in rows], 3), judge)['features']
     drawn = [marked(im, ok, 96) for im,ok in zip(to_pil(made), right)]
     say('one picture, round by round')
-    rounds = appearing(pipe, captions[-1], seed, 10)
+    rounds = appearing(pipe, captions[-1], seed, n)
     say('pictures → captions')
-    shown = [rows[i]['image'] for i in composed[:10]]
+    shown = [rows[i]['image'] for i in composed[:n]]
     h, w = pipe.image_tokenizer.config.grid
     scores = fidelity(to_tensor(back, 3), to_tensor(images, 3))
     return [('Pictures that no model was trained on', images, None), (f'The same from their {h*w} ids', back, None),
-            ('Drawn from captions; a tick: of all its relatives and 50 others, the nearest real picture is the right one', drawn[:10], captions[:10]),
-            ('Drawn from captions of pictures that are in no training', drawn[10:], captions[10:]),
+            ('Drawn from captions; a tick: of all its relatives and 50 others, the nearest real picture is the right one', drawn[:n], captions[:n]),
+            ('Drawn from captions of pictures that are in no training', drawn[n:], captions[n:]),
             (f'“{captions[-1]}”, round by round', rounds, None),
             ('Real pictures that are in no training, and what the model says they are', shown, pipe.caption(shown))], dict(
-            psnr_db=scores['psnr_db'].mean().item(), seen_features_accuracy=right[:10].float().mean().item(), unseen_features_accuracy=right[10:].float().mean().item())
+            psnr_db=scores['psnr_db'].mean().item(), seen_features_accuracy=right[:n].float().mean().item(), unseen_features_accuracy=right[n:].float().mean().item())

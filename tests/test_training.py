@@ -155,7 +155,7 @@ def test_on_an_autoencoder_and_from_a_cache(text, tmp_path):
     "A small autoencoder on a drawn world, a tokenizer on its latents, from pictures and from the cache; the model carries its autoencoder along"
     from v2flow_nbdev.shapes import shapes
     data = ['data.name=shapes', 'data.n=80', 'data.size=32', 'data.copies=0']
-    done = v2flow('train-autoencoder', '--config', 'configs/emoji-autoencoder.yaml', '--out', tmp_path/'ae', *data, 'autoencoder.width=8', 'autoencoder.channels=4', 'autoencoder.halvings=3', 'training.steps=20', 'training.batch_size=8', 'training.evaluate_every=0')
+    done = v2flow('train-autoencoder', '--config', 'configs/emoji-autoencoder.yaml', '--out', tmp_path/'ae', *data, 'autoencoder.width=8', 'autoencoder.channels=4', 'autoencoder.halvings=3', 'autoencoder.local=false', 'training.steps=20', 'training.batch_size=8', 'training.evaluate_every=0')
     assert done.returncode == 0, done.stderr
     runs = []
     for name, cache in (('images', []), ('cached', [f'data.cache={tmp_path}/latents'])):
@@ -171,3 +171,11 @@ def test_on_an_autoencoder_and_from_a_cache(text, tmp_path):
     tok, images = V2Flow.from_pretrained(tmp_path/'moved'), to_tensor([r['image'] for r in shapes('test', 3, 32)[:3]])
     ids = tok.encode(images)
     assert ids.shape == (3, 16) and tok.decode(ids).shape == images.shape and torch.equal(ids, tok.encode(latents=tok.to_latents(images)))
+    config = tmp_path/'decoder.yaml'
+    config.write_text(f'data: {{name: shapes, n: 80, size: 32}}\nimage_tokenizer: {tmp_path}/moved\ndecoder: {{ssim: 0.1}}\ntraining: {{steps: 4, batch_size: 4, evaluate_every: 0.5, lr: 1.0e-2}}\n')
+    done = v2flow('train-decoder', '--config', config, '--out', tmp_path/'decoder'); assert done.returncode == 0, done.stderr
+    assert [l['ssim'] for l in lines(tmp_path/'decoder') if 'ssim' in l]
+    learned, seed = V2Flow.from_pretrained(tmp_path/'decoder/model'), lambda: torch.Generator().manual_seed(0)
+    assert torch.equal(learned.encode(images), ids) and learned.codebook_checksum == tok.codebook_checksum
+    assert (learned.decode(ids, generator=seed()) - tok.decode(ids, generator=seed())).abs().mean() > 1e-3
+    done = v2flow('train-decoder', '--config', config, '--out', tmp_path/'none', 'image_tokenizer=data/checkpoints/digits'); assert done.returncode == 2 and 'no decoder to train' in done.stderr

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['app', 'Model', 'Seed', 'Json', 'Out', 'Picture', 'Config', 'RunFolder', 'Resume', 'DryRun', 'Strict', 'Overrides',
-           'shipped_model', 'judges', 'defaults', 'gpus', 'Unusable', 'running', 'say', 'fail', 'leave_processes',
-           'main', 'load_pipe', 'load_tokenizer', 'quiet', 'generator', 'report', 'check_picture', 'save_picture',
-           'sheet', 'generate', 'reconstruct', 'encode', 'decode', 'caption', 'digits_demo', 'emojis_demo', 'demo',
-           'stacked', 'measure', 'evaluate', 'web_page', 'read_config', 'call', 'DataConfig', 'LLMConfig', 'TextConfig',
-           'load_data', 'some', 'check_run', 'check_out', 'is_main_process', 'in_common', 'all_captions', 'finish',
-           'llm_plan', 'lines_of', 'pretrain_llm', 'autoencoder_plan', 'train_autoencoder', 'open_latents',
-           'tokenizer_data', 'plan', 'train_tokenizer', 'join_processes', 'encoded', 'picture_sizes', 'encode_dataset',
-           'ids_of', 'plain_texts', 'known_words', 'data_scores', 'shape_of', 'plan_llm', 'train_llm']
+           'shipped_model', 'judges', 'defaults', 'stored_dtypes', 'gpus', 'Unusable', 'running', 'say', 'fail',
+           'leave_processes', 'main', 'load_pipe', 'load_tokenizer', 'quiet', 'generator', 'report', 'check_picture',
+           'save_picture', 'sheet', 'generate', 'reconstruct', 'encode', 'decode', 'caption', 'digits_demo',
+           'emojis_demo', 'demo', 'stacked', 'measure', 'evaluate', 'web_page', 'read_config', 'call', 'DataConfig',
+           'DecoderConfig', 'LLMConfig', 'TextConfig', 'load_data', 'some', 'check_run', 'check_out', 'is_main_process',
+           'in_common', 'all_captions', 'finish', 'llm_plan', 'lines_of', 'pretrain_llm', 'autoencoder_plan',
+           'train_autoencoder', 'open_latents', 'tokenizer_data', 'plan', 'train_tokenizer', 'train_decoder',
+           'join_processes', 'encoded', 'picture_sizes', 'encode_dataset', 'ids_of', 'plain_texts', 'known_words',
+           'data_scores', 'shape_of', 'plan_llm', 'train_llm']
 
 # %% ../nbs/20_cli.ipynb #db1dd225
 import json, sys
@@ -324,7 +325,9 @@ def call(function, settings, section, **more):
     if unknown := set(settings) - set(known): raise ValueError(f"unknown settings {', '.join(f'{section}.{u}' for u in sorted(unknown))}; there are {', '.join(known)}")
     return function(**settings, **more)
 
-# %% ../nbs/20_cli.ipynb #fbf6e4c8
+# %% ../nbs/20_cli.ipynb #9b1a3081
+stored_dtypes = 'float32', 'float16', 'bfloat16'
+
 @dataclass
 class DataConfig:
     "Where captioned images come from, and what is done to them: the section `data` of every config"
@@ -366,6 +369,11 @@ class DataConfig:
             if getattr(self, name) <= 0: raise ValueError(f"{name}={getattr(self, name)}: needs to be above 0")
 
 @dataclass
+class DecoderConfig:
+    "`decoder` of train-decoder"
+    ssim:float=0.  # weight of 1 − SSIM beside the mean squared error
+
+@dataclass
 class LLMConfig:
     "The language model that learns to write and read ids: the section `llm` of train-llm"
     pretrained:str=''          # a `transformers` folder or Hub id; one that has the visual words of this image tokenizer learns on
@@ -379,7 +387,7 @@ class LLMConfig:
     write_share:float=0.5      # share of caption → image, the rest is image → caption
     caption_dropout:float=0.1  # share of caption → image without its caption, for guidance
     id_noise:float=0.1         # share of ids replaced at random in image → caption
-    write_noise:float=0.       # largest share of ids replaced at random, for each picture another, in what caption → image has written already
+    write_noise:float=0.       # largest share of ids replaced by those of a picture much like it in what caption → image has written already; each draws its own
     text_share:float=0.        # share of plain text instead of pictures, so that the language is kept
     texts:str=''               # file of that text, one a line; '': the captions, on which perplexity is then measured too
     pack:int=0                 # tokens of the sequences that short ones are packed into; 0: each row is padded
@@ -389,7 +397,7 @@ class LLMConfig:
     def __post_init__(self):
         from v2flow_nbdev.llm import starts, ways
         if not self.pretrained: raise ValueError("pretrained='': a folder or a Hub id is needed")
-        for name, known in dict(save_dtype=('float32', 'float16', 'bfloat16'), start=starts, head_start=('', *starts), train=ways, loss=('target', 'both')).items():
+        for name, known in dict(save_dtype=stored_dtypes, start=starts, head_start=('', *starts), train=ways, loss=('target', 'both')).items():
             if getattr(self, name) not in known: raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(filter(None, known))}")
         for name in ('write_share', 'caption_dropout', 'id_noise', 'write_noise', 'text_share'):
             if not 0 <= getattr(self, name) <= 1: raise ValueError(f"{name}={getattr(self, name)}: needs 0 to 1")
@@ -402,9 +410,11 @@ class TextConfig:
     file:str=''          # one text a line; every fiftieth line is held out
     pack:int=0           # tokens of the sequences that short texts are packed into, longer ones being cut; 0: each text is padded
     caption_weight:int=1 # how often captions count beside that text when the text tokenizer chooses its words
+    save_dtype:str='float32' # the weights are stored as float32, float16 or bfloat16
 
     def __post_init__(self):
         if self.pack < 0: raise ValueError(f"pack={self.pack}: needs 0 or more")
+        if self.save_dtype not in stored_dtypes: raise ValueError(f"save_dtype={self.save_dtype!r}: use {', '.join(stored_dtypes)}")
         if self.caption_weight < 1: raise ValueError(f"caption_weight={self.caption_weight}: needs at least 1")
 
 def load_data(
@@ -537,7 +547,7 @@ def pretrain_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, re
     joined = partial(pack, length=more.pack) if more.pack else collate
     with running(): model = train(model, rows, training, joined, scores, out, resume, settings=in_common(c), count=count_targets)
     def save(folder):
-        with write_folder(folder) as new: model.save_pretrained(new); tokenizer.save_pretrained(new)
+        with write_folder(folder) as new: model.to(getattr(torch, more.save_dtype)).save_pretrained(new); tokenizer.save_pretrained(new)
     finish(model, out, save)
 
 # %% ../nbs/20_cli.ipynb #aad3f905
@@ -655,7 +665,32 @@ def train_tokenizer(config:Config, out:RunFolder=None, overrides:Overrides=None,
     if not model.quantizer.initialised: raise Unusable(f"{out}: {training.steps} steps ended before there was a codebook; raise training.steps")
     finish(model, out, model.save_pretrained, rows)
 
-# %% ../nbs/20_cli.ipynb #f54638d4
+# %% ../nbs/20_cli.ipynb #541d1564
+@app.command()
+def train_decoder(config:Config, out:RunFolder=None, overrides:Overrides=None, resume:Resume=False, strict:Strict=False):
+    "Let the decoder of an image tokenizer’s autoencoder learn on, from what ids give back; the ids stay as they are."
+    c = read_config(config, overrides, ['data', 'image_tokenizer', 'decoder', 'training'], strict)
+    from v2flow_nbdev.training import TrainConfig, train
+    from v2flow_nbdev.vocabulary import config_from_dict
+    training, source, tuning = (config_from_dict(kind, c[n], n) for kind, n in ((TrainConfig, 'training'), (DataConfig, 'data'), (DecoderConfig, 'decoder')))
+    check_out(out, resume or training.resume, False)
+    import torch
+    from v2flow_nbdev.data import PictureStream, Pictures, picture_sheet, to_pil
+    from v2flow_nbdev.metrics import psnr, ssim
+    from v2flow_nbdev.tokenizer import DecoderTraining
+    tok = load_tokenizer(c['image_tokenizer']).to(join_processes(training))
+    def loss(back, real): return (back - real).square().mean() + (tuning.ssim*(1 - ssim(back, real).mean()) if tuning.ssim else 0.)
+    model = DecoderTraining(tok, loss)
+    rows, held_out = load_data(source)
+    data = (PictureStream if source.streaming else Pictures)(rows, tok.config.image_channels, [tok.config.image_size], False, source.crop, source.flip)
+    unseen = data.at([r['image'] for r in some(held_out, 200)], tok.config.image_size)
+    def scores(m):
+        back = tok.decode(tok.encode(unseen.to(tok.device)), generator=torch.Generator(tok.device).manual_seed(0)).cpu()
+        return dict(psnr_db=psnr(back, unseen).mean().item(), ssim=ssim(back, unseen).mean().item(), reconstructions=picture_sheet(to_pil(unseen[:10]) + to_pil(back[:10])))
+    with running(): model = train(model, data, training, data.collate, scores, out, resume, settings=in_common(c, image_tokenizer=tok.codebook_checksum))
+    finish(model, out, tok.save_pretrained, rows)
+
+# %% ../nbs/20_cli.ipynb #ff01aa8e
 def join_processes(training):
     "Several processes that were launched together find each other, before there is work to share; the device of this one"
     import os, torch
@@ -692,7 +727,7 @@ def encode_dataset(config:Config, out:Annotated[Path, typer.Option('--out', help
         if is_main_process() and (report.left_out or report.changed): report.save(out/'data.json'); say(f'data: {report}; by name in {out/"data.json"}')
     if is_main_process(): say(f"{len(rows):,} pictures as {' and '.join('×'.join(map(str, d.shape)) for d in done)} ids: {out}")
 
-# %% ../nbs/20_cli.ipynb #aafd4e9b
+# %% ../nbs/20_cli.ipynb #0c9b9bac
 def ids_of(source, tok, grids, out):
     "(rows of ids to learn from, rows to judge on): of a folder that encode-dataset wrote, or of pictures encoded into the run's folder"
     from torch.utils.data import ConcatDataset
@@ -756,7 +791,7 @@ def plan_llm(c, tuning, training):
         except Exception as e: raise OSError(f"{tuning.pretrained}: no config of a language model could be read ({type(e).__name__})") from None
         return llm_plan(config, training, [tuple(g) for g in tuning.grids or [shape.grid]], shape.codebook_size, 64, tuning.pack, {'all': 1., 'lora': 0.02, 'new': 0.}[tuning.train])
 
-# %% ../nbs/20_cli.ipynb #e2bc2c04
+# %% ../nbs/20_cli.ipynb #2c643df9
 @app.command()
 def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resume:Resume=False, dry_run:DryRun=False, strict:Strict=False):
     "Train a language model to write and read ids."
@@ -773,6 +808,7 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
     from v2flow_nbdev.llm import ImageTextRows, add_visual_words, check_packs, choose_trained, collate, count_targets, pack, room, text_perplexity
     from v2flow_nbdev.pipeline import V2FlowPipeline, load_llm
     with running(): tok, (llm, tokenizer) = load_tokenizer(c['image_tokenizer']), load_llm(resolve_folder(tuning.pretrained, patterns=[*light_files, 'generation_config.json', 'model*.safetensors']))
+    if tuning.save_dtype: tok.round_(getattr(torch, tuning.save_dtype))            # it learns the ids of what will be stored
     settings = in_common(c, image_tokenizer=tok.codebook_checksum, llm=dict(c['llm'], pretrained=table_checksum(llm.get_input_embeddings().weight)))
     torch.manual_seed(training.seed)
     with running():
@@ -801,5 +837,5 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
     if tuning.train == 'lora' and is_main_process(): model.save_pretrained(out/'adapter')
     finish(model, out, lambda folder: pipe(model).save_pretrained(folder, getattr(torch, tuning.save_dtype)), source_rows)
 
-# %% ../nbs/20_cli.ipynb #35825396
+# %% ../nbs/20_cli.ipynb #cddab338
 if __name__ == '__main__' and globals().get('__package__'): main()                # for launchers: torchrun -m v2flow_nbdev.cli …

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['starts', 'ways', 'train_text_tokenizer', 'small_llama', 'first_id', 'text_rows', 'collate', 'count_targets',
            'VisualWords', 'text_perplexity', 'first_rows', 'room', 'check_match', 'add_visual_words', 'picture',
-           'text_to_image', 'image_to_text', 'text_with_images', 'ImageTextRows', 'pack', 'check_packs',
+           'text_to_image', 'image_to_text', 'text_with_images', 'by_shape', 'ImageTextRows', 'pack', 'check_packs',
            'EncodedImages', 'encode_dataset', 'VisualProcessor', 'Watch', 'left_pad', 'generate', 'write_images',
            'write_captions', 'choose_trained', 'merge', 'llm_costs']
 
@@ -256,7 +256,15 @@ def text_with_images(
     "<s> → text <|image_hxw|> v … v <|/image|> text … </s>: pictures at their places"
     return [bos], [i for p in parts for i in (picture(words, p) if torch.is_tensor(p) else p)] + [eos]
 
-# %% ../nbs/09_llm.ipynb #5f81b983
+# %% ../nbs/09_llm.ipynb #4a8737e4
+def by_shape(
+    rows,         # as below
+    most=2**14,   # pictures that are kept
+)->dict:          # {(h, w): (N, h, w)}
+    "The codes of a data set's pictures, evenly chosen from it, side by side"
+    found = [ids for i in range(0, len(rows), math.ceil(len(rows)/most)) for ids in [rows[i].get('ids')] if ids is not None]
+    return {shape: torch.stack([ids for ids in found if ids.shape == shape]) for shape in {ids.shape for ids in found}}
+
 class ImageTextRows(torch.utils.data.Dataset):
     """Ids and captions → sequences for both directions; which caption and which direction is drawn anew each time. A row with `parts`
     (texts and ids in turn) is one text with its pictures at their places"""
@@ -271,13 +279,14 @@ class ImageTextRows(torch.utils.data.Dataset):
         texts=(),                    # plain text to mix in, so that the language is kept
         text_share:float=0.,         # share of rows that are plain text instead
         longest:int=2**31,           # tokens that a sequence may have, see `room`; longer texts are cut
-        write_noise:float=0.,        # largest share of visual words replaced by random ones in what is written already; every picture draws its own
+        write_noise:float=0.,        # largest share of visual words replaced by those of a picture much like it in what is written already; each draws its own
     ):
         if loss not in ('target', 'both'): raise ValueError(f"loss={loss!r}: use target or both")
         if text_share and not texts: raise ValueError(f"text_share={text_share}: needs texts")
         self.rows,self.tokenizer,self.words,self.bos,self.eos,self.loss,self.texts,self.longest = rows,tokenizer,words,first_id(tokenizer),tokenizer.eos_token_id,loss,texts,longest
         self.write_share,self.caption_dropout,self.text_share = write_share,caption_dropout,text_share
         self.id_noise,self.write_noise = (id_noise, write_noise) if loss == 'target' else (0., 0.)
+        if self.write_noise: self.crowd = by_shape(rows)
 
     def __len__(self): return len(self.rows)
 
@@ -294,6 +303,16 @@ class ImageTextRows(torch.utils.data.Dataset):
         "Some codes replaced by random ones"
         return torch.where(torch.rand(ids.shape) < share, torch.randint(self.words.codebook_size, ids.shape), ids) if share else ids
 
+    def confused(self,
+        ids:torch.Tensor,  # codes of the picture that is to be written, (h, w)
+    )->torch.Tensor:       # (h, w)
+        "Some of its codes replaced by those of the likest of 1,024 other pictures: only the caption tells which are which"
+        crowd = self.crowd[tuple(ids.shape)]
+        crowd = crowd[torch.randint(len(crowd), (1024,))]
+        alike = (crowd == ids).flatten(1).sum(1)
+        other = crowd[alike.masked_fill(alike == ids.numel(), -1).argmax()]
+        return torch.where(torch.rand(ids.shape) < self.write_noise*torch.rand(()), other, ids)
+
     def draw(self,
         row:dict,  # see above
     ):             # prompt and target, and what is shown in place of the target if it is noisy
@@ -309,7 +328,7 @@ class ImageTextRows(torch.utils.data.Dataset):
         if write >= self.write_share: return image_to_text(w, bos, self.noisy(ids, self.id_noise), caption + [self.eos])
         prompt, target = text_to_image(w, bos, [] if drop < self.caption_dropout else caption, ids)
         if not self.write_noise: return prompt, target
-        return prompt, target, picture(w, self.noisy(ids, self.write_noise*torch.rand(()).item()))[1:]
+        return prompt, target, picture(w, self.confused(ids))[1:]
 
 # %% ../nbs/09_llm.ipynb #b75027c3
 def pack(

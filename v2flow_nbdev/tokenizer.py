@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['dc_ae_f32c32', 'kl_f16', 'paper', 'V2FlowConfig', 'SketchDecoder', 'masked_flow_loss', 'masked_flow_sample',
-           'check_ids', 'V2FlowOutput', 'V2Flow', 'costs']
+           'check_ids', 'V2FlowOutput', 'V2Flow', 'stored_dtype', 'DecoderTraining', 'costs']
 
 # %% ../nbs/07_tokenizer.ipynb #a115a934
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import nn
 from .data import WholeBatch, at_least_float32, draw, write_folder
 from .flow import VelocityMLP, constant_guidance, euler, flow_loss, guide
-from .latents import AutoencoderLatents, PixelLatents
+from .latents import AutoencoderLatents, AutoencoderOutput, PixelLatents
 from .masked import Block, MaskedTransformer, at_latents, grid_positions, random_orders, reveal, sample_mask_ratio, take
 from .quantizer import VectorQuantizer
 from .resampler import VocabularyResampler
@@ -349,10 +349,19 @@ class V2Flow(nn.Module):
         with write_folder(folder) as new:
             if own: own.save_pretrained(new/'autoencoder', dtype); config = replace(config, autoencoder='autoencoder')
             if self.vocabulary: self.vocabulary.save(new)
-            kept = torch.float16 if dtype == torch.bfloat16 else dtype             # of the codes, whose checksum the language model knows
-            kinds = {n: kept if n == 'quantizer.codebook' else dtype for n in self.state_dict()}
-            write_tensors(new/'model.safetensors', {n: t.to(kinds[n]) if dtype and t.is_floating_point() else t for n,t in self.state_dict().items()})
+            state = {n: t for n,t in self.state_dict().items() if n != 'quantizer.sums'}   # of training alone, and as large as the codes
+            write_tensors(new/'model.safetensors', {n: t.to(stored_dtype(n, t, dtype)) for n,t in state.items()})
             write_json(new/'config.json', asdict(config))
+
+    @torch.no_grad()
+    def round_(self,
+        dtype:torch.dtype,  # as in `save_pretrained`
+    ):                      # itself
+        "Round all numbers as `save_pretrained(dtype)` will: the ids are then those that its folder will give, and not their neighbours"
+        parts = self, *((self.latents.model,) if self.config.autoencoder else ())
+        for part in parts:
+            for n,t in part.state_dict().items(): t.copy_(t.to(stored_dtype(n, t, dtype)))
+        return self
 
     @classmethod
     def from_pretrained(cls,
@@ -375,15 +384,49 @@ class V2Flow(nn.Module):
         if vocabulary and vocabulary.checksum != config.vocab_checksum:
             raise OSError(f"{folder}: the tokenizer was made for another vocabulary (table {config.vocab_checksum}, "
                           f"here {vocabulary.checksum}); copy the vocabulary files that belong to it")
-        try: model.load_state_dict(read_tensors(folder/'model.safetensors'))
+        state = read_tensors(folder/'model.safetensors')
+        try: model.load_state_dict({'quantizer.sums': model.quantizer.sums} | state)
         except RuntimeError as e: raise OSError(f"{folder/'model.safetensors'}: does not fit its config.json ({' '.join(str(e).split())[:200]})") from None
+        model.quantizer.sums.copy_(model.quantizer.codebook*model.quantizer.counts[:,None])
         return model.to(device).eval()
 
     def push_to_hub(self, repo_id:str, **kwargs):
         "Upload what `save_pretrained` writes; see `push_to_hub`"
         return push_to_hub(self, repo_id, **kwargs)
 
-# %% ../nbs/07_tokenizer.ipynb #6404fa7a
+# %% ../nbs/07_tokenizer.ipynb #5569161f
+def stored_dtype(
+    name:str,       # of a tensor in a tokenizer's `state_dict`
+    t:torch.Tensor, # its content
+    dtype=None,     # that its floats are to be stored in; None: as they are
+):                  # the dtype that it is stored in
+    "Codes are never bfloat16: a language model knows them by a checksum of their float16"
+    if not dtype or not t.is_floating_point(): return t.dtype
+    return torch.float16 if (name, dtype) == ('quantizer.codebook', torch.bfloat16) else dtype
+
+# %% ../nbs/07_tokenizer.ipynb #9c493a3d
+class DecoderTraining(nn.Module):
+    """The decoder of a tokenizer's autoencoder learns on, from the latents that ids give back instead of those that it was taught with (ours).
+    Encoder, codes and ids stay as they are, and so does what a language model has learned of them"""
+    def __init__(self,
+        tok:V2Flow,       # on the latents of an autoencoder; its decoder is what is trained
+        loss=F.mse_loss,  # (restored, real) → scalar, both (B, C, H, W) in [-1, 1]
+    ):
+        super().__init__()
+        if not tok.config.autoencoder: raise ValueError("the tokenizer speaks of pixel patches; there is no decoder to train")
+        object.__setattr__(self, 'tok', tok.eval())                                # not a part: it is neither trained nor averaged here
+        self.decoder, self.loss = tok.latents.model.decoder.requires_grad_(True), loss
+
+    def forward(self,
+        images:torch.Tensor,  # (B, C, H, W) in [-1, 1]
+    )->AutoencoderOutput:     # its `loss` is a scalar
+        "Pictures → ids → latents → pictures, and how far off they are"
+        tok = self.tok
+        with torch.no_grad(): z = tok.decode_latents(tok.encode(images))
+        back = tok.latents.model.decode(z/tok.latents.scale + tok.latents.shift).sample.float()
+        return AutoencoderOutput(self.loss(back, images), back)
+
+# %% ../nbs/07_tokenizer.ipynb #99a6e5ed
 def costs(
     config:V2FlowConfig,  # with `vocab_size` and `vocab_dim`
     batch_size:int=1,     # pictures

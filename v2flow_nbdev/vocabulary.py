@@ -304,11 +304,12 @@ class Vocabulary:
     def checksum(self): return table_checksum(self.embeddings)
 
     def save(self, folder:str|Path):
-        "Write `vocabulary.safetensors` and `vocabulary.json` into `folder`"
-        write_tensors(Path(folder)/'vocabulary.safetensors', {'embeddings': self.embeddings})
+        "Write `vocabulary.safetensors` and `vocabulary.json` into `folder`; the rows as bfloat16 where that loses nothing, as with most language models"
+        rows = self.embeddings.bfloat16()
+        write_tensors(Path(folder)/'vocabulary.safetensors', {'embeddings': rows if torch.equal(rows.to(self.embeddings.dtype), self.embeddings) else self.embeddings})
         write_json(Path(folder)/'vocabulary.json', {'words': self.words})
 
     @classmethod
     def load(cls, folder:str|Path):
         "Read what `save` wrote"
-        return cls(read_json(Path(folder)/'vocabulary.json', ['words'])['words'], read_tensors(Path(folder)/'vocabulary.safetensors')['embeddings'])
+        return cls(read_json(Path(folder)/'vocabulary.json', ['words'])['words'], read_tensors(Path(folder)/'vocabulary.safetensors')['embeddings'].float())

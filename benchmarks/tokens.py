@@ -1,8 +1,9 @@
 """How many tokens does an emoji need? Autoencoders of other grids, their latents replaced by the nearest of K k-means codes, and decoded: what
 a plain vector quantizer keeps of pictures that no autoencoder was trained on. Prints the table of `13_emoji`.
 
-    v2flow train-autoencoder --config configs/emoji-autoencoder.yaml --out runs/emoji-autoencoder-f8 autoencoder.channels=16 autoencoder.width=32 autoencoder.halvings=3 autoencoder.noise=0
-    python -m benchmarks.tokens runs/emoji-autoencoder/model runs/emoji-autoencoder-f8/model"""
+    v2flow train-autoencoder --config configs/emoji-autoencoder.yaml --out runs/f8 autoencoder.local=false training.steps=3000 autoencoder.channels=16 autoencoder.width=32 autoencoder.halvings=3 autoencoder.noise=0
+    v2flow train-autoencoder --config configs/emoji-autoencoder.yaml --out runs/f4 autoencoder.local=false training.steps=3000 autoencoder.channels=4 autoencoder.noise=0.15
+    python -m benchmarks.tokens runs/f8/model runs/f4/model runs/emoji-autoencoder/model"""
 import argparse
 import torch
 from v2flow_nbdev.data import emoji, to_tensor

@@ -35,7 +35,7 @@ def plain_codes(
     from sklearn.cluster import MiniBatchKMeans
     flat = latents.permute(0, 2, 3, 1).flatten(0, 2)
     flat = flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))[:100_000]]
-    return torch.from_numpy(MiniBatchKMeans(k, batch_size=8192, n_init=1, max_iter=20, random_state=seed).fit(flat.numpy()).cluster_centers_)
+    return torch.from_numpy(MiniBatchKMeans(k, batch_size=8192, n_init=1, max_iter=20, random_state=seed, reassignment_ratio=0.).fit(flat.numpy()).cluster_centers_)
 
 def nearest_codes(
     latents:torch.Tensor,  # (B, C, h, w)
@@ -45,7 +45,7 @@ def nearest_codes(
     flat = latents.permute(0, 2, 3, 1)
     return codes[torch.cdist(flat.flatten(0, 2), codes).argmin(1)].unflatten(0, flat.shape[:3]).permute(0, 3, 1, 2)
 
-# %% ../nbs/13_emoji.ipynb #d4ce471e
+# %% ../nbs/13_emoji.ipynb #0bf05579
 def reconstruction_scores(
     tok,                 # a `V2Flow` on the latents of an autoencoder
     rows:list,           # all emoji, see `emoji_rows`
@@ -62,7 +62,7 @@ def reconstruction_scores(
     return {name + suffix: v.mean().item() for suffix, back in found.items() for name, v in fidelity(back.cpu(), x).items()} | dict(
         codebook_usage=codebook_usage(train_ids, k), codebook_perplexity=codebook_perplexity(train_ids, k))
 
-# %% ../nbs/13_emoji.ipynb #59c324a8
+# %% ../nbs/13_emoji.ipynb #76df4c68
 def some_captions(
     rows:list,   # of one split
     n:int,       # captions
@@ -89,7 +89,7 @@ def draw_captions(
         if k//batch_size % 4 == 3: say(f'{k + len(part):,} of {len(captions):,}')
     return to_tensor(made, 3)
 
-# %% ../nbs/13_emoji.ipynb #1ef3c640
+# %% ../nbs/13_emoji.ipynb #ab31cb9c
 def appearing(
     pipe,            # a `V2FlowPipeline`
     caption:str,     # what to draw
@@ -103,7 +103,7 @@ def appearing(
     pipe(caption, generator=torch.Generator().manual_seed(seed), n_iter=n_iter, callback_on_step_end=look)
     return shown
 
-# %% ../nbs/13_emoji.ipynb #740d8183
+# %% ../nbs/13_emoji.ipynb #f3121b2d
 def emoji_judge(
     name:str|Path='data/checkpoints/emoji', # a pipeline folder or a Hub id
 )->PictureClassifier:
@@ -133,7 +133,7 @@ def nearest_scores(
     found = dict(pixels=nearest_is_right(pictures, real, numbers, chosen))
     return found | dict(features=nearest_is_right(pictures, real, numbers, chosen, judge.features, cosine=True)) if judge else found
 
-# %% ../nbs/13_emoji.ipynb #0f3e0b81
+# %% ../nbs/13_emoji.ipynb #706ec86a
 def captions_index(
     rows:list,  # with `captions`
 )->dict:        # caption → number of its row
@@ -152,7 +152,7 @@ def reading_scores(
     said = [everything[index[t]] if t in index else None for t in texts]
     return {f'caption_{k}_accuracy': float(np.mean([s is not None and s[k] == r[k] for s,r in zip(said, rows)])) for k in ('base', 'tone', 'sex')}
 
-# %% ../nbs/13_emoji.ipynb #fb8177e1
+# %% ../nbs/13_emoji.ipynb #4f65692d
 def draw_split(
     pipe,                  # a `V2FlowPipeline`
     split:str,             # whose captions
@@ -254,7 +254,7 @@ emoji_aims = dict(
     memory_gb=('memory of that process, GB', 'at most 1.5'),
     seconds_for_sixteen=('text → 16 pictures at once, seconds', 'at most 12'))
 
-# %% ../nbs/13_emoji.ipynb #5911ff25
+# %% ../nbs/13_emoji.ipynb #a769f470
 def emoji_sheet(
     pipe,                     # a `V2FlowPipeline`
     judge:PictureClassifier,  # whose verdict is marked on each

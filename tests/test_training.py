@@ -178,4 +178,7 @@ def test_on_an_autoencoder_and_from_a_cache(text, tmp_path):
     learned, seed = V2Flow.from_pretrained(tmp_path/'decoder/model'), lambda: torch.Generator().manual_seed(0)
     assert torch.equal(learned.encode(images), ids) and learned.codebook_checksum == tok.codebook_checksum
     assert (learned.decode(ids, generator=seed()) - tok.decode(ids, generator=seed())).abs().mean() > 1e-3
+    from safetensors.torch import load_file
+    average = load_file(tmp_path/'decoder/checkpoints/step-00000004/average.safetensors')       # what is kept is the running average
+    for n, p in learned.latents.model.decoder.named_parameters(): assert torch.equal(p, average[f'decoder.{n}']), n
     done = v2flow('train-decoder', '--config', config, '--out', tmp_path/'none', 'image_tokenizer=data/checkpoints/digits'); assert done.returncode == 2 and 'no decoder to train' in done.stderr

@@ -685,10 +685,10 @@ def train_decoder(config:Config, out:RunFolder=None, overrides:Overrides=None, r
     data = (PictureStream if source.streaming else Pictures)(rows, tok.config.image_channels, [tok.config.image_size], False, source.crop, source.flip)
     unseen = data.at([r['image'] for r in some(held_out, 200)], tok.config.image_size)
     def scores(m):
-        back = tok.decode(tok.encode(unseen.to(tok.device)), generator=torch.Generator(tok.device).manual_seed(0)).cpu()
+        back = m.tok.decode(m.tok.encode(unseen.to(tok.device)), generator=torch.Generator(tok.device).manual_seed(0)).cpu()
         return dict(psnr_db=psnr(back, unseen).mean().item(), ssim=ssim(back, unseen).mean().item(), reconstructions=picture_sheet(to_pil(unseen[:10]) + to_pil(back[:10])))
     with running(): model = train(model, data, training, data.collate, scores, out, resume, settings=in_common(c, image_tokenizer=tok.codebook_checksum))
-    finish(model, out, tok.save_pretrained, rows)
+    finish(model, out, model.tok.save_pretrained, rows)                            # the averaged decoder in a copy of its tokenizer
 
 # %% ../nbs/20_cli.ipynb #ff01aa8e
 def join_processes(training):

@@ -307,7 +307,7 @@ class ImageTextRows(torch.utils.data.Dataset):
         ids:torch.Tensor,  # codes of the picture that is to be written, (h, w)
     )->torch.Tensor:       # (h, w)
         "Some of its codes replaced by those of the likest of 1,024 other pictures: only the caption tells which are which"
-        crowd = self.crowd[tuple(ids.shape)]
+        crowd = self.crowd.get(ids.shape, ids[None])                               # a rare shape may have nobody else
         crowd = crowd[torch.randint(len(crowd), (1024,))]
         alike = (crowd == ids).flatten(1).sum(1)
         other = crowd[alike.masked_fill(alike == ids.numel(), -1).argmax()]

@@ -173,6 +173,7 @@ cases = {  # name: (arguments, exit code, what the line must contain)
     'ids that are not there': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', f'image_tokenizer={shipped}/image_tokenizer', 'llm.pretrained={f}/own', 'data.name=ids', 'data.folder={f}/nothing', 'data.copies=0'), 1, 'no ids here'),
     'ids to train a tokenizer': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.name=ids', 'data.folder={f}/nothing'), 2, 'only train-llm learns from ids'),
     'evaluate on the unknown': (('evaluate', '--data', 'cats'), 2, 'cats'),
+    'evaluate on another': (('evaluate', '--data', 'emoji', '--model', f'{shipped}'), 2, 'emoji need 3'),
 }
 
 @pytest.fixture(scope='module')

@@ -2,7 +2,7 @@
 import json, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
-from conftest import root, v2flow
+from conftest import Shell, root, v2flow
 from v2flow_nbdev.vocabulary import read_tensors
 
 @pytest.fixture(scope='module')
@@ -154,12 +154,12 @@ def test_image_folder_can_be_trained_on(text, tmp_path):
 def test_on_an_autoencoder_and_from_a_cache(text, tmp_path):
     "A small autoencoder on a drawn world, a tokenizer on its latents, from pictures and from the cache; the model carries its autoencoder along"
     from v2flow_nbdev.shapes import shapes
-    data = ['data.name=shapes', 'data.n=80', 'data.size=32', 'data.copies=0']
-    done = v2flow('train-autoencoder', '--config', 'configs/emoji-autoencoder.yaml', '--out', tmp_path/'ae', *data, 'autoencoder.width=8', 'autoencoder.channels=4', 'autoencoder.halvings=3', 'autoencoder.local=false', 'training.steps=20', 'training.batch_size=8', 'training.evaluate_every=0')
+    shell, data = Shell(), ['data.name=shapes', 'data.n=80', 'data.size=32', 'data.copies=0']
+    done = shell('train-autoencoder', '--config', 'configs/emoji-autoencoder.yaml', '--out', tmp_path/'ae', *data, 'autoencoder.width=8', 'autoencoder.channels=4', 'autoencoder.halvings=3', 'autoencoder.local=false', 'training.steps=20', 'training.batch_size=8', 'training.evaluate_every=0')
     assert done.returncode == 0, done.stderr
     runs = []
     for name, cache in (('images', []), ('cached', [f'data.cache={tmp_path}/latents'])):
-        done = v2flow('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', tmp_path/name, f'vocabulary={text}', 'words=all', *data, *cache, f'tokenizer.autoencoder={tmp_path}/ae/model', 'tokenizer.patch=8',
+        done = shell('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', tmp_path/name, f'vocabulary={text}', 'words=all', *data, *cache, f'tokenizer.autoencoder={tmp_path}/ae/model', 'tokenizer.patch=8',
                       'tokenizer.latent_channels=4', 'tokenizer.image_channels=3', 'tokenizer.image_size=[32, 32]', 'tokenizer.codebook_size=16', 'training.steps=20', 'training.batch_size=8', 'training.evaluate_every=0', 'training.log_every=1')
         assert done.returncode == 0, done.stderr
         runs.append(lines(tmp_path/name))
@@ -173,7 +173,7 @@ def test_on_an_autoencoder_and_from_a_cache(text, tmp_path):
     assert ids.shape == (3, 16) and tok.decode(ids).shape == images.shape and torch.equal(ids, tok.encode(latents=tok.to_latents(images)))
     config = tmp_path/'decoder.yaml'
     config.write_text(f'data: {{name: shapes, n: 80, size: 32}}\nimage_tokenizer: {tmp_path}/moved\ndecoder: {{ssim: 0.1}}\ntraining: {{steps: 4, batch_size: 4, evaluate_every: 0.5, lr: 1.0e-2}}\n')
-    done = v2flow('train-decoder', '--config', config, '--out', tmp_path/'decoder'); assert done.returncode == 0, done.stderr
+    done = shell('train-decoder', '--config', config, '--out', tmp_path/'decoder'); assert done.returncode == 0, done.stderr
     assert [l['ssim'] for l in lines(tmp_path/'decoder') if 'ssim' in l]
     learned, seed = V2Flow.from_pretrained(tmp_path/'decoder/model'), lambda: torch.Generator().manual_seed(0)
     assert torch.equal(learned.encode(images), ids) and learned.codebook_checksum == tok.codebook_checksum
@@ -181,4 +181,5 @@ def test_on_an_autoencoder_and_from_a_cache(text, tmp_path):
     from safetensors.torch import load_file
     average = load_file(tmp_path/'decoder/checkpoints/step-00000004/average.safetensors')       # what is kept is the running average
     for n, p in learned.latents.model.decoder.named_parameters(): assert torch.equal(p, average[f'decoder.{n}']), n
-    done = v2flow('train-decoder', '--config', config, '--out', tmp_path/'none', 'image_tokenizer=data/checkpoints/digits'); assert done.returncode == 2 and 'no decoder to train' in done.stderr
+    done = shell('train-decoder', '--config', config, '--out', tmp_path/'none', 'image_tokenizer=data/checkpoints/digits'); assert done.returncode == 2 and 'no decoder to train' in done.stderr
+    shell.close()

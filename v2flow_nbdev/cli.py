@@ -250,7 +250,7 @@ def stacked(parts, side=80):
     return whole
 
 # %% ../nbs/20_cli.ipynb #2a4956e2
-judges = ('digits', 'shapes', 'emoji')
+judges = dict(digits=1, shapes=3, emoji=3)                                         # and the channels of their pictures
 
 def measure(data, pipe, model, per_digit, n, seed):
     "(scores of a pipeline on a data set that has a judge, what they should be)"
@@ -272,10 +272,11 @@ def evaluate(
     seed:Seed=0, as_json:Json=False,
 ):
     "Measure the table of scores anew."
-    if data not in judges: raise typer.BadParameter(f"'{data}': use {', '.join(judges[:-1])} or {judges[-1]}, which have a judge", param_hint='--data')
+    if data not in judges: raise typer.BadParameter(f"'{data}': use one of {', '.join(judges)}, which have a judge", param_hint='--data')
     from v2flow_nbdev.metrics import score_table
     model = model or f'data/checkpoints/{data}'
     pipe = load_pipe(model)
+    if (channels := pipe.image_tokenizer.config.image_channels) != judges[data]: raise ValueError(f"{model}: image_channels={channels}; {data} need {judges[data]}")
     with running(): scores, aims = measure(data, pipe, model, per_digit, n, seed)
     print(json.dumps(scores) if as_json else score_table(scores, aims))
 

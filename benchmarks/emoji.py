@@ -1,0 +1,110 @@
+"""The pages, curves and figures behind a README of emoji: everything that `v2flow evaluate --data emoji` does not print.
+
+    python -m benchmarks.emoji pages                           # seen.png, unseen.png, reconstructions.png, failures.png; 3 min
+    python -m benchmarks.emoji curves                          # training.png, from the four logs
+    python -m benchmarks.emoji ids                             # are ids easy to learn? 1 min
+    python -m benchmarks.emoji settings guidance_scale=1.5,temperature=1,min_p=0.05 guidance_scale=1    # other ways to sample, 1 min each
+
+All read a pipeline's folder (`--model`), and the first two write into it (`--out`)."""
+import argparse, json, random
+from pathlib import Path
+import torch
+from v2flow_nbdev.data import picture_sheet, to_pil, to_tensor, write_atomically
+from v2flow_nbdev.emoji import distance_scores, draw_captions, draw_split, emoji_judge, emoji_rows, emoji_sheet, nearest_scores, some_captions
+from v2flow_nbdev.pipeline import V2FlowPipeline
+
+def open_all(folder): return V2FlowPipeline.from_pretrained(folder), emoji_judge(folder), emoji_rows()
+
+def pictures(rows): return to_tensor([r['image'] for r in rows], 3)
+
+def save(image, path):
+    "A PNG of few colours, so that it is small"
+    with write_atomically(path) as new: image.quantize(160, dither=0).save(new, 'PNG', optimize=True)
+    print(f'{path}: {image.size[0]}×{image.size[1]}, {path.stat().st_size/1024:.0f} KiB')
+
+def write_pages(folder, out, seed=0):
+    "Samples, reconstructions and failures; what is shown is drawn at random and not by hand"
+    pipe, judge, rows = open_all(folder)
+    for split, name in (('train', 'seen'), ('unseen_compositions', 'unseen')): save(emoji_sheet(pipe, judge, split, seed=seed), out/f'{name}.png')
+    unseen = [r['image'] for r in rows if r['split'] == 'unseen_pictures'][3::17]
+    save(picture_sheet(unseen + pipe.reconstruct(unseen, generator=torch.Generator().manual_seed(seed)), columns=len(unseen), side=64), out/'reconstructions.png')
+    real, wrong = pictures(rows), []
+    for split, n in (('train', 160), ('unseen_compositions', 96)):
+        made, captions, numbers = draw_split(pipe, split, n, seed + 7)
+        right = nearest_scores(made, numbers, rows, real, judge)['features']
+        wrong += [(image, caption, rows[i]['image']) for image, caption, i, ok in zip(to_pil(made), captions, numbers, right) if not ok]
+    random.Random(seed).shuffle(wrong)
+    made, captions, meant = zip(*wrong[:10])
+    save(picture_sheet([*made, *meant], [*captions, *['']*len(meant)], columns=len(made), side=96), out/'failures.png')
+
+def plot_curves(folder, out):
+    "The four trainings of a checkpoint, from its logs"
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 4, figsize=(12, 4.2), dpi=80, layout='constrained')
+    shown = dict(autoencoder=('mean squared error', ['loss'], 'unseen pictures, PSNR in dB', ['psnr_db']), text=('language model on text: loss', ['loss'], 'perplexity of unseen text', ['text_perplexity_held_out']),
+                 tokenizer=('losses of flow and codes', ['flow_loss', 'code_loss'], 'unseen pictures, PSNR in dB', ['psnr_db']), llm=('language model on ids: loss', ['loss'], 'nearest is right, in blurred pixels', ['seen_pixels_accuracy', 'unseen_pixels_accuracy']))
+    for (name, (above, losses, below, scores)), column in zip(shown.items(), axes.T):
+        log = [json.loads(line) for line in (folder/f'{name}-log.jsonl').read_text().splitlines()]
+        for axis, keys, title, style in ((column[0], losses, f'{name}: {above}', '-'), (column[1], scores, below, 'o-')):
+            for key in keys: axis.plot(*zip(*[(line['step'], line[key]) for line in log if key in line]), style, ms=3, lw=1, label=key)
+            if len(keys) > 1: axis.legend(fontsize=6)
+            axis.set_title(title, fontsize=8); axis.tick_params(labelsize=7)
+            if 'perplexity' in title or name in ('autoencoder', 'tokenizer') and style == '-': axis.set_yscale('log')
+        column[1].set_xlabel('step', fontsize=7)
+    figure.savefig(out/'training.png'); plt.close(figure)
+    print(out/'training.png')
+
+@torch.no_grad()
+def id_figures(folder, same=0.02):
+    "How much of what two pictures share do their ids share, and how much do the ids of nothing say?"
+    pipe, _, rows = open_all(folder)
+    rows = [r for r in rows if r['split'] == 'train']
+    x, tok = pictures(rows), pipe.image_tokenizer
+    ids = torch.cat([tok.encode(part) for part in x.split(64)]).unflatten(1, tok.config.grid)           # (N, h, w)
+    squares = x.unflatten(2, (ids.shape[1], -1)).unflatten(4, (ids.shape[2], -1)).permute(0, 2, 4, 1, 3, 5).flatten(3)   # (N, h, w, numbers of a square)
+    relatives = {}
+    for i,r in enumerate(rows): relatives.setdefault(r['base'], []).append(i)
+    shares = []
+    for first, *others in relatives.values():
+        if len(others) < 4: continue
+        for j in others:
+            alike = (squares[first] - squares[j]).abs().amax(-1) < same
+            shares.append((ids[first] == ids[j])[alike].float().mean())
+    flat = squares.unflatten(3, (3, -1))
+    flat = (flat.amax(-1) - flat.amin(-1)).amax(-1) < same
+    share = torch.bincount(ids[flat], minlength=tok.config.codebook_size)/flat.sum()
+    print(f'ids equal where relatives are equal in pixels: {torch.stack(shares).nanmean():.1%}\nsquares of one colour: {flat.float().mean():.1%}, bits in their ids: {-torch.special.xlogy(share, share).sum()/torch.log(torch.tensor(2.)):.1f}')
+
+def compare_settings(folder, settings, n=160):
+    "Captions of the training split, drawn in several ways"
+    pipe, judge, rows = open_all(folder)
+    train, real = [i for i,r in enumerate(rows) if r['split'] == 'train'], pictures(rows)
+    asked = some_captions([rows[i] for i in train], n, seed=3)
+    print('| how | right in pixels | in features | empty | Fréchet ratio |\n|---|--:|--:|--:|--:|')
+    for way in settings or [{}]:
+        made = draw_captions(lambda *args, **more: pipe(*args, **more, **way), [c for _,c in asked], seed=1)
+        right = nearest_scores(made, [train[i] for i,_ in asked], rows, real, judge)
+        empty = ((made > 0.9).all(1).float().mean((1, 2)) > 0.97).float().mean()
+        print(f"| {', '.join(f'{k}={v:g}' for k,v in way.items()) or 'as it is'} | {right['pixels'].float().mean():.1%} | {right['features'].float().mean():.1%} | {empty:.1%} | {distance_scores(judge, made, real)['frechet_ratio']:.1f} |", flush=True)
+
+def setting(text):
+    "guidance_scale=1.5,temperature=1 → numbers by name"
+    return {k: float(v) for k,v in (part.split('=') for part in text.split(','))}
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', choices=['pages', 'curves', 'ids', 'settings'])
+    parser.add_argument('settings', nargs='*', type=setting, help="of the pipeline's call, as in guidance_scale=1.5,temperature=1")
+    parser.add_argument('--model', type=Path, default=Path('data/checkpoints/emoji'))
+    parser.add_argument('--out', type=Path, help='where pictures go; the folder of the model')
+    args = parser.parse_args()
+    out = args.out or args.model
+    out.mkdir(parents=True, exist_ok=True)
+    if args.what == 'pages': write_pages(args.model, out)
+    elif args.what == 'curves': plot_curves(args.model, out)
+    elif args.what == 'ids': id_figures(args.model)
+    else: compare_settings(args.model, args.settings)
+
+if __name__ == '__main__': main()

@@ -3,10 +3,12 @@
     python -m benchmarks.emoji pages                           # seen.png, unseen.png, reconstructions.png, failures.png; 3 min
     python -m benchmarks.emoji curves                          # training.png, from the four logs
     python -m benchmarks.emoji ids                             # are ids easy to learn? 1 min
+    python -m benchmarks.emoji families                        # right drawings by the number of relatives; 1 min
     python -m benchmarks.emoji settings guidance_scale=1.5,temperature=1,min_p=0.05 guidance_scale=1    # other ways to sample, 1 min each
 
 All read a pipeline's folder (`--model`), and the first two write into it (`--out`)."""
 import argparse, json, random
+from collections import Counter
 from pathlib import Path
 import torch
 from v2flow_nbdev.data import picture_sheet, to_pil, to_tensor, write_atomically
@@ -89,13 +91,24 @@ def compare_settings(folder, settings, n=160):
         empty = ((made > 0.9).all(1).float().mean((1, 2)) > 0.97).float().mean()
         print(f"| {', '.join(f'{k}={v:g}' for k,v in way.items()) or 'as it is'} | {right['pixels'].float().mean():.1%} | {right['features'].float().mean():.1%} | {empty:.1%} | {distance_scores(judge, made, real)['frechet_ratio']:.1f} |", flush=True)
 
+def family_figures(folder, n=384):
+    "Is it those without relatives that come out wrong?"
+    pipe, judge, rows = open_all(folder)
+    made, _, numbers = draw_split(pipe, 'train', n, seed=21)
+    right, sizes = nearest_scores(made, numbers, rows, pictures(rows), judge), Counter(r['base'] for r in rows if r['split'] == 'train')
+    print('| pictures of the same base in training | drawn | right in pixels | in features |\n|---|--:|--:|--:|')
+    for low, high in ((1, 1), (2, 6), (7, 20), (21, 10**6)):
+        mine = torch.tensor([low <= sizes[rows[i]['base']] <= high for i in numbers])
+        name = low if low == high else f'{low} and more' if high == 10**6 else f'{low} to {high}'
+        print(f"| {name} | {mine.sum()} | {right['pixels'][mine].float().mean():.0%} | {right['features'][mine].float().mean():.0%} |")
+
 def setting(text):
     "guidance_scale=1.5,temperature=1 → numbers by name"
     return {k: float(v) for k,v in (part.split('=') for part in text.split(','))}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=['pages', 'curves', 'ids', 'settings'])
+    parser.add_argument('what', choices=['pages', 'curves', 'ids', 'families', 'settings'])
     parser.add_argument('settings', nargs='*', type=setting, help="of the pipeline's call, as in guidance_scale=1.5,temperature=1")
     parser.add_argument('--model', type=Path, default=Path('data/checkpoints/emoji'))
     parser.add_argument('--out', type=Path, help='where pictures go; the folder of the model')
@@ -105,6 +118,7 @@ def main():
     if args.what == 'pages': write_pages(args.model, out)
     elif args.what == 'curves': plot_curves(args.model, out)
     elif args.what == 'ids': id_figures(args.model)
+    elif args.what == 'families': family_figures(args.model)
     else: compare_settings(args.model, args.settings)
 
 if __name__ == '__main__': main()

@@ -104,7 +104,9 @@ def family_figures(folder, n=384):
 
 def setting(text):
     "guidance_scale=1.5,temperature=1 → numbers by name"
-    return {k: float(v) for k,v in (part.split('=') for part in text.split(','))}
+    found = {k: float(v) for k,v in (part.split('=') for part in text.split(','))}
+    if not found.keys() <= {'guidance_scale', 'temperature', 'top_p', 'min_p'}: raise ValueError(text)
+    return found
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -113,6 +115,8 @@ def main():
     parser.add_argument('--model', type=Path, default=Path('data/checkpoints/emoji'))
     parser.add_argument('--out', type=Path, help='where pictures go; the folder of the model')
     args = parser.parse_args()
+    if not args.model.is_dir(): parser.error(f'{args.model}: no such folder')
+    if args.settings and args.what != 'settings': parser.error(f'{args.what} takes no settings')
     out = args.out or args.model
     out.mkdir(parents=True, exist_ok=True)
     if args.what == 'pages': write_pages(args.model, out)

@@ -1,6 +1,7 @@
 .PHONY: help setup demo test check bench lab execute readme
 PYTHON ?= python3
 BIN := .venv/bin
+LONGEST := 13_emoji|20_cli
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,7 +18,8 @@ demo: setup  ## The main job on the shipped checkpoint: writes outputs/demo.png
 	$(BIN)/v2flow demo
 
 test: check  ## Everything: notebooks clean and in sync, every notebook run, then pytest
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --file_re '$(LONGEST)'
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_file_re '^[_.]|$(LONGEST)'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 check: setup  ## Are the notebooks clean, and are library and README in step with them?

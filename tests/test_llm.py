@@ -79,12 +79,12 @@ def test_rows_beyond_the_words_are_taken_for_new_ones():
     assert len(model.get_input_embeddings().weight) == size and words.end < size
 
 def test_the_command_teaches_two_grids_with_adapters_and_packing(tmp_path):
-    "train-llm with LoRA: an ordinary folder comes out that needs no peft, the adapter lies beside it, text is measured, and both sizes can be asked for"
+    "train-llm with LoRA by Muon: an ordinary folder comes out that needs no peft, the adapter lies beside it, text is measured, and both sizes can be asked for"
     from test_bad_input import own_llm
     own_llm(tmp_path/'text')
     shell = Shell()
     done = shell('train-llm', '--config', 'configs/digits-llm.yaml', '--out', tmp_path/'run', f'image_tokenizer={shipped}/image_tokenizer', f'llm.pretrained={tmp_path}/text', 'data.copies=0', 'llm.train=lora', 'llm.rank=2',
-                 'llm.grids=[[4,4],[2,2]]', 'llm.pack=64', 'llm.text_share=0.2', 'training.steps=2', 'training.batch_size=16', 'training.evaluate_every=0', 'training.trackers=[]')
+                 'llm.grids=[[4,4],[2,2]]', 'llm.pack=64', 'llm.text_share=0.2', 'llm.text_weight=4', 'llm.rare=label', 'training.optimizer=muon', 'training.steps=2', 'training.batch_size=16', 'training.evaluate_every=0', 'training.trackers=[]')
     assert done.returncode == 0 and 'perplexity of plain text before' in done.stderr, done.stderr[-2000:]
     line = json.loads((tmp_path/'run/log.jsonl').read_text().splitlines()[-1])
     assert line['text_perplexity'] > 1 < line['text_perplexity_before'] and sorted(p.name for p in (tmp_path/'run/ids').iterdir()) == ['4x4', '8x8']

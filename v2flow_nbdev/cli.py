@@ -11,8 +11,8 @@ __all__ = ['app', 'Model', 'Seed', 'Json', 'Out', 'Picture', 'Config', 'RunFolde
            'DecoderConfig', 'LLMConfig', 'TextConfig', 'load_data', 'some', 'check_run', 'check_out', 'is_main_process',
            'in_common', 'all_captions', 'finish', 'llm_plan', 'lines_of', 'pretrain_llm', 'autoencoder_plan',
            'train_autoencoder', 'open_latents', 'tokenizer_data', 'plan', 'train_tokenizer', 'train_decoder',
-           'join_processes', 'encoded', 'picture_sizes', 'encode_dataset', 'ids_of', 'plain_texts', 'known_words',
-           'data_scores', 'shape_of', 'plan_llm', 'train_llm']
+           'join_processes', 'encoded', 'picture_sizes', 'encode_dataset', 'weights_of', 'ids_of', 'plain_texts',
+           'known_words', 'data_scores', 'shape_of', 'plan_llm', 'train_llm']
 
 # %% ../nbs/20_cli.ipynb #db1dd225
 import json, sys
@@ -389,6 +389,8 @@ class LLMConfig:
     caption_dropout:float=0.1  # share of caption → image without its caption, for guidance
     id_noise:float=0.1         # share of ids replaced at random in image → caption
     write_noise:float=0.       # largest share of ids replaced by those of a picture much like it in what caption → image has written already; each draws its own
+    rare:str=''                # field of the rows, such as emoji's base: what few of them share is written more often, see `by_root`; '': all alike
+    text_weight:float=1.       # how much a word of text counts in the loss beside a visual word, see `weigh_text`
     text_share:float=0.        # share of plain text instead of pictures, so that the language is kept
     texts:str=''               # file of that text, one a line; '': the captions, on which perplexity is then measured too
     pack:int=0                 # tokens of the sequences that short ones are packed into; 0: each row is padded
@@ -402,6 +404,7 @@ class LLMConfig:
             if getattr(self, name) not in known: raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(filter(None, known))}")
         for name in ('write_share', 'caption_dropout', 'id_noise', 'write_noise', 'text_share'):
             if not 0 <= getattr(self, name) <= 1: raise ValueError(f"{name}={getattr(self, name)}: needs 0 to 1")
+        if self.text_weight <= 0: raise ValueError(f"text_weight={self.text_weight}: needs to be above 0")
         if not all(isinstance(g, (list, tuple)) and [type(n) for n in g] == [int, int] for g in self.grids): raise ValueError(f"grids={list(self.grids)}: needs a list of [height, width]")
         if self.rank < 1 or self.pack < 0: raise ValueError(f"rank={self.rank}: needs at least 1" if self.rank < 1 else f"pack={self.pack}: needs 0 or more")
 
@@ -729,14 +732,23 @@ def encode_dataset(config:Config, out:Annotated[Path, typer.Option('--out', help
     if is_main_process(): say(f"{len(rows):,} pictures as {' and '.join('×'.join(map(str, d.shape)) for d in done)} ids: {out}")
 
 # %% ../nbs/20_cli.ipynb #0c9b9bac
-def ids_of(source, tok, grids, out):
-    "(rows of ids to learn from, rows to judge on): of a folder that encode-dataset wrote, or of pictures encoded into the run's folder"
+def weights_of(rows, field):
+    "How often each picture is to be written: by how many share what the field says"
+    from v2flow_nbdev.llm import by_root
+    if field not in rows[0]: raise ValueError(f"llm.rare={field!r}: rows of this data have no such field; there are {', '.join(k for k in rows[0] if k not in ('image', 'captions')) or 'none but image and captions'}")
+    return by_root([str(rows[i][field]) for i in range(len(rows))])
+
+def ids_of(source, tok, grids, out, rare=''):
+    """(rows of ids to learn from, how often each is to be written, rows to judge on, pictures or None): of a folder that encode-dataset wrote,
+    or of pictures encoded into the run's folder"""
     from torch.utils.data import ConcatDataset
     from v2flow_nbdev.data import Subset
     from v2flow_nbdev.llm import EncodedImages
     if source.name != 'ids':
         rows, held_out = load_data(source)
-        return ConcatDataset(encoded(rows, tok, out/'ids', picture_sizes(tok, grids))), held_out, rows
+        often = weights_of(rows, rare).repeat(max(1, len(grids))) if rare else None             # a wrong field is found before anything is encoded
+        return ConcatDataset(encoded(rows, tok, out/'ids', picture_sizes(tok, grids))), often, held_out, rows
+    if rare: raise ValueError(f"llm.rare={rare!r}: a folder of ids keeps captions alone, use the pictures themselves")
     with running():
         folders = sorted(p.parent for p in Path(source.folder).glob('*/index.json'))
         if not folders: raise FileNotFoundError(f"{source.folder}: no ids here; make them with `v2flow encode-dataset`")
@@ -744,7 +756,7 @@ def ids_of(source, tok, grids, out):
         found = [d for d in (EncodedImages(f, tok) for f in folders) if tuple(d.shape) in wanted]
         if not found: raise FileNotFoundError(f"{source.folder}: no ids of {' or '.join(f'{h}×{w}' for h,w in wanted)} here; make them with `v2flow encode-dataset`")
         every = max(2, round(1/source.held_out if source.held_out < 1 else len(found[0])/source.held_out))     # the same rows of every grid
-        return ConcatDataset([Subset(d, [i for i in range(len(d)) if i % every]) for d in found]), Subset(found[0], range(0, len(found[0]), every)), None
+        return ConcatDataset([Subset(d, [i for i in range(len(d)) if i % every]) for d in found]), None, Subset(found[0], range(0, len(found[0]), every)), None
 
 def plain_texts(tuning, rows):
     "(text to mix in, text to measure perplexity on)"
@@ -806,7 +818,7 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
     import torch
     from functools import partial
     from v2flow_nbdev.data import picture_sheet
-    from v2flow_nbdev.llm import ImageTextRows, add_visual_words, check_packs, choose_trained, collate, count_targets, pack, room, text_perplexity
+    from v2flow_nbdev.llm import ImageTextRows, add_visual_words, check_packs, choose_trained, collate, count_targets, pack, room, text_perplexity, weigh_text
     from v2flow_nbdev.pipeline import V2FlowPipeline, load_llm
     with running(): tok, (llm, tokenizer) = load_tokenizer(c['image_tokenizer']), load_llm(resolve_folder(tuning.pretrained, patterns=[*light_files, 'generation_config.json', 'model*.safetensors']))
     if tuning.save_dtype: tok.round_(getattr(torch, tuning.save_dtype))            # it learns the ids of what will be stored
@@ -820,13 +832,14 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
     pipe(llm)                                                                      # wrong defaults are found now, not at the end
     longest = min(room(llm), tuning.pack or room(llm))
     if (n := max(h*w for h,w in words.grids) + 4) > longest: raise ValueError(f"llm.pack={tuning.pack}: a picture with its caption needs {n} tokens and more")
+    if tuning.text_weight != 1: weigh_text(llm, words.first, tuning.text_weight)
     torch.manual_seed(training.seed)                                               # every process begins with the same updates
     llm = choose_trained(llm, tuning.train, tuning.rank, tuning.alpha)
     if tuning.texts: plain_texts(tuning, [])                                       # a missing file is found now
     device = join_processes(training)
-    rows, held_out, source_rows = ids_of(source, tok.to(device), tuning.grids, out)
+    rows, often, held_out, source_rows = ids_of(source, tok.to(device), tuning.grids, out, tuning.rare)
     texts, unseen_texts = plain_texts(tuning, rows)
-    sequences = ImageTextRows(rows, tokenizer, words, tuning.write_share, tuning.caption_dropout, tuning.id_noise, tuning.loss, texts, tuning.text_share, longest, tuning.write_noise)
+    sequences = ImageTextRows(rows, tokenizer, words, tuning.write_share, tuning.caption_dropout, tuning.id_noise, tuning.loss, texts, tuning.text_share, longest, tuning.write_noise, often)
     before = text_perplexity(llm, tokenizer, unseen_texts) if is_main_process() else 0.   # without the new words, so as if they were not there
     if is_main_process(): say(f'perplexity of plain text before there are pictures: {before:.3g}')
     def scores(model):
@@ -834,7 +847,7 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
         made = pipe(model)(shown, generator=torch.Generator().manual_seed(0)).images
         return dict(data_scores(source, pipe(model)), text_perplexity=text_perplexity(model, tokenizer, unseen_texts), text_perplexity_before=before, drawn=picture_sheet(made, shown, columns=5))
     joined = partial(pack, length=tuning.pack) if tuning.pack else collate
-    with running(): model = train(llm, sequences, training, joined, scores, out, resume, settings=settings, count=count_targets)
+    with running(): model = train(llm, sequences, training, joined, scores, out, resume, settings=settings, count=partial(count_targets, first=words.first, text_weight=tuning.text_weight))
     if tuning.train == 'lora' and is_main_process(): model.save_pretrained(out/'adapter')
     finish(model, out, lambda folder: pipe(model).save_pretrained(folder, getattr(torch, tuning.save_dtype)), source_rows)
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['splits', 'emoji_aims', 'emoji_rows', 'plain_codes', 'nearest_codes', 'reconstruction_scores', 'some_captions',
-           'draw_captions', 'appearing', 'emoji_judge', 'train_emoji_judge', 'nearest_scores', 'captions_index',
-           'reading_scores', 'draw_split', 'drawing_scores', 'distance_scores', 'time_and_memory', 'emoji_scores',
-           'emoji_sheet', 'emoji_demo']
+           'draw_captions', 'appearing', 'emoji_judge', 'train_emoji_judge', 'nearest_scores', 'what_is_named',
+           'captions_index', 'reading_scores', 'draw_split', 'drawing_scores', 'distance_scores', 'time_and_memory',
+           'emoji_scores', 'emoji_sheet', 'emoji_demo']
 
 # %% ../nbs/13_emoji.ipynb #e655df17
-import json, subprocess, sys
+import json, re, subprocess, sys
 from pathlib import Path
 import numpy as np
 import torch
@@ -134,22 +134,28 @@ def nearest_scores(
     return found | dict(features=nearest_is_right(pictures, real, numbers, chosen, judge.features, cosine=True)) if judge else found
 
 # %% ../nbs/13_emoji.ipynb #706ec86a
+def what_is_named(
+    caption:str,  # such as 'a small picture of a dark-skinned judge'
+)->str:           # 'a dark-skinned judge'
+    "A caption without the words that only say that there is a picture"
+    return re.sub(r'^((an )?emoji|a picture|a drawing|an icon|a small picture) (of|showing) ', '', caption)
+
 def captions_index(
     rows:list,  # with `captions`
-)->dict:        # caption → number of its row
-    "Whose caption is it? No caption belongs to two emoji"
-    return {c: i for i,row in enumerate(rows) for c in row['captions']}
+)->dict:        # what is named → number of its row
+    "Whose caption is it? No phrase belongs to two emoji"
+    return {what_is_named(c): i for i,row in enumerate(rows) for c in row['captions']}
 
 def reading_scores(
     pipe,                # a `V2FlowPipeline`
     rows:list,           # pictures to be described
     everything:list,     # all emoji, see `emoji_rows`
     batch_size:int=64,   # pictures at once
-)->dict:                 # shares of captions that name the right base, tone and sex; one that nobody wrote counts as wrong
+)->dict:                 # shares of captions that name the right base, tone and sex; what nobody wrote counts as wrong
     "Picture → caption: is it called what it is?"
     index, texts = captions_index(everything), []
     for i in range(0, len(rows), batch_size): texts += pipe.caption([r['image'] for r in rows[i:i + batch_size]])
-    said = [everything[index[t]] if t in index else None for t in texts]
+    said = [everything[index[t]] if t in index else None for t in map(what_is_named, texts)]
     return {f'caption_{k}_accuracy': float(np.mean([s is not None and s[k] == r[k] for s,r in zip(said, rows)])) for k in ('base', 'tone', 'sex')}
 
 # %% ../nbs/13_emoji.ipynb #4f65692d

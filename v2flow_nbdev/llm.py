@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['starts', 'ways', 'train_text_tokenizer', 'small_llama', 'first_id', 'text_rows', 'collate', 'count_targets',
-           'VisualWords', 'text_perplexity', 'first_rows', 'room', 'check_match', 'add_visual_words', 'picture',
-           'text_to_image', 'image_to_text', 'text_with_images', 'by_shape', 'ImageTextRows', 'pack', 'check_packs',
-           'EncodedImages', 'encode_dataset', 'VisualProcessor', 'Watch', 'left_pad', 'generate', 'write_images',
-           'write_captions', 'choose_trained', 'merge', 'llm_costs']
+           'weigh_text', 'VisualWords', 'text_perplexity', 'first_rows', 'room', 'check_match', 'add_visual_words',
+           'picture', 'text_to_image', 'image_to_text', 'text_with_images', 'by_shape', 'by_root', 'ImageTextRows',
+           'pack', 'check_packs', 'EncodedImages', 'encode_dataset', 'VisualProcessor', 'Watch', 'left_pad', 'generate',
+           'write_images', 'write_captions', 'choose_trained', 'merge', 'llm_costs']
 
 # %% ../nbs/09_llm.ipynb #2bd6576e
 import math
+from collections import Counter
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,10 +77,25 @@ def collate(
 
 # %% ../nbs/09_llm.ipynb #40e9249b
 def count_targets(
-    batch:dict,  # of `collate`
-)->int:          # words that its loss is a mean over
+    batch:dict,           # of `collate`
+    first:int=0,          # where the words begin that count 1, see `weigh_text`
+    text_weight:float=1., # how much those before count
+)->float:                 # words that its loss is a mean over, by their weights
     "What makes the mean over several batches or processes a mean over words"
-    return int((batch['labels'][:, 1:] != -100).sum())
+    labels = batch['labels'][:, 1:]
+    return float((labels >= first).sum() + text_weight*((labels >= 0) & (labels < first)).sum())
+
+def weigh_text(
+    model,              # a causal language model of `transformers`; its loss is changed in place
+    first:int,          # id of the first visual word: all before are words of text
+    text_weight:float,  # how much one of them counts in the mean, beside a visual word
+):
+    """A picture has hundreds of words and its caption ten, so in a mean over words the captions hardly count. Here a word of text counts
+    `text_weight` times: the class weights of `F.cross_entropy`"""
+    def loss(logits, labels, **_):
+        weight = torch.where(torch.arange(logits.shape[-1], device=logits.device) < first, text_weight, 1.)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), weight)
+    model.loss_function = loss
 
 # %% ../nbs/09_llm.ipynb #d77d552e
 @dataclass
@@ -265,6 +281,13 @@ def by_shape(
     found = [ids for i in range(0, len(rows), math.ceil(len(rows)/most)) for ids in [rows[i].get('ids')] if ids is not None]
     return {shape: torch.stack([ids for ids in found if ids.shape == shape]) for shape in {ids.shape for ids in found}}
 
+def by_root(
+    families:list,  # what each row belongs to
+)->torch.Tensor:    # weights, (rows,): those of a family of n rows are 1/√n each, √n together
+    "Square-root sampling (Kang et al., arXiv 1910.09217): a family counts as the root of its size, so that rare things come up often enough"
+    size = Counter(families)
+    return torch.tensor([size[f]**-0.5 for f in families])
+
 class ImageTextRows(torch.utils.data.Dataset):
     """Ids and captions → sequences for both directions; which caption and which direction is drawn anew each time. A row with `parts`
     (texts and ids in turn) is one text with its pictures at their places"""
@@ -280,6 +303,7 @@ class ImageTextRows(torch.utils.data.Dataset):
         text_share:float=0.,         # share of rows that are plain text instead
         longest:int=2**31,           # tokens that a sequence may have, see `room`; longer texts are cut
         write_noise:float=0.,        # largest share of visual words replaced by those of a picture much like it in what is written already; each draws its own
+        often=None,                  # weights of the rows when they are to be written, see `by_root`; None: all the same. Read they are alike
     ):
         if loss not in ('target', 'both'): raise ValueError(f"loss={loss!r}: use target or both")
         if text_share and not texts: raise ValueError(f"text_share={text_share}: needs texts")
@@ -287,6 +311,8 @@ class ImageTextRows(torch.utils.data.Dataset):
         self.write_share,self.caption_dropout,self.text_share = write_share,caption_dropout,text_share
         self.id_noise,self.write_noise = (id_noise, write_noise) if loss == 'target' else (0., 0.)
         if self.write_noise: self.crowd = by_shape(rows)
+        self.often = None if often is None else torch.as_tensor(often, dtype=torch.float64).cumsum(0)
+        if self.often is not None and not (len(self.often) == len(rows) and self.often[-1] > 0): raise ValueError(f"often: {len(self.often)} weights, need {len(rows)}, one above 0 for each row")
 
     def __len__(self): return len(self.rows)
 
@@ -322,6 +348,8 @@ class ImageTextRows(torch.utils.data.Dataset):
         if text < self.text_share:
             prompt, target = text_rows(self.tokenizer, [self.texts[int(which*len(self.texts))]])[0]
             return prompt, target[:self.longest - 1]
+        if write < self.write_share and self.often is not None:
+            row = self.rows[torch.searchsorted(self.often, self.often[-1]*torch.rand((), dtype=torch.float64), right=True).item()]
         if 'parts' in row: return text_with_images(w, bos, [self.tokens(p) if isinstance(p, str) else p for p in row['parts']], self.eos)
         ids, captions = row['ids'], row['captions'] or ['']
         caption = self.tokens(captions[int(which*len(captions))])[:max(0, self.longest - ids.numel() - 4)]

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['unessential', 'TrainConfig', 'due', 'lr_share', 'Batches', 'fill_gaps', 'SeededBatches', 'StreamedBatches', 'whole',
-           'like', 'AveragedModel', 'make_optimizer', 'RunLog', 'checkpoints', 'sync', 'save_checkpoint',
-           'prune_checkpoints', 'read_checkpoint', 'last_checkpoint', 'check_settings', 'run_tensors', 'restore',
-           'processes_asked_for', 'start_processes', 'wrap', 'Interrupted', 'interruptions', 'exact', 'losses_of',
-           'Trainer', 'as_it_is', 'deaf', 'make_loader', 'Record', 'refuse', 'report_lost', 'train']
+           'like', 'AveragedModel', 'JointOptimizer', 'make_optimizer', 'RunLog', 'checkpoints', 'sync',
+           'save_checkpoint', 'prune_checkpoints', 'read_checkpoint', 'last_checkpoint', 'check_settings',
+           'run_tensors', 'restore', 'processes_asked_for', 'start_processes', 'wrap', 'Interrupted', 'interruptions',
+           'exact', 'losses_of', 'Trainer', 'as_it_is', 'deaf', 'make_loader', 'Record', 'refuse', 'report_lost',
+           'train']
 
 # %% ../nbs/08_training.ipynb #d143b4d2
 import copy, errno, json, math, os, re, shutil, signal, sys, time
@@ -31,8 +32,9 @@ class TrainConfig:
     lr:float=1e-3                 # peak learning rate
     warmup:float=0.03             # linear warm-up: share of the run
     final_lr:float=0.02           # share of `lr` at the end of the cosine decay; 1 = constant, as in the paper
+    optimizer:str='adamw'         # 'adamw', or 'muon' for the matrices of linear layers and AdamW for the rest, see `make_optimizer`
     betas:tuple=(0.9, 0.95)       # of AdamW
-    weight_decay:float=0.02       # of AdamW; not on norms, biases, embeddings and positions
+    weight_decay:float=0.02       # not on norms, biases, embeddings and positions
     clip:float=3.                 # largest norm of the gradient
     ema_decay:float=0.995         # of the averaged weights, at most (1 + step)/(10 + step)
     mixed_precision:str='bf16'    # 'bf16' or 'no'
@@ -59,6 +61,8 @@ class TrainConfig:
         for name in ('warmup', 'final_lr', 'ema_decay'):
             if not 0 <= getattr(self, name) <= 1: raise ValueError(f"{name}={getattr(self, name)}: needs 0 to 1")
         if self.clip <= 0: raise ValueError(f"clip={self.clip}: needs more than 0")
+        if self.optimizer not in ('adamw', 'muon'): raise ValueError(f"optimizer={self.optimizer!r}: use adamw or muon")
+        if self.optimizer == 'muon' and self.fsdp: raise ValueError("optimizer='muon' with fsdp=True: Muon needs whole matrices; use adamw")
         if self.mixed_precision == 'False': self.mixed_precision = 'no'            # how YAML reads a bare `no`
         if self.mixed_precision not in ('bf16', 'no'): raise ValueError(f"mixed_precision={self.mixed_precision!r}: use bf16 or no")
 
@@ -210,15 +214,35 @@ class AveragedModel:
         return self.average
 
 # %% ../nbs/08_training.ipynb #f6871447
+class JointOptimizer:
+    "Several optimizers, each for its own parameters, as one: what the loop and its checkpoints ask of an optimizer"
+    def __init__(self, *parts):
+        self.parts, self.state = parts, parts[0].state
+        for part in parts: part.state = self.state                                 # one place for what they keep
+
+    @property
+    def param_groups(self): return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self, set_to_none=True):
+        for part in self.parts: part.zero_grad(set_to_none)
+
+    def step(self):
+        for part in self.parts: part.step()
+
 def make_optimizer(
     model,               # any module
-    config:TrainConfig,  # rate, betas, weight decay
+    config:TrainConfig,  # optimizer, rate, betas, weight decay
 ):
-    "AdamW; no weight decay on norms, biases, embeddings and positions"
+    """AdamW; no weight decay on norms, biases, embeddings and positions. With `optimizer='muon'`, the matrices of linear layers (but not of
+    a language model's head) learn by Muon instead (arXiv 2502.16982), its updates as large as AdamW's, so that one rate serves both"""
     rest = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or 'Norm' in type(m).__name__ for p in m.parameters(recurse=False)}
     rest |= {id(p) for n,p in model.named_parameters() if p.dim() < 2 or 'position' in n or 'trainable_tokens' in n}               # the last: rows that `peft` keeps beside an embedding
-    groups = [dict(params=[p for p in model.parameters() if (id(p) in rest) == r], weight_decay=0. if r else config.weight_decay) for r in (False, True)]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas))
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - rest if config.optimizer == 'muon' else set()
+    if head := getattr(model, 'get_output_embeddings', lambda: None)(): matrices.discard(id(head.weight))
+    groups = [dict(params=[p for p in model.parameters() if id(p) not in matrices and (id(p) in rest) == r], weight_decay=0. if r else config.weight_decay) for r in (False, True)]
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas))
+    if not matrices: return adamw
+    return JointOptimizer(torch.optim.Muon([p for p in model.parameters() if id(p) in matrices], config.lr, config.weight_decay, adjust_lr_fn='match_rms_adamw'), adamw)
 
 # %% ../nbs/08_training.ipynb #bd10ee1b
 class RunLog:
@@ -337,7 +361,8 @@ def check_settings(
     out,          # its folder
 ):
     "`ValueError` naming what has changed, unless the run can go on as if nothing had happened"
-    now = json.loads(json.dumps(now))
+    before = {k: v for k,v in asdict(TrainConfig()).items() if k in now} | before  # a run of an older version did not know every setting
+    before, now = json.loads(json.dumps([before, now]))
     changed = [f"{k}: {before.get(k)} → {now.get(k)}" for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k not in unessential]
     if changed: raise ValueError(f"cannot resume {out} under other settings ({'; '.join(changed)})")
 

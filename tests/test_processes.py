@@ -110,7 +110,7 @@ def test_a_data_set_is_encoded_by_two_processes_and_a_language_model_learns_from
     there = EncodedImages(tmp_path/'ids/8x8', tok)
     assert len(there) == 1500 and there.shards == alone.shards and torch.equal(there[1499]['ids'], alone[1499]['ids'])
     def run(out, processes, batch_size):
-        command(processes, 'train-llm', '--out', out, *shared, 'data.name=ids', f'data.folder={tmp_path}/ids', f'llm.pretrained={tmp_path}/text', 'llm.text_share=0.2', 'llm.save_dtype=float32', 'training.steps=8', 'training.evaluate_every=0',
+        command(processes, 'train-llm', '--out', out, *shared, 'data.name=ids', f'data.folder={tmp_path}/ids', f'llm.pretrained={tmp_path}/text', 'llm.text_share=0.2', 'llm.own_words=true', 'llm.text_weight=3', 'llm.save_dtype=float32', 'training.steps=8', 'training.evaluate_every=0',
                 f'training.batch_size={batch_size}', f'training.processes={processes}', 'training.mixed_precision=no', 'training.trackers=[]')
         return [json.loads(l)['loss'] for l in (out/'log.jsonl').read_text().splitlines()], read_tensors(out/'model/llm/model.safetensors')
     (losses, one), (same, two) = run(tmp_path/'one', 1, 16), run(tmp_path/'two', 2, 8)

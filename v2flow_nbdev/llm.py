@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['starts', 'ways', 'train_text_tokenizer', 'small_llama', 'first_id', 'text_rows', 'collate', 'count_targets',
-           'weigh_text', 'VisualWords', 'text_perplexity', 'first_rows', 'room', 'check_match', 'add_visual_words',
-           'picture', 'text_to_image', 'image_to_text', 'text_with_images', 'by_shape', 'by_root', 'ImageTextRows',
-           'pack', 'check_packs', 'EncodedImages', 'encode_dataset', 'VisualProcessor', 'Watch', 'left_pad', 'generate',
-           'write_images', 'write_captions', 'choose_trained', 'merge', 'llm_costs']
+           'VisualWords', 'text_perplexity', 'first_rows', 'room', 'check_match', 'add_visual_words', 'picture',
+           'text_to_image', 'image_to_text', 'text_with_images', 'by_shape', 'by_root', 'ImageTextRows', 'pack',
+           'check_packs', 'TargetLoss', 'EncodedImages', 'encode_dataset', 'VisualProcessor', 'Watch', 'left_pad',
+           'generate', 'write_images', 'write_captions', 'choose_trained', 'merge', 'llm_costs']
 
 # %% ../nbs/09_llm.ipynb #2bd6576e
 import math
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_outputs import CausalLMOutput
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from .flow import constant_guidance
 from .latents import CachedLatents, cache_latents
@@ -78,24 +79,12 @@ def collate(
 # %% ../nbs/09_llm.ipynb #40e9249b
 def count_targets(
     batch:dict,           # of `collate`
-    first:int=0,          # where the words begin that count 1, see `weigh_text`
+    first:int=0,          # where the words begin that count 1, see `TargetLoss`
     text_weight:float=1., # how much those before count
 )->float:                 # words that its loss is a mean over, by their weights
     "What makes the mean over several batches or processes a mean over words"
     labels = batch['labels'][:, 1:]
     return float((labels >= first).sum() + text_weight*((labels >= 0) & (labels < first)).sum())
-
-def weigh_text(
-    model,              # a causal language model of `transformers`; its loss is changed in place
-    first:int,          # id of the first visual word: all before are words of text
-    text_weight:float,  # how much one of them counts in the mean, beside a visual word
-):
-    """A picture has hundreds of words and its caption ten, so in a mean over words the captions hardly count. Here a word of text counts
-    `text_weight` times: the class weights of `F.cross_entropy`"""
-    def loss(logits, labels, **_):
-        weight = torch.where(torch.arange(logits.shape[-1], device=logits.device) < first, text_weight, 1.)
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), weight)
-    model.loss_function = loss
 
 # %% ../nbs/09_llm.ipynb #d77d552e
 @dataclass
@@ -388,6 +377,47 @@ def check_packs(
     rows = [([0], [1, 2, 3, 4]), ([5], [6, 7, 8])]
     losses = [model(**{k: v.to(model.device) if torch.is_tensor(v) else v for k,v in batch.items()}).loss for batch in (pack(rows, 16), collate(rows))]
     if abs(losses[0] - losses[1]) > 1e-3: raise ValueError(f"{type(model).__name__}: its attention does not keep packed rows apart; leave packing out")
+
+# %% ../nbs/09_llm.ipynb #f64c4642
+class TargetLoss(torch.nn.Module):
+    """A language model while it learns: the loss on targets alone, and nothing else. With `own_words`, a visual word is chosen among the
+    visual words, as when a picture is written; a word of text always among all. A word of text may count several times, for a picture has
+    hundreds of words and its caption ten"""
+    def __init__(self,
+        llm,                   # a causal language model of `transformers` with visual words
+        text_weight:float=1.,  # how much a word of text counts beside a visual one
+        own_words:bool=True,   # visual words are chosen among visual words; not with adapters on the head
+    ):                         # `ValueError` for a model whose scores are not its head times its last states
+        super().__init__()
+        self.llm, self.words, self.text_weight, self.own_words = llm, VisualWords.of(llm), 1., False
+        self._no_split_modules = llm._no_split_modules                              # what the training loop may ask of a language model
+        rows = collate([([0], [1, 2, self.words.first]), ([0, 3], [self.words.first])])
+        with torch.no_grad(): theirs, ours = (m(**{k: v.to(llm.device) for k,v in rows.items()}).loss for m in (llm, self))
+        if not abs(theirs - ours) < 1e-3*theirs: raise ValueError(f"{type(llm).__name__}: its scores are more than its head times its last states; leave text_weight and own_words out")
+        self.text_weight, self.own_words = text_weight, own_words
+
+    def get_output_embeddings(self): return self.llm.get_output_embeddings()
+
+    def gradient_checkpointing_enable(self): self.llm.gradient_checkpointing_enable()
+
+    def compile(self): self.llm.get_decoder().compile()                                # how many targets there are is another number in each batch
+
+    def forward(self,
+        input_ids:torch.Tensor,  # (B, L)
+        labels:torch.Tensor,     # (B, L), -100 where nothing is to be written
+        attention_mask=None,     # not needed: rows are padded on the right, and no word looks there
+        **batch,                 # position_ids of packed rows
+    ):                           # `.loss`: the weighted mean over targets
+        w, head = self.words, self.llm.get_output_embeddings()
+        states, labels = self.llm.get_decoder()(input_ids=input_ids, **batch).last_hidden_state[:, :-1], labels[:, 1:]
+        own = (labels >= w.first) & ~torch.isin(labels, torch.tensor(w.begins, device=labels.device)) & self.own_words
+        rest = (labels >= 0) & ~own                                                     # text, and the words that open a picture inside it
+        weight = torch.where(labels[rest] < w.first, self.text_weight, 1.)
+        loss = (weight*F.cross_entropy(head(states[rest]).float(), labels[rest], reduction='none')).sum()
+        if self.own_words:
+            rows = head.weight[w.first:], None if head.bias is None else head.bias[w.first:]
+            loss = loss + F.cross_entropy(F.linear(states[own], *rows).float(), labels[own] - w.first, reduction='sum')
+        return CausalLMOutput(loss=loss/(own.sum() + weight.sum()))
 
 # %% ../nbs/09_llm.ipynb #277b8e19
 class _IdsOf:

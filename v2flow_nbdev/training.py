@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['unessential', 'TrainConfig', 'due', 'lr_share', 'Batches', 'fill_gaps', 'SeededBatches', 'StreamedBatches', 'whole',
-           'like', 'AveragedModel', 'JointOptimizer', 'make_optimizer', 'RunLog', 'checkpoints', 'sync',
-           'save_checkpoint', 'prune_checkpoints', 'read_checkpoint', 'last_checkpoint', 'check_settings',
-           'run_tensors', 'restore', 'processes_asked_for', 'start_processes', 'wrap', 'Interrupted', 'interruptions',
-           'exact', 'losses_of', 'Trainer', 'as_it_is', 'deaf', 'make_loader', 'Record', 'refuse', 'report_lost',
-           'train']
+           'like', 'AveragedModel', 'multiplies_bf16', 'orthogonal', 'Muon', 'JointOptimizer', 'make_optimizer',
+           'RunLog', 'checkpoints', 'sync', 'save_checkpoint', 'prune_checkpoints', 'read_checkpoint',
+           'last_checkpoint', 'check_settings', 'run_tensors', 'restore', 'processes_asked_for', 'start_processes',
+           'wrap', 'Interrupted', 'interruptions', 'exact', 'losses_of', 'Trainer', 'as_it_is', 'deaf', 'make_loader',
+           'Record', 'refuse', 'report_lost', 'train']
 
 # %% ../nbs/08_training.ipynb #d143b4d2
 import copy, errno, json, math, os, re, shutil, signal, sys, time
@@ -214,6 +214,43 @@ class AveragedModel:
         return self.average
 
 # %% ../nbs/08_training.ipynb #f6871447
+def multiplies_bf16(
+    device,  # 'cpu', 'cuda', a `torch.device`
+)->bool:
+    "Are products of bfloat16 matrices a gain here? A CPU without instructions for them takes three hundred times as long as in float32"
+    return torch.device(device).type != 'cpu' or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+def orthogonal(
+    matrices:torch.Tensor,  # (n, rows, columns)
+    steps:int=5,            # of Newton and Schulz
+)->torch.Tensor:            # the same shape, float32
+    "The nearest matrices whose singular values are all one, roughly (0.7 to 1.2): a polynomial of odd degree that lifts every singular value, five times over"
+    x = matrices.to(torch.bfloat16 if multiplies_bf16(matrices.device) else torch.float32)
+    if tall := x.shape[1] > x.shape[2]: x = x.mT
+    x = x/x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        square = x@x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)   # p(x) = 3.4445 x - 4.7750 x³ + 2.0315 x⁵
+    return (x.mT if tall else x).float()
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal (Jordan et al. 2024); its updates are as large as AdamW's (arXiv 2502.16982). As `torch.optim.Muon` with
+    `adjust_lr_fn='match_rms_adamw'`, which computes in bfloat16 on every machine; matrices of one shape are done at once"""
+    def __init__(self, params, lr:float, weight_decay:float=0., momentum:float=0.95): super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group['params']:
+                if p.grad is None: continue
+                if not self.state[p]: self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+                kept = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
+                shapes.setdefault(p.shape, []).append((p, p.grad.lerp(kept, group['momentum'])))               # Nesterov's momentum
+            for (rows, columns), found in shapes.items():
+                for (p, _), update in zip(found, orthogonal(torch.stack([g for _,g in found]))):
+                    p.mul_(1 - group['lr']*group['weight_decay']).sub_(update, alpha=group['lr']*0.2*max(rows, columns)**0.5)
+
 class JointOptimizer:
     "Several optimizers, each for its own parameters, as one: what the loop and its checkpoints ask of an optimizer"
     def __init__(self, *parts):
@@ -242,7 +279,7 @@ def make_optimizer(
     groups = [dict(params=[p for p in model.parameters() if id(p) not in matrices and (id(p) in rest) == r], weight_decay=0. if r else config.weight_decay) for r in (False, True)]
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas))
     if not matrices: return adamw
-    return JointOptimizer(torch.optim.Muon([p for p in model.parameters() if id(p) in matrices], config.lr, config.weight_decay, adjust_lr_fn='match_rms_adamw'), adamw)
+    return JointOptimizer(Muon([p for p in model.parameters() if id(p) in matrices], config.lr, config.weight_decay), adamw)
 
 # %% ../nbs/08_training.ipynb #bd10ee1b
 class RunLog:
@@ -487,6 +524,7 @@ class Trainer:
         self.model, self.config, self.accelerator, self.count = model, config, accelerator, count
         self.wrapped = wrap(model, config, accelerator)
         self.optimizer = make_optimizer(model, config)
+        self.half = config.mixed_precision == 'bf16' and multiplies_bf16(accelerator.device)
         self.skipped = 0                                                           # steps without a finite gradient, in a row
 
     def over_processes(self, values):
@@ -505,7 +543,7 @@ class Trainer:
             if self.config.fsdp: self.wrapped.set_requires_gradient_sync(last)
             batch = {k: v.to(a.device, non_blocking=True) if torch.is_tensor(v) else v for k,v in batch.items()}
             with nullcontext() if last or self.config.fsdp else a.no_sync(self.wrapped):
-                with torch.autocast(a.device.type, torch.bfloat16, enabled=self.config.mixed_precision == 'bf16'): output = self.wrapped(**batch)
+                with torch.autocast(a.device.type, torch.bfloat16, enabled=self.half): output = self.wrapped(**batch)
                 (output.loss*(share*n)).backward()                                 # DDP and FSDP divide by n
             for name, value in losses_of(output).items(): sums[name] = sums.get(name, 0) + value.double()*share
         return {name: value.item() for name, value in sums.items()}

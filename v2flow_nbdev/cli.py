@@ -392,6 +392,7 @@ class LLMConfig:
     rare:str=''                # field of the rows, such as emoji's base: what few of them share is written more often, see `by_root`; '': all alike
     text_weight:float=1.       # how much a word of text counts in the loss beside a visual word, see `TargetLoss`
     own_words:bool=False       # a visual word is chosen among visual words alone, as when it is written: less to compute; needs `train: all`
+    keep:float=0.              # share of the weights it began with that is mixed into the last ones, see `keep_some`; needs `train: all`
     text_share:float=0.        # share of plain text instead of pictures, so that the language is kept
     texts:str=''               # file of that text, one a line; '': the captions, on which perplexity is then measured too
     pack:int=0                 # tokens of the sequences that short ones are packed into; 0: each row is padded
@@ -403,10 +404,11 @@ class LLMConfig:
         if not self.pretrained: raise ValueError("pretrained='': a folder or a Hub id is needed")
         for name, known in dict(save_dtype=stored_dtypes, start=starts, head_start=('', *starts), train=ways, loss=('target', 'both')).items():
             if getattr(self, name) not in known: raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(filter(None, known))}")
-        for name in ('write_share', 'caption_dropout', 'id_noise', 'write_noise', 'text_share'):
+        for name in ('write_share', 'caption_dropout', 'id_noise', 'write_noise', 'text_share', 'keep'):
             if not 0 <= getattr(self, name) <= 1: raise ValueError(f"{name}={getattr(self, name)}: needs 0 to 1")
         if self.text_weight <= 0: raise ValueError(f"text_weight={self.text_weight}: needs to be above 0")
         if self.own_words and self.train != 'all': raise ValueError(f"own_words=True with train={self.train!r}: adapters change the head; use train='all', or leave own_words out")
+        if self.keep and self.train != 'all': raise ValueError(f"keep={self.keep} with train={self.train!r}: adapters leave the weights as they were; use train='all', or leave keep out")
         if not all(isinstance(g, (list, tuple)) and [type(n) for n in g] == [int, int] for g in self.grids): raise ValueError(f"grids={list(self.grids)}: needs a list of [height, width]")
         if self.rank < 1 or self.pack < 0: raise ValueError(f"rank={self.rank}: needs at least 1" if self.rank < 1 else f"pack={self.pack}: needs 0 or more")
 
@@ -820,7 +822,7 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
     import torch
     from functools import partial
     from v2flow_nbdev.data import picture_sheet
-    from v2flow_nbdev.llm import ImageTextRows, TargetLoss, add_visual_words, check_packs, choose_trained, collate, count_targets, pack, room, text_perplexity
+    from v2flow_nbdev.llm import ImageTextRows, TargetLoss, add_visual_words, check_packs, choose_trained, collate, count_targets, keep_some, pack, room, text_perplexity
     from v2flow_nbdev.pipeline import V2FlowPipeline, load_llm
     with running(): tok, (llm, tokenizer) = load_tokenizer(c['image_tokenizer']), load_llm(resolve_folder(tuning.pretrained, patterns=[*light_files, 'generation_config.json', 'model*.safetensors']))
     if tuning.save_dtype: tok.round_(getattr(torch, tuning.save_dtype))            # it learns the ids of what will be stored
@@ -835,6 +837,7 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
     longest = min(room(llm), tuning.pack or room(llm))
     if (n := max(h*w for h,w in words.grids) + 4) > longest: raise ValueError(f"llm.pack={tuning.pack}: a picture with its caption needs {n} tokens and more")
     torch.manual_seed(training.seed)                                               # every process begins with the same updates
+    begun = {n: p.detach().clone() for n,p in llm.named_parameters()} if tuning.keep else {}
     llm = choose_trained(llm, tuning.train, tuning.rank, tuning.alpha)
     if tuning.text_weight != 1 or tuning.own_words:
         with running(): llm = TargetLoss(llm, tuning.text_weight, tuning.own_words)
@@ -853,6 +856,7 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
         return dict(data_scores(source, pipe(model)), text_perplexity=text_perplexity(model, tokenizer, unseen_texts), text_perplexity_before=before, drawn=picture_sheet(made, shown, columns=5))
     joined = partial(pack, length=tuning.pack) if tuning.pack else collate
     with running(): model = inner(train(llm, sequences, training, joined, scores, out, resume, settings=settings, count=partial(count_targets, first=words.first, text_weight=tuning.text_weight)))
+    if tuning.keep: keep_some(model, begun, tuning.keep)
     if tuning.train == 'lora' and is_main_process(): model.save_pretrained(out/'adapter')
     finish(model, out, lambda folder: pipe(model).save_pretrained(folder, getattr(torch, tuning.save_dtype)), source_rows)
 

@@ -6,8 +6,8 @@
 __all__ = ['starts', 'ways', 'train_text_tokenizer', 'small_llama', 'first_id', 'text_rows', 'collate', 'count_targets',
            'VisualWords', 'text_perplexity', 'first_rows', 'room', 'check_match', 'add_visual_words', 'picture',
            'text_to_image', 'image_to_text', 'text_with_images', 'by_shape', 'by_root', 'ImageTextRows', 'pack',
-           'check_packs', 'TargetLoss', 'EncodedImages', 'encode_dataset', 'VisualProcessor', 'Watch', 'left_pad',
-           'generate', 'write_images', 'write_captions', 'choose_trained', 'merge', 'llm_costs']
+           'check_packs', 'TargetLoss', 'keep_some', 'EncodedImages', 'encode_dataset', 'VisualProcessor', 'Watch',
+           'left_pad', 'generate', 'write_images', 'write_captions', 'choose_trained', 'merge', 'llm_costs']
 
 # %% ../nbs/09_llm.ipynb #2bd6576e
 import math
@@ -418,6 +418,16 @@ class TargetLoss(torch.nn.Module):
             rows = head.weight[w.first:], None if head.bias is None else head.bias[w.first:]
             loss = loss + F.cross_entropy(F.linear(states[own], *rows).float(), labels[own] - w.first, reduction='sum')
         return CausalLMOutput(loss=loss/(own.sum() + weight.sum()))
+
+# %% ../nbs/09_llm.ipynb #44d1fc77
+@torch.no_grad()
+def keep_some(
+    model,        # after a training; changed in place
+    before:dict,  # its weights before, by name
+    share:float,  # of them to keep, 0 to 1
+):
+    "Weights on the straight line between before and after (WiSE-FT, arXiv 2109.01903)"
+    for name, p in model.named_parameters(): p.lerp_(before[name].to(p), share)
 
 # %% ../nbs/09_llm.ipynb #277b8e19
 class _IdsOf:

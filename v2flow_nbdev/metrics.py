@@ -15,7 +15,7 @@ from itertools import cycle, islice
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
-from .data import digit_captions, digits, named_digit, picture_sheet, to_pil, to_tensor, write_folder
+from .data import digit_captions, digits, named_digit, no_autocast, picture_sheet, to_pil, to_tensor, write_folder
 from .vocabulary import read_json, read_tensors, resolve_folder, write_json, write_tensors
 from .quantizer import codebook_perplexity, codebook_usage
 
@@ -32,10 +32,11 @@ def ssim(
     a:torch.Tensor,  # (B, C, H, W) in [-1, 1]; H and W at least 6
     b:torch.Tensor,  # (B, C, H, W) in [-1, 1]
 )->torch.Tensor:     # (B,) in [-1, 1], 1 = equal
-    "Structural similarity by `torchmetrics`, with the Gaussian window of 11×11, σ = 1.5, of Wang et al. (2004); pictures are mirrored at their edges"
+    """Structural similarity by `torchmetrics`, with the Gaussian window of 11×11, σ = 1.5, of Wang et al. (2004); pictures are mirrored at their edges.
+    In float32 whatever autocast says: a variance is a small difference of two large means"""
     if min(a.shape[-2:]) < 6: raise ValueError(f"pictures of {tuple(a.shape[-2:])} pixels: the window needs 6 or more a side")
     from torchmetrics.functional.image import structural_similarity_index_measure
-    return structural_similarity_index_measure(a.float(), b.float(), sigma=1.5, kernel_size=11, data_range=2., reduction='none')
+    with no_autocast(a.device): return structural_similarity_index_measure(a.float(), b.float(), sigma=1.5, kernel_size=11, data_range=2., reduction='none')
 
 # %% ../nbs/11_metrics.ipynb #2e654bc4
 def fidelity(

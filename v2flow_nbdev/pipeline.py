@@ -83,6 +83,13 @@ class V2FlowPipeline:
         llm, tokenizer = load_llm(resolve_folder(folder, 'llm'))
         return cls(image_tokenizer, llm.to(device).eval(), tokenizer, defaults)
 
+    def to(self,
+        device,  # 'cpu', 'cuda', a `torch.device`
+    ):           # itself
+        "Move both models, as in `diffusers`"
+        self.image_tokenizer.to(device); self.llm.to(device)
+        return self
+
     def save_pretrained(self,
         folder:str|Path,  # made if missing
         dtype=None,       # floats are stored as this; None: as they are

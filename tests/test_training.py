@@ -172,7 +172,7 @@ def test_on_an_autoencoder_and_from_a_cache(text, tmp_path):
     ids = tok.encode(images)
     assert ids.shape == (3, 16) and tok.decode(ids).shape == images.shape and torch.equal(ids, tok.encode(latents=tok.to_latents(images)))
     config = tmp_path/'decoder.yaml'
-    config.write_text(f'data: {{name: shapes, n: 80, size: 32}}\nimage_tokenizer: {tmp_path}/moved\ndecoder: {{ssim: 0.1}}\ntraining: {{steps: 4, batch_size: 4, evaluate_every: 0.5, lr: 1.0e-2}}\n')
+    config.write_text(f'data: {{name: shapes, n: 80, size: 32}}\nimage_tokenizer: {tmp_path}/moved\ndecoder: {{ssim: 0.1, flow: true}}\ntraining: {{steps: 4, batch_size: 4, evaluate_every: 0.5, lr: 1.0e-2}}\n')
     done = shell('train-decoder', '--config', config, '--out', tmp_path/'decoder'); assert done.returncode == 0, done.stderr
     assert [l['ssim'] for l in lines(tmp_path/'decoder') if 'ssim' in l]
     learned, seed = V2Flow.from_pretrained(tmp_path/'decoder/model'), lambda: torch.Generator().manual_seed(0)
@@ -180,6 +180,8 @@ def test_on_an_autoencoder_and_from_a_cache(text, tmp_path):
     assert (learned.decode(ids, generator=seed()) - tok.decode(ids, generator=seed())).abs().mean() > 1e-3
     from safetensors.torch import load_file
     average = load_file(tmp_path/'decoder/checkpoints/step-00000004/average.safetensors')       # what is kept is the running average
-    for n, p in learned.latents.model.decoder.named_parameters(): assert torch.equal(p, average[f'decoder.{n}']), n
+    for part, m in dict(decoder=learned.latents.model.decoder, masked=learned.masked, velocity=learned.velocity).items():
+        for n, p in m.named_parameters(): assert torch.equal(p, average[f'{part}.{n}']), (part, n)
+    assert any(not torch.equal(a, b) for a, b in zip(learned.velocity.parameters(), tok.velocity.parameters()))
     done = shell('train-decoder', '--config', config, '--out', tmp_path/'none', 'image_tokenizer=data/checkpoints/digits'); assert done.returncode == 2 and 'no decoder to train' in done.stderr
     shell.close()

@@ -372,7 +372,8 @@ class DataConfig:
 @dataclass
 class DecoderConfig:
     "`decoder` of train-decoder"
-    ssim:float=0.  # weight of 1 − SSIM beside the mean squared error
+    ssim:float=0.    # weight of 1 − SSIM beside the mean squared error
+    flow:bool=False  # the flow that gives latents back learns on too
 
 @dataclass
 class LLMConfig:
@@ -676,7 +677,7 @@ def train_tokenizer(config:Config, out:RunFolder=None, overrides:Overrides=None,
 # %% ../nbs/20_cli.ipynb #541d1564
 @app.command()
 def train_decoder(config:Config, out:RunFolder=None, overrides:Overrides=None, resume:Resume=False, strict:Strict=False):
-    "Let the decoder of an image tokenizer’s autoencoder learn on, from what ids give back; the ids stay as they are."
+    "Let the decoder of an image tokenizer’s autoencoder learn on, from what ids give back, and with decoder.flow what gives it; the ids stay."
     c = read_config(config, overrides, ['data', 'image_tokenizer', 'decoder', 'training'], strict)
     from v2flow_nbdev.training import TrainConfig, train
     from v2flow_nbdev.vocabulary import config_from_dict
@@ -688,7 +689,7 @@ def train_decoder(config:Config, out:RunFolder=None, overrides:Overrides=None, r
     from v2flow_nbdev.tokenizer import DecoderTraining
     tok = load_tokenizer(c['image_tokenizer']).to(join_processes(training))
     def loss(back, real): return (back - real).square().mean() + (tuning.ssim*(1 - ssim(back, real).mean()) if tuning.ssim else 0.)
-    model = DecoderTraining(tok, loss)
+    model = DecoderTraining(tok, loss, tuning.flow)
     rows, held_out = load_data(source)
     data = (PictureStream if source.streaming else Pictures)(rows, tok.config.image_channels, [tok.config.image_size], False, source.crop, source.flip)
     unseen = data.at([r['image'] for r in some(held_out, 200)], tok.config.image_size)

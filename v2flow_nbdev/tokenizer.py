@@ -406,25 +406,34 @@ def stored_dtype(
 
 # %% ../nbs/07_tokenizer.ipynb #9c493a3d
 class DecoderTraining(nn.Module):
-    """The decoder of a tokenizer's autoencoder learns on, from the latents that ids give back instead of those that it was taught with (ours).
-    Encoder, codes and ids stay as they are, and so does what a language model has learned of them"""
+    """The decoder of a tokenizer's autoencoder learns on, from the latents that ids give back instead of those that it was taught with (ours);
+    so does, if asked to, the flow that gives them back. Encoder, codes and ids stay as they are, and so does what a language model has learned of them"""
     def __init__(self,
         tok:V2Flow,       # on the latents of an autoencoder; its decoder is what is trained
         loss=F.mse_loss,  # (restored, real) → scalar, both (B, C, H, W) in [-1, 1]
+        flow:bool=False,  # True: ids → latents is trained too, by the loss that it began with
     ):
         super().__init__()
         if not tok.config.autoencoder: raise ValueError("the tokenizer speaks of pixel patches; there is no decoder to train")
-        object.__setattr__(self, 'tok', tok.eval())                                # not a part: it is neither trained nor averaged here
+        object.__setattr__(self, 'tok', tok.eval())                                # not a part: what is not named below is neither trained nor averaged
         self.decoder, self.loss = tok.latents.model.decoder.requires_grad_(True), loss
+        if flow: self.masked, self.velocity = tok.masked, tok.velocity
 
     def forward(self,
         images:torch.Tensor,  # (B, C, H, W) in [-1, 1]
     )->AutoencoderOutput:     # its `loss` is a scalar
         "Pictures → ids → latents → pictures, and how far off they are"
-        tok = self.tok
-        with torch.no_grad(): z = tok.decode_latents(tok.encode(images))
+        tok, c = self.tok, self.tok.config
+        with torch.no_grad():
+            real = tok.to_latents(images)
+            ids = tok.encode(latents=real)
+            z = tok.decode_latents(ids)
         back = tok.latents.model.decode(z/tok.latents.scale + tok.latents.shift).sample.float()
-        return AutoencoderOutput(self.loss(back, images), back)
+        loss = self.loss(back, images)
+        if hasattr(self, 'velocity'):
+            loss = loss + masked_flow_loss(self.masked, self.velocity, tok.spread(tok.quantizer.codebook[ids]), rearrange(real, 'b c h w -> b (h w) c'),
+                                           tuple(real.shape[2:]), c.mask_ratio_min, c.code_dropout, c.n_draws)
+        return AutoencoderOutput(loss, back)
 
 # %% ../nbs/07_tokenizer.ipynb #99a6e5ed
 def costs(

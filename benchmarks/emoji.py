@@ -1,7 +1,7 @@
 """The pages, curves and figures behind a README of emoji: everything that `v2flow evaluate --data emoji` does not print.
 
     python -m benchmarks.emoji pages                           # seen.png, unseen.png, reconstructions.png, failures.png; 3 min
-    python -m benchmarks.emoji curves                          # training.png, from the four logs
+    python -m benchmarks.emoji curves                          # training.png, from the logs of six trainings
     python -m benchmarks.emoji ids                             # are ids easy to learn? 1 min
     python -m benchmarks.emoji families                        # right drawings by the number of relatives; 1 min
     python -m benchmarks.emoji settings guidance_scale=1.5,temperature=1,min_p=0.05 guidance_scale=1    # other ways to sample, 1 min each
@@ -40,21 +40,32 @@ def write_pages(folder, out, seed=0):
     save(picture_sheet([*made, *meant], [*captions, *['']*len(meant)], columns=len(made), side=96), out/'failures.png')
 
 def plot_curves(folder, out):
-    "The four trainings of a checkpoint, from its logs"
+    "The trainings of a checkpoint, from its logs"
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 4, figsize=(12, 4.2), dpi=80, layout='constrained')
-    shown = dict(autoencoder=('mean squared error', ['loss'], 'unseen pictures, PSNR in dB', ['psnr_db']), text=('language model on text: loss', ['loss'], 'perplexity of unseen text', ['text_perplexity_held_out']),
-                 tokenizer=('losses of flow and codes', ['flow_loss', 'code_loss'], 'unseen pictures, PSNR in dB', ['psnr_db']), llm=('language model on ids: loss', ['loss'], 'nearest is right, in blurred pixels', ['seen_pixels_accuracy', 'unseen_pixels_accuracy']))
-    for (name, (above, losses, below, scores)), column in zip(shown.items(), axes.T):
-        log = [json.loads(line) for line in (folder/f'{name}-log.jsonl').read_text().splitlines()]
-        for axis, keys, title, style in ((column[0], losses, f'{name}: {above}', '-'), (column[1], scores, below, 'o-')):
-            for key in keys: axis.plot(*zip(*[(line['step'], line[key]) for line in log if key in line]), style, ms=3, lw=1, label=key)
+    def log(name): return [json.loads(line) for line in (folder/f'{name}-log.jsonl').read_text().splitlines()]
+    def over_all():                                    # scores over all rows that the language model has seen, in its three logs
+        seen = 0
+        for name, rows in (('llm', 16), ('llm-rare', 16), ('llm-long', 128)):
+            lines = log(name)
+            yield from ({**line, 'step': (seen + rows*line['step'])/1000} for line in lines)
+            seen += rows*lines[-1]['step']
+    drawn = ['seen_pixels_accuracy', 'unseen_pixels_accuracy']
+    panels = [[('autoencoder: mean squared error', log('autoencoder'), ['loss']), ('unseen pictures, PSNR in dB', log('autoencoder'), ['psnr_db'])],
+              [('text: loss', log('text'), ['loss']), ('perplexity of unseen text', log('text'), ['text_perplexity_held_out'])],
+              [('tokenizer: losses of flow and codes', log('tokenizer'), ['flow_loss', 'code_loss']), ('unseen pictures, PSNR in dB', log('tokenizer'), ['psnr_db'])],
+              [('decoder-long: loss', log('decoder-long'), ['loss']), ('unseen pictures, SSIM', log('decoder-long'), ['ssim'])],
+              [('llm and llm-on: loss', log('llm'), ['loss']), ('nearest is right, in pixels', log('llm'), drawn)],
+              [('llm-long: loss, captions count more', log('llm-long'), ['loss']), ('the same over all thousands of rows', list(over_all()), drawn)]]
+    figure, axes = plt.subplots(2, 6, figsize=(17, 4.2), dpi=80, layout='constrained')
+    for column, pair in zip(axes.T, panels):
+        for axis, (title, lines, keys), style in zip(column, pair, ('-', 'o-')):
+            for key in keys: axis.plot(*zip(*[(line['step'], line[key]) for line in lines if key in line]), style, ms=3, lw=1, label=key)
             if len(keys) > 1: axis.legend(fontsize=6)
             axis.set_title(title, fontsize=8); axis.tick_params(labelsize=7)
-            if 'perplexity' in title or name in ('autoencoder', 'tokenizer') and style == '-': axis.set_yscale('log')
-        column[1].set_xlabel('step', fontsize=7)
+            if title.startswith(('perplexity', 'autoencoder', 'tokenizer')): axis.set_yscale('log')
+        column[1].set_xlabel('rows, thousands' if 'rows' in pair[1][0] else 'step', fontsize=7)
     figure.savefig(out/'training.png'); plt.close(figure)
     print(out/'training.png')
 

@@ -560,6 +560,6 @@ def score_table(
     aims:dict=digit_aims, # name → what it says, what it should be; a score without an aim is shown under its own name
 )->str:                   # a Markdown table
     "Scores as people read them"
-    def show(k, v): return f'{v:.1f} dB' if 'db' in k else f'{100*v:.1f} %' if 'accuracy' in k or k in ('copies', 'codebook_usage', 'ids_kept') else f'{v:.2f}'
+    def show(k, v): return f'{v:.1f} dB' if 'db' in k else f'{100*v:.1f} %' if 'accuracy' in k or k in ('copies', 'codebook_usage', 'ids_kept') else f'{v:.3f}' if k.startswith('ssim') else f'{v:.2f}'
     def row(k, v): return f'| {aims[k][0]} (`{k}`) | {aims[k][1]} | {show(k, v)} |' if k in aims else f'| `{k}` | | {show(k, v)} |'
     return '\n'.join(['| what | aim | measured |', '|---|---|---|', *(row(k, v) for k,v in scores.items())])

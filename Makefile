@@ -11,7 +11,8 @@ setup: .venv/ready  ## Create .venv and install (nothing to do when it is up to 
 .venv/ready: constraints.txt settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'make: Python 3.11 or newer is needed; name it with PYTHON=python3.12'; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true              # what pip does on one core, on all of them
 	touch $@
 
 demo: setup  ## The main job on the shipped checkpoint: writes outputs/demo.png

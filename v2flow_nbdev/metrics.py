@@ -296,10 +296,11 @@ def nearest_real(
     cosine:bool=False,      # compare by angle, which suits a classifier's features, instead of Euclidean distance
 )->torch.Tensor:            # (B,) indices among M
     "The candidate that a picture is nearest to, in a given representation"
-    a, b = (represent(x).flatten(1).float() for x in (pictures, real))
+    chosen = [torch.as_tensor(c, device=real.device) for c in candidates]
+    used, places = torch.unique(torch.cat(chosen), return_inverse=True)              # of all real pictures, those that are somebody's candidates
+    a, b = (represent(x).flatten(1).float() for x in (pictures, real[used]))
     if cosine: a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
-    chosen = [torch.as_tensor(c, device=b.device) for c in candidates]
-    return torch.stack([c[(b[c] - x).square().sum(-1).argmin()] for x,c in zip(a, chosen)])
+    return torch.stack([c[(b[p] - x).square().sum(-1).argmin()] for x,c,p in zip(a, chosen, places.split([len(c) for c in chosen]))])
 
 def nearest_is_right(
     pictures:torch.Tensor,  # (B, C, H, W) in [-1, 1]

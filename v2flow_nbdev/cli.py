@@ -807,7 +807,10 @@ def plan_llm(c, tuning, training):
     with running():
         try: config = AutoConfig.from_pretrained(tuning.pretrained)
         except Exception as e: raise OSError(f"{tuning.pretrained}: no config of a language model could be read ({type(e).__name__})") from None
-        return llm_plan(config, training, [tuple(g) for g in tuning.grids or [shape.grid]], shape.codebook_size, 64, tuning.pack, {'all': 1., 'lora': 0.02, 'new': 0.}[tuning.train])
+        grids = [tuple(g) for g in tuning.grids or [shape.grid]]
+        longest = getattr(config.get_text_config(), 'max_position_embeddings', None) or 2**31
+        text = max(1, min(64, longest - 3 - max(h*w for h,w in grids)))                # a short caption, where there is no room for a long one
+        return llm_plan(config, training, grids, shape.codebook_size, text, tuning.pack, {'all': 1., 'lora': 0.02, 'new': 0.}[tuning.train])
 
 # %% ../nbs/20_cli.ipynb #2c643df9
 @app.command()

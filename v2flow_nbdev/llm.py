@@ -638,7 +638,7 @@ def merge(
 
 # %% ../nbs/09_llm.ipynb #28673caf
 def llm_costs(
-    config,                # of a `transformers` causal language model
+    config,                # of a `transformers` causal language model, with or without the visual words
     grids,                 # (h, w) of the pictures
     codebook_size:int,     # K
     text:int=64,           # text tokens beside a picture
@@ -655,7 +655,7 @@ def llm_costs(
     from transformers import AutoModelForCausalLM
     with torch.device('meta'):
         model = AutoModelForCausalLM.from_config(config)
-        model.resize_token_embeddings(model.config.get_text_config().vocab_size + codebook_size + len(grids) + 1, mean_resizing=False)
+        if not getattr(config, 'v2flow', None): model.resize_token_embeddings(model.config.get_text_config().vocab_size + codebook_size + len(grids) + 1, mean_resizing=False)
     shape, n, found = model.config.get_text_config(), sum(p.numel() for p in model.parameters()), {}
     blocks = [sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
     loose = n - sum(blocks)                                                        # tables and last norm: gathered as one

@@ -173,6 +173,7 @@ cases = {  # name: (arguments, exit code, what the line must contain)
     'a field that rows lack': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', f'image_tokenizer={shipped}/image_tokenizer', 'llm.pretrained={f}/own', 'data.copies=0', 'llm.rare=colour'), 2, "llm.rare='colour': rows of this data have no such field; there are label"),
     'text that counts nothing': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', 'llm.text_weight=0'), 2, 'llm.text_weight=0'),
     'own words and adapters': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', 'llm.own_words=true', 'llm.train=lora'), 2, "own_words=True with train='lora'"),
+    'a weight below nothing': (('train-decoder', '--config', 'configs/emoji-decoder.yaml', '--out', '{f}/run', 'decoder.ssim=-1'), 2, 'decoder.ssim=-1'),
     'to keep more than all': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', 'llm.keep=1.5'), 2, 'llm.keep=1.5'),
     'no such optimizer': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'training.optimizer=sgd'), 2, "training.optimizer='sgd': use adamw or muon"),
     'ids that are not there': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', f'image_tokenizer={shipped}/image_tokenizer', 'llm.pretrained={f}/own', 'data.name=ids', 'data.folder={f}/nothing', 'data.copies=0'), 1, 'no ids here'),

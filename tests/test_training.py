@@ -183,5 +183,8 @@ def test_on_an_autoencoder_and_from_a_cache(text, tmp_path):
     for part, m in dict(decoder=learned.latents.model.decoder, masked=learned.masked, velocity=learned.velocity).items():
         for n, p in m.named_parameters(): assert torch.equal(p, average[f'{part}.{n}']), (part, n)
     assert any(not torch.equal(a, b) for a, b in zip(learned.velocity.parameters(), tok.velocity.parameters()))
+    done = shell('train-decoder', '--config', config, '--out', tmp_path/'half', 'decoder.save_dtype=float16', 'training.evaluate_every=0'); assert done.returncode == 0, done.stderr
+    def size(run): return sum(p.stat().st_size for p in (tmp_path/run/'model').rglob('*.safetensors') if p.name != 'vocabulary.safetensors')
+    assert size('half') < 0.6*size('decoder')
     done = shell('train-decoder', '--config', config, '--out', tmp_path/'none', 'image_tokenizer=data/checkpoints/digits'); assert done.returncode == 2 and 'no decoder to train' in done.stderr
     shell.close()

@@ -372,8 +372,13 @@ class DataConfig:
 @dataclass
 class DecoderConfig:
     "`decoder` of train-decoder"
-    ssim:float=0.    # weight of 1 − SSIM beside the mean squared error
-    flow:bool=False  # the flow that gives latents back learns on too
+    ssim:float=0.            # weight of 1 − SSIM beside the mean squared error
+    flow:bool=False          # the flow that gives latents back learns on too
+    save_dtype:str='float32' # the weights are stored as float32, float16 or bfloat16
+
+    def __post_init__(self):
+        if self.ssim < 0: raise ValueError(f"ssim={self.ssim}: needs 0 or more")
+        if self.save_dtype not in stored_dtypes: raise ValueError(f"save_dtype={self.save_dtype!r}: use {', '.join(stored_dtypes)}")
 
 @dataclass
 class LLMConfig:
@@ -697,7 +702,7 @@ def train_decoder(config:Config, out:RunFolder=None, overrides:Overrides=None, r
         back = m.tok.decode(m.tok.encode(unseen.to(tok.device)), generator=torch.Generator(tok.device).manual_seed(0)).cpu()
         return dict(psnr_db=psnr(back, unseen).mean().item(), ssim=ssim(back, unseen).mean().item(), reconstructions=picture_sheet(to_pil(unseen[:10]) + to_pil(back[:10])))
     with running(): model = train(model, data, training, data.collate, scores, out, resume, settings=in_common(c, image_tokenizer=tok.codebook_checksum))
-    finish(model, out, model.tok.save_pretrained, rows)                            # the averaged decoder in a copy of its tokenizer
+    finish(model, out, lambda folder: model.tok.save_pretrained(folder, getattr(torch, tuning.save_dtype)), rows)   # the averaged decoder in a copy of its tokenizer
 
 # %% ../nbs/20_cli.ipynb #ff01aa8e
 def join_processes(training):
@@ -803,13 +808,13 @@ def shape_of(image_tokenizer):
 def plan_llm(c, tuning, training):
     "What train-llm would take: from the shapes of both models alone"
     from transformers import AutoConfig
+    from v2flow_nbdev.llm import room
     shape = shape_of(c['image_tokenizer'])
     with running():
         try: config = AutoConfig.from_pretrained(tuning.pretrained)
         except Exception as e: raise OSError(f"{tuning.pretrained}: no config of a language model could be read ({type(e).__name__})") from None
         grids = [tuple(g) for g in tuning.grids or [shape.grid]]
-        longest = getattr(config.get_text_config(), 'max_position_embeddings', None) or 2**31
-        text = max(1, min(64, longest - 3 - max(h*w for h,w in grids)))                # a short caption, where there is no room for a long one
+        text = max(1, min(64, room(config) - 3 - max(h*w for h,w in grids)))           # a short caption, where there is no room for a long one
         return llm_plan(config, training, grids, shape.codebook_size, text, tuning.pack, {'all': 1., 'lora': 0.02, 'new': 0.}[tuning.train])
 
 # %% ../nbs/20_cli.ipynb #2c643df9

@@ -160,10 +160,10 @@ def first_rows(
 
 # %% ../nbs/09_llm.ipynb #ee916f78
 def room(
-    model,  # a causal language model
+    model,  # a causal language model, or its config
 )->int:     # tokens
     "How long a sequence may be"
-    return getattr(model.config.get_text_config(), 'max_position_embeddings', None) or 2**31
+    return getattr(getattr(model, 'config', model).get_text_config(), 'max_position_embeddings', None) or 2**31
 
 def check_match(
     model,      # should be a causal language model without visual words

@@ -8,7 +8,8 @@ __all__ = ['number_words', 'caption_templates', 'max_pixels', 'digit_captions', 
            'read_image', 'load_image', 'Report', 'caption_lines', 'read_metadata', 'ImageFolder', 'image_folder',
            'HubRows', 'hub_captions', 'hub_row', 'shuffled', 'HubStream', 'hub', 'captions_of', 'Subset', 'FewCaptions',
            'usable', 'PictureStream', 'check_writable', 'write_atomically', 'sha256', 'write_folder', 'draw',
-           'WholeBatch', 'no_autocast', 'at_least_float32']
+           'WholeBatch', 'no_autocast', 'at_least_float32', 'full_float32', 'at_least_float32_by', 'check_images',
+           'check_counts']
 
 # %% ../nbs/00_data.ipynb #f2f7317d
 import csv, hashlib, io, json, os, re, shutil, tempfile, textwrap, warnings
@@ -598,21 +599,32 @@ def sha256(
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/00_data.ipynb #a66e90ea
+def _remove_old(folder, patterns, written):
+    "What a model's former version left, except notices that people wrote"
+    for top in (t for pattern in patterns for t in folder.glob(pattern)):
+        whole = top.is_dir() and not top.is_symlink()
+        for old in sorted([*top.rglob('*'), top] if whole else [top], reverse=True):                # what lies deeper comes first
+            if old.is_dir() and not old.is_symlink():
+                if not any(old.iterdir()): old.rmdir()
+            elif old not in written and not re.match(r'(?i)\.|readme|license|notice', old.name): old.unlink()
+
 @contextmanager
 def write_folder(
     folder:str|Path,  # the folder to be; made if missing, and other files in it are left alone
+    replaces=(),      # patterns of the files and folders in it that belong to what is written: those not written anew are removed
 ):                    # gives a temporary folder to write into
     "Like `write_atomically` for a folder of files: each is moved to its place when all of them are written"
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix='.', dir=folder.parent))
+    new, written = Path(tempfile.mkdtemp(prefix='.', dir=folder.parent)), set()
     try:
         yield new
         for path in sorted(p for p in new.rglob('*') if p.is_file()):
             place = folder/path.relative_to(new)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.chmod(path, 0o666 & ~_umask())                                      # some libraries write for their owner alone
-            os.replace(path, place)
+            os.replace(path, place); written.add(place)
+        _remove_old(folder, replaces, written)
     finally: shutil.rmtree(new, ignore_errors=True)
 
 # %% ../nbs/00_data.ipynb #be86cc37
@@ -658,3 +670,52 @@ def no_autocast(
 def at_least_float32(x:torch.Tensor)->torch.Tensor:
     "What is summed up is not kept in half precision"
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+# %% ../nbs/00_data.ipynb #c364a10a
+@contextmanager
+def full_float32(
+    device:torch.device,  # of the tensors inside
+):
+    "Products of float32 tensors inside are those of float32, whatever is outside: no autocast, no TF32, no bfloat16 in their place"
+    b = torch.backends
+    shortcuts = dict(cuda=(b.cuda.matmul, b.cudnn.conv), cpu=(b.mkldnn.matmul, b.mkldnn.conv)).get(device.type, ())
+    before = [(s, s.fp32_precision) for s in shortcuts if s.fp32_precision not in ('none', 'ieee')]
+    try:
+        for s, _ in before: s.fp32_precision = 'ieee'
+        with no_autocast(device): yield
+    finally:
+        for s, precision in before: s.fp32_precision = precision
+
+def at_least_float32_by(
+    change,  # what `nn.Module._apply` does to every tensor: a move, a cast
+):           # the same, but a cast to fewer bits gives float32
+    "Parameters are moved anywhere and never rounded: `super()._apply(at_least_float32_by(fn))`"
+    def kept(t):
+        new = change(t)
+        return new if new.dtype == t.dtype or not new.is_floating_point() else t.to(new.device, torch.promote_types(new.dtype, torch.float32))
+    return kept
+
+# %% ../nbs/00_data.ipynb #10e20688
+def check_images(
+    images:torch.Tensor,  # should be (B, C, H, W), floats in [-1, 1]
+    channels:int,         # C
+    divisor:int=1,        # of both sides, pixels
+):
+    "`ValueError` that says what is wrong with a batch of images, if anything is. Up to ±1.5 passes: a decoder that is not clipped may go there"
+    if not torch.is_tensor(images): raise ValueError(f"images: a {type(images).__name__}, need one tensor (B, {channels}, H, W); `to_tensor` makes it of PIL images")
+    if images.dim() != 4 or images.shape[1] != channels or any(n < 1 or n % divisor for n in images.shape[2:]):
+        raise ValueError(f"images of shape {tuple(images.shape)}: need (B, {channels}, H, W)" + f" with sides divisible by {divisor}"*(divisor > 1))
+    if not len(images): raise ValueError("no images: the batch is empty")
+    if not images.is_floating_point(): raise ValueError(f"images of {images.dtype}: need floats in [-1, 1]; bytes become so by `x/127.5 - 1`")
+    if images.is_meta: return
+    low, high = images.aminmax()
+    if not (low >= -1.5 and high <= 1.5): raise ValueError(f"images with values from {low:.3g} to {high:.3g}: need [-1, 1], all finite; 0 to 255 becomes so by `x/127.5 - 1`")
+
+def check_counts(
+    wanted:int,  # how many there should be
+    of:str,      # of what, e.g. 'captions'
+    **given,     # lists by name; what is not a list or tuple stands for all and passes
+):
+    "`ValueError` that says which list is of another length, if one is"
+    for name, items in given.items():
+        if isinstance(items, (list, tuple)) and len(items) != wanted: raise ValueError(f"{len(items)} {name} for {wanted} {of}: give one for each")

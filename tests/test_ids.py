@@ -240,3 +240,13 @@ def test_an_index_of_a_newer_version_says_so(tmp_path):
     with pytest.raises(OSError, match='newer version'): V2FlowPipeline.from_pretrained(tmp_path/'m')
     (tmp_path/'m/model_index.json').write_text(json.dumps(index | dict(defaults=dict(index['defaults'], glow=1))))
     with pytest.raises(OSError, match='glow'): V2FlowPipeline.from_pretrained(tmp_path/'m')
+
+def metric_calls():
+    from v2flow_nbdev import metrics as m
+    a, b, g = torch.zeros(4, 3, 16, 16), torch.zeros(1, 3, 16, 16), torch.zeros(4, 1, 16, 16)
+    return dict(psnr=lambda: m.psnr(a, b), psnr_channels=lambda: m.psnr(a, g), ssim=lambda: m.ssim(a, b), fidelity=lambda: m.fidelity(a, b), lpips=lambda: m.lpips(a, a[:3], network=lambda x, y: x[:, 0, 0, 0]),
+                accuracy=lambda: m.accuracy(None, g, [1, 2, 3]), variety=lambda: m.variety(g, torch.zeros(3), g, torch.zeros(4)), nearest_real=lambda: m.nearest_real(a, a, [[0]]*3), nearest_is_right=lambda: m.nearest_is_right(a, a, [0]*3, [[0]]*4))
+
+@pytest.mark.parametrize('name', metric_calls())
+def test_scores_compare_as_many_of_one_as_of_the_other(name):
+    with pytest.raises(ValueError, match=r'need pairs|give one for each'): metric_calls()[name]()

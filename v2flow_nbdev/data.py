@@ -714,8 +714,8 @@ def check_images(
 def check_counts(
     wanted:int,  # how many there should be
     of:str,      # of what, e.g. 'captions'
-    **given,     # lists by name; what is not a list or tuple stands for all and passes
+    **given,     # lists, tensors, arrays by name; a single thing stands for all and passes
 ):
-    "`ValueError` that says which list is of another length, if one is"
+    "`ValueError` that says which of them is of another length, if one is"
     for name, items in given.items():
-        if isinstance(items, (list, tuple)) and len(items) != wanted: raise ValueError(f"{len(items)} {name} for {wanted} {of}: give one for each")
+        if (isinstance(items, (list, tuple)) or getattr(items, 'ndim', 0)) and len(items) != wanted: raise ValueError(f"{len(items)} {name} for {wanted} {of}: give one for each")

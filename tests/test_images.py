@@ -1,0 +1,257 @@
+"One set of rules for an image, however it comes; metadata never costs an image; nothing is lost without a name"
+import csv, io, json, os, pickle, struct, sys, threading, warnings, zlib
+from pathlib import Path
+import numpy as np, pytest
+from PIL import Image, ImageCms, PngImagePlugin
+from v2flow_nbdev import data
+from v2flow_nbdev.data import Pictures, Report, Subset, as_image, check_writable, draw, hub, hub_row, image_folder, load_image, picture_sheet, read_image, to_pil, to_tensor
+
+r = np.random.RandomState(0)
+rgb = r.randint(0, 256, (6, 8, 3)).astype('uint8')
+grey16 = np.linspace(0, 65535, 48).round().reshape(6, 8).astype('uint16')
+holes = np.dstack([rgb, np.where(np.arange(8) < 4, 0, 255)*np.ones((6, 1), int)]).astype('uint8')
+
+def saved(image, kind='PNG', **how): f = io.BytesIO(); image.save(f, kind, **how); return f.getvalue()
+def same(a, b): return a.mode == b.mode == 'RGB' and a.size == b.size and a.tobytes() == b.tobytes()
+def chunk(kind, body): return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
+def png(width, height, depth, colour, lines, *extra):
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, depth, colour, 0, 0, 0)) + b''.join(extra) + chunk(b'IDAT', zlib.compress(lines)) + chunk(b'IEND', b'')
+def inserted(content, *chunks): return content[:33] + b''.join(chunks) + content[33:]         # behind a PNG's IHDR
+def on_white(rgba): a = rgba[..., 3:]/255; return (rgba[..., :3]*a + 255*(1 - a))
+
+def palette_png():
+    im = Image.fromarray(rgb).quantize(6); return saved(im, transparency=bytes([0, 255, 128, 255, 0, 255]))
+def grey_key(depth, key):
+    values = [key, 0 if key else 1]*4
+    bits = ''.join(format(v, f'0{depth}b') for v in values)
+    return png(8, 1, depth, 0, b'\0' + bytes(int(bits[i:i + 8], 2) for i in range(0, len(bits), 8)), chunk(b'tRNS', struct.pack('>H', key)))
+def deep_key(): return png(3, 1, 16, 2, b'\0' + struct.pack('>9H', 0x1234, 0x5678, 0x9abc, 0x1234, 0x5678, 0x9abd, 9, 9, 9), chunk(b'tRNS', struct.pack('>3H', 0x1234, 0x5678, 0x9abc)))
+def exif(orientation): e = Image.Exif(); e[0x0112] = orientation; return e
+
+files = {
+    'plain': saved(Image.fromarray(rgb)), 'rgba': saved(Image.fromarray(holes)), 'la': saved(Image.fromarray(holes).convert('LA')), 'palette': palette_png(), 'grey': saved(Image.fromarray(rgb).convert('L')),
+    '1': saved(Image.fromarray(rgb).convert('1')), '16': saved(Image.fromarray(grey16)), '16 tiff': saved(Image.fromarray(grey16), 'TIFF'), 'cmyk': saved(Image.fromarray(rgb).convert('CMYK'), 'JPEG'),
+    'cmyk tiff': saved(Image.fromarray(rgb).convert('CMYK'), 'TIFF'), 'lab': saved(Image.fromarray(rgb).convert('LAB'), 'TIFF'), 'rgba tiff': saved(Image.fromarray(holes), 'TIFF'),
+    'rgba webp': saved(Image.fromarray(holes), 'WEBP', lossless=True, exact=True), 'gif': saved(Image.fromarray(rgb), 'GIF', save_all=True, append_images=[Image.new('RGB', (8, 6), 'blue')]), 'bmp': saved(Image.fromarray(rgb), 'BMP'),
+    'tga': saved(Image.fromarray(holes), 'TGA'), 'ico': saved(Image.fromarray(np.kron(holes, np.ones((4, 4, 1), 'uint8'))[:24, :24]), 'ICO', sizes=[(24, 24)]), 'ppm': saved(Image.fromarray(rgb), 'PPM'),
+    'apng': saved(Image.fromarray(rgb), 'PNG', save_all=True, append_images=[Image.new('RGB', (8, 6), 'blue')]), 'text behind': saved(Image.fromarray(rgb))[:-12] + chunk(b'zTXt', b'a\0\0' + zlib.compress(b'x'*3_000_000)) + chunk(b'IEND', b''),
+    **{f'grey key {d}': grey_key(d, k) for d, k in ((1, 1), (1, 0), (2, 2), (4, 7), (8, 100), (16, 30000), (16, 0))}, 'deep key': deep_key(), 'rgb key': saved(Image.fromarray(rgb), transparency=tuple(map(int, rgb[2, 3]))),
+    **{f'turned {o} {kind}': saved(Image.fromarray(rgb), kind, exif=exif(o)) for o in range(1, 9) for kind in ('JPEG', 'PNG', 'TIFF', 'WEBP')}}
+
+@pytest.mark.parametrize('name', files)
+def test_an_image_is_the_same_however_it_comes(name, tmp_path):
+    content, path = files[name], tmp_path/'a.bin'
+    path.write_bytes(content)
+    one = read_image(content)
+    assert one.mode == 'RGB' and not one.info and not one.getexif()
+    def loaded(): im = Image.open(path); im.load(); return im
+    f = io.BytesIO(content); f.read(3)
+    waiting = Image.open(path)
+    ways = dict(path=path, str=str(path), array_of_bytes=bytearray(content), file=f, opened=waiting, again=waiting, from_memory=Image.open(io.BytesIO(content)), example=dict(bytes=content, path=None), by_path=dict(bytes=None, path=str(path)),
+                row=dict(image=Image.open(path), captions=['']), result=one, array=np.asarray(one))
+    if name not in ('text behind', 'deep key', 'grey key 2', 'grey key 4'): ways['loaded'] = loaded(); ways['copied'] = loaded().copy()      # Pillow has lost what it needs, or fails itself
+    for way, source in ways.items(): assert same(as_image(source), one), way
+    x = to_tensor([one])
+    for source in (path, Image.open(path), dict(image=dict(bytes=content, path=None))):
+        assert np.array_equal(to_tensor([source]), x) and np.array_equal(Pictures([]).at([source], one.size[::-1]), x) and picture_sheet([source]).tobytes() == picture_sheet([one]).tobytes()
+    batch = Pictures([dict(image=Image.open(path), captions=['a'])], flip=True, sizes=[one.size[::-1]])
+    seen = [batch.collate([dict(image=i, mirror=0, size=0, seed=0)])['images'] for i in (batch[0]['image'], Image.open(path))]
+    assert all(np.array_equal(s, x) for s in seen)
+    f = tmp_path/'set'; f.mkdir(); (f/'a.png').write_bytes(content)
+    assert same(image_folder(f)[0]['image'], one) and same(hub_row(dict(i=dict(bytes=content, path=None)), 'i', '', 'row')['image'], one)
+
+def test_the_rules_give_what_they_say():
+    def near(name, want, by=1): assert np.abs(np.asarray(read_image(files[name])).astype(float) - want).max() <= by, name
+    for name in ('plain', 'bmp', 'ppm', 'apng'): near(name, rgb, 0)
+    for name in ('rgba', 'rgba tiff', 'rgba webp', 'tga'): near(name, on_white(holes))
+    near('la', on_white(np.asarray(Image.fromarray(holes).convert('LA').convert('RGBA'))))
+    near('16', (grey16/257).round()[..., None], 0); near('16 tiff', (grey16/257).round()[..., None], 0)
+    near('lab', rgb, 60); near('cmyk tiff', rgb, 1)
+    p = Image.open(io.BytesIO(files['palette'])); near('palette', on_white(np.asarray(p.convert('RGBA'))))
+    for d, k in ((1, 1), (1, 0), (2, 2), (4, 7), (8, 100), (16, 30000), (16, 0)):
+        row = np.asarray(read_image(files[f'grey key {d}' if (d, k) != (16, 0) else 'grey key 16']))[0, :, 0]
+        assert (row[::2] == 255).all() and (row[1::2] <= 1).all() or (d, k) == (1, 0) or (d, k) == (1, 1), (d, k)
+    assert np.asarray(read_image(grey_key(1, 1))).min() == 0 and np.asarray(read_image(grey_key(1, 0))).min() == 255
+    assert np.asarray(read_image(files['deep key'])).tolist() == [[[255]*3, [0x12, 0x56, 0x9a], [0]*3]]       # the second differs in the last bit alone
+    want = rgb.copy(); want[2, 3] = 255; near('rgb key', want, 0)
+    assert np.asarray(read_image(files['gif'])).std() > 20                                                     # the first frame, not the blue one
+
+turns = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: np.rot90}
+
+@pytest.mark.parametrize('kind', ['PNG', 'TIFF', 'WEBP', 'JPEG'])
+def test_all_eight_orientations(kind):
+    how = dict(lossless=True) if kind == 'WEBP' else {}
+    flat = np.asarray(Image.open(io.BytesIO(saved(Image.fromarray(rgb), kind, **how))).convert('RGB'))
+    for o, turn in turns.items():
+        notes, content = [], saved(Image.fromarray(rgb), kind, exif=exif(o), **how)
+        assert np.array_equal(np.asarray(as_image(content, note=notes.append)), turn(flat)), o
+        assert ('EXIF rotation: turned upright' in notes) == (o > 1)
+        im = Image.open(io.BytesIO(content)); im.load(); assert np.array_equal(np.asarray(as_image(im)), turn(flat)), o
+
+def every_mode():
+    base = Image.fromarray(holes)
+    for mode in 'RGB RGBA L LA 1 P CMYK YCbCr HSV LAB'.split(): yield mode, base.convert(mode)
+    yield 'PA', base.convert('PA'); yield 'La', base.convert('LA').convert('La'); yield 'RGBa', base.convert('RGBa'); yield 'RGBX', Image.merge('RGBX', (*base.convert('RGB').split(), Image.new('L', (8, 6))))
+    for mode, order in (('I;16', '<'), ('I;16L', '<'), ('I;16B', '>'), ('I;16N', '=')): yield mode, Image.frombytes(mode, (8, 6), grey16.astype(order + 'u2').tobytes())
+    yield 'I', Image.fromarray(grey16.astype('int32'))
+    for name, key in (('L', 100), ('RGB', (1, 2, 3)), ('P', 3), ('P', bytes([0, 9])), ('1', 255)): im = base.convert(name); im.info['transparency'] = key; yield f'{name} {key}', im
+    for name, key in (('L', b'\0'), ('RGB', 7), ('P', (1, 2, 3)), ('CMYK', 3), ('P', 999), ('YCbCr', 'x'), ('RGB', (300, 2, 3))): im = base.convert(name); im.info['transparency'] = key; yield f'{name} odd {key}', im
+
+@pytest.mark.parametrize('name,image', every_mode())
+def test_every_mode_in_memory_and_the_callers_image_stays(name, image):
+    before = image.mode, image.size, image.tobytes(), dict(image.info), image.palette and (image.palette.mode, bytes(image.palette.palette))
+    one = as_image(image)
+    assert one.mode == 'RGB' and one.size == (8, 6) and same(as_image(one), one)
+    assert before == (image.mode, image.size, image.tobytes(), dict(image.info), image.palette and (image.palette.mode, bytes(image.palette.palette)))
+    if name.startswith('I'): assert np.array_equal(np.asarray(one)[..., 0], (grey16/257).round())
+    if name in ('RGBA', 'PA', 'RGBa'): assert (np.asarray(one)[:, :4] == 255).all() and np.asarray(one)[:, 4:].std() > 20
+    if name in ('LA', 'La'): assert (np.asarray(one)[:, :4] == 255).all()
+
+def test_an_opened_image_is_left_waiting(tmp_path):
+    for name in ('plain', 'palette', 'gif', 'turned 6 TIFF', 'turned 6 JPEG'):
+        im = Image.open(io.BytesIO(files[name])); tile, at = list(im.tile), im.fp.tell()
+        as_image(im); assert list(im.tile) == tile and im.fp.tell() == at
+        second = Image.open(io.BytesIO(files['gif'])); second.seek(1)
+    assert np.asarray(as_image(second)).reshape(-1, 3).mean(0).argmax() == 2                                   # the frame it stands at
+
+def test_arrays():
+    for a, want in ((rgb, rgb), (rgb[..., 0], rgb[..., :1]), (rgb[..., :1], rgb[..., :1]), (rgb > 99, None), (holes, on_white(holes)), (grey16, (grey16/257).round()[..., None]), (grey16.astype('>u2'), (grey16/257).round()[..., None]),
+                    (holes.astype('uint16')*257, on_white(holes)), (rgb[::-1, ::2], rgb[::-1, ::2]), (rgb[..., 0] > 99, (rgb[..., :1] > 99)*255)):
+        if want is None: want = a*255
+        assert np.abs(np.asarray(as_image(a)).astype(float) - want).max() <= 1 and np.array_equal(np.asarray(as_image(a)).shape[:2], a.shape[:2])
+    for bad in (rgb/255, rgb.astype('int64'), rgb.astype('int8'), rgb.astype('uint32'), rgb[..., :2], rgb[0, 0], rgb[None], rgb[:0], rgb.astype(complex), np.array('a'), np.array([['a']]), np.zeros((3, 8, 8), 'uint8')[..., :5]):
+        with pytest.raises(ValueError, match='need .H, W'): as_image(bad)
+    for bad in (5, 1.5, [1], (rgb,), object(), {'picture': 1}, {}, to_tensor([rgb])):
+        with pytest.raises(ValueError): as_image(bad)
+    for bad in (None, dict(image=None), dict(bytes=None, path=None), dict(bytes=None, path=''), b'', io.BytesIO()):
+        with pytest.raises(OSError): as_image(bad)
+    with pytest.raises(ValueError, match='rb'): as_image(io.StringIO('a'))
+
+def damaged_metadata():
+    plain, jpeg = saved(Image.fromarray(rgb)), saved(Image.fromarray(rgb), 'JPEG', exif=exif(1))
+    for n, size in ((b'zTXt', 3_000_000), (b'zTXt', 70_000_000)): yield f'huge {n} {size}', inserted(plain, chunk(n, b'workflow\0\0' + zlib.compress(b'x'*size)))
+    yield 'huge iTXt', inserted(plain, chunk(b'iTXt', b'XML:com.adobe.xmp\0\1\0\0\0' + zlib.compress(b'x'*3_000_000)))
+    yield 'many texts', inserted(plain, *[chunk(b'zTXt', b'%d\0\0' % i + zlib.compress(b'x'*1_000_000)) for i in range(80)])
+    for kind in b'iCCP eXIf tIME pHYs gAMA cHRM sRGB sBIT bKGD hIST sPLT tEXt zTXt iTXt tRNS acTL fcTL prVt'.split():
+        for body in (b'', b'x', b'\xff'*7, b'a\0\7' + b'junk'*9): yield f'{kind} {body[:4]}', inserted(plain, chunk(kind, body))
+        yield f'{kind} wrong sum', inserted(plain, chunk(kind, b'12345678')[:-4] + b'oops')
+        yield f'{kind} behind', plain[:-12] + chunk(kind, b'x')[:-4] + b'oops' + plain[-12:]
+    yield 'cut in a text behind', plain[:-12] + chunk(b'zTXt', b'x'*90)[:40]
+    e = exif(1); e[0x010f] = 'maker'; block = e.tobytes()
+    for i in range(0, len(block), 3): yield f'EXIF cut at {i}', saved(Image.fromarray(rgb), 'JPEG', exif=block[:i])
+    for i in range(100): yield f'EXIF noise {i}', saved(Image.fromarray(rgb), 'JPEG', exif=b'Exif\0\0' + block[6:14] + bytes(r.randint(0, 256, 60).astype('uint8')))
+    odd = b'Exif\0\0MM\0*\0\0\0\x08' + struct.pack('>HHHIIHHIII', 2, 0x8825, 4, 1, 0xffffffff, 0x8769, 4, 1, 8, 0)            # GPS nowhere; a directory that holds itself
+    for kind in ('JPEG', 'PNG', 'WEBP'): yield f'odd GPS {kind}', saved(Image.fromarray(rgb), kind, exif=odd, **(dict(lossless=True) if kind == 'WEBP' else {}))
+    def segment(n, body, length=None): return jpeg[:2] + bytes([0xff, n]) + struct.pack('>H', len(body) + 2 if length is None else length) + body + jpeg[2:]
+    for n in range(0xe0, 0xf0):
+        for body in (b'', b'JFIF', b'Adobe', b'Exif\0\0', b'ICC_PROFILE\0', b'ICC_PROFILE\0\1', b'MPF\0II*\0', b'Photoshop 3.0\x008BIM\x03\xed\0', b'http://ns.adobe.com/xap/1.0/\0<', b'FPXR\0'): yield f'APP{n - 0xe0} {body[:12]}', segment(n, body)
+        yield f'APP{n - 0xe0} too short', segment(n, b'', 1); yield f'APP{n - 0xe0} cut off', segment(n, b'Exif\0\0II*\0', 60)
+    yield 'JPEG profile', saved(Image.fromarray(rgb), 'JPEG', icc_profile=b'no profile'); yield 'PNG profile', saved(Image.fromarray(rgb), icc_profile=b'no profile')
+    yield 'TIFF profile', saved(Image.fromarray(rgb), 'TIFF', icc_profile=b'no profile')
+    for tag in (282, 283, 296, 306, 700, 33723, 34377, 34665, 34675, 34853, 36867):
+        for kind, n, value in ((2, 4, 0x41414141), (5, 1, 0xfffffff0), (7, 0x7fffffff, 1), (4, 1, 8), (12, 1, 0), (99, 1, 1)): yield f'TIFF tag {tag} {kind}', tiff(tag, kind, n, value)
+    webp = saved(Image.fromarray(rgb), 'WEBP', lossless=True, exif=exif(1), icc_profile=b'none', xmp=b'<x')
+    yield 'WebP cut in XMP', webp[:-1]; yield 'WebP', webp
+
+def tiff(tag, kind, n, value):
+    "Uncompressed RGB, with one more tag"
+    tags = sorted([(256, 3, 1, 8), (257, 3, 1, 6), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 200), (277, 3, 1, 3), (278, 3, 1, 6), (279, 4, 1, 144), (tag, kind, n, value)])
+    table = struct.pack('<H', len(tags)) + b''.join(struct.pack('<HHII', *t) for t in tags) + bytes(4)
+    return (b'II*\0\x08\0\0\0' + table).ljust(200, b'\0') + rgb.tobytes()
+
+def test_metadata_never_costs_an_image(tmp_path):
+    from collections import Counter
+    flat = {k: np.asarray(Image.open(io.BytesIO(saved(Image.fromarray(rgb), k))).convert('RGB')) for k in ('JPEG',)}
+    limits, filters, lost, told = (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY), list(warnings.filters), {}, Counter()
+    for name, content in damaged_metadata():
+        try: got = np.asarray(read_image(content, note=lambda text: told.update([text])))
+        except OSError as e: lost[name] = str(e); continue
+        want = flat['JPEG'] if content[:2] == b'\xff\xd8' else rgb
+        if got.shape != want.shape or not np.array_equal(got, want): lost[name] = 'other pixels'
+    lost = {n: e for n, e in lost.items() if not (n.startswith('EXIF noise') and e == 'other pixels')}          # noise may say how to turn it
+    assert not lost, f'{len(lost)}: {lost}'
+    assert told['metadata damaged: ignored'] > 20 and (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY) == limits and list(warnings.filters) == filters
+
+def test_damaged_metadata_still_turn_an_image():
+    for kind in ('PNG', 'JPEG', 'WEBP'):
+        how = dict(lossless=True) if kind == 'WEBP' else {}
+        flat = np.asarray(Image.open(io.BytesIO(saved(Image.fromarray(rgb), kind, **how))).convert('RGB'))
+        block = b'Exif\0\0MM\0*\0\0\0\x08' + struct.pack('>HHHIIHHIHHHHII', 3, 0x010f, 2, 99, 0xfffff0, 0x0112, 3, 1, 6, 0, 0x8825, 4, 1, 0xfffffff0)   # a maker and a GPS that are nowhere
+        content = saved(Image.fromarray(rgb), kind, exif=block, **how)
+        assert np.array_equal(np.asarray(read_image(content)), turns[6](flat)), kind
+        worse = dict(PNG=lambda c: inserted(c, chunk(b'zTXt', b'a\0\0' + zlib.compress(b'x'*3_000_000))), JPEG=lambda c: c[:2] + b'\xff\xee\0\x07Adobe' + c[2:], WEBP=lambda c: c[:-3])[kind](content)
+        if kind != 'WEBP': assert np.array_equal(np.asarray(read_image(worse)), turns[6](flat)), kind
+
+def test_damaged_pixels_are_an_error_in_words():
+    for kind in ('PNG', 'JPEG', 'WEBP', 'GIF', 'TIFF', 'BMP'):
+        content = saved(Image.fromarray(r.randint(0, 256, (64, 64, 3)).astype('uint8')), kind)
+        for share in (0.3, 0.6, 0.8):
+            for source in (content[:int(len(content)*share)], io.BytesIO(content[:int(len(content)*share)])):
+                with pytest.raises(OSError, match='^a photo: '): as_image(source, 'a photo')
+    bad = bytearray(saved(Image.fromarray(r.randint(0, 256, (64, 64, 3)).astype('uint8')))); bad[200:400] = bytes(200)
+    with pytest.raises(OSError, match='damaged'): as_image(bytes(bad))
+    im = Image.open(io.BytesIO(saved(Image.fromarray(r.randint(0, 256, (64, 64, 3)).astype('uint8')))[:900]))
+    with pytest.raises(OSError, match='damaged'): as_image(im)
+    with Image.open(io.BytesIO(files['plain'])) as closed: pass
+    with pytest.raises(OSError): as_image(closed)
+
+def test_a_later_frame_does_not_matter():
+    for kind in ('GIF', 'TIFF', 'PNG'):
+        content = saved(Image.fromarray(rgb), kind, save_all=True, append_images=[Image.fromarray(r.randint(0, 256, (6, 8, 3)).astype('uint8')), Image.new('RGB', (8, 6), 'red')])
+        first = read_image(content)
+        for n in range(1, 60, 4):
+            if kind == 'GIF': assert same(read_image(content[:-n]), first), n
+    assert same(as_image(files['apng']), as_image(files['plain']))
+
+eps = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n'
+others = dict(PostScript=eps, PDF=b'%PDF-1.4\n' + b'x'*99, SVG=b'<?xml version="1.0"?>\n<!-- a -->\n<svg xmlns="http://www.w3.org/2000/svg"/>', WMF=b'\xd7\xcd\xc6\x9a' + bytes(99), FITS=b'SIMPLE  =                    T' + b' '*3000, HEIC=b'\0\0\0\x18ftypheic' + bytes(99))
+
+@pytest.mark.parametrize('kind', others)
+def test_only_listed_formats_are_opened(kind, tmp_path, monkeypatch):
+    def no(*a, **k): raise AssertionError('another program was started')
+    for name in ('Popen', 'call', 'check_call', 'check_output', 'run'): monkeypatch.setattr(f'subprocess.{name}', no)
+    monkeypatch.setattr(os, 'system', no)
+    for suffix in ('png', 'jpg', 'gif', 'tif', 'ico', 'tga'):
+        (tmp_path/f'a.{suffix}').write_bytes(others[kind])
+        with pytest.raises(OSError, match=f'{kind} is not opened'): load_image(tmp_path/f'a.{suffix}')
+    with pytest.raises(OSError, match='a.tga'): image_folder(tmp_path, strict=True) if False else load_image(tmp_path/'a.tga')
+    if kind == 'PostScript':
+        with pytest.raises(OSError, match='EPS is not opened'): as_image(Image.open(io.BytesIO(eps)))
+
+def test_size_is_checked_before_anything_is_decoded(monkeypatch):
+    huge, large = (png(n, n, 1, 0, b'\0') for n in (30_000, 9000))
+    icon = b'\0\0\1\0\1\0' + struct.pack('<BBBBHHII', 0, 0, 0, 0, 1, 32, len(huge), 22) + huge
+    bitmap = b'\0\0\1\0\1\0' + struct.pack('<BBBBHHII', 0, 0, 0, 0, 1, 32, 40, 22) + struct.pack('<IiiHHIIiiII', 40, 20_000, 40_000, 1, 32, 0, 0, 0, 0, 0, 0)
+    decoded = []
+    from PIL import ImageFile
+    true = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, 'load', lambda im: decoded.append(im) or true(im))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for content in (huge, large, icon, bitmap, b'P5 20000 20000 255\n', b'GIF89a' + struct.pack('<HH', 60_000, 60_000) + b'\0\0\0,' + struct.pack('<HHHH', 0, 0, 60_000, 60_000) + b'\0'):
+            with pytest.raises(OSError, match='far too large'): as_image(content)
+        with pytest.raises(OSError, match='far too large'): as_image(Image.open(io.BytesIO(large)))
+        with pytest.raises(OSError, match='far too large'): as_image(np.broadcast_to(np.uint8(0), (9000, 9000)))
+    assert not decoded
+    with pytest.raises(OSError, match='without pixels'): as_image(Image.new('RGB', (0, 5)))
+
+def test_threads_leave_the_warnings_as_they_were(tmp_path):
+    before, contents = list(warnings.filters), [files['rgba'], files['palette'], files['turned 6 TIFF']]*40
+    def many(): [as_image(c) for c in contents]
+    threads = [threading.Thread(target=many) for _ in range(6)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert list(warnings.filters) == before
+
+def test_lists_of_images():
+    a, b = Image.fromarray(rgb), Image.fromarray(rgb[:4])
+    with pytest.raises(ValueError, match='4×8, 6×8'): to_tensor([a, b])
+    assert to_tensor([a, b], 3, (5, 5)).shape == (2, 3, 5, 5)
+    for f in (lambda: to_tensor([]), lambda: to_tensor([], size=(4, 4)), lambda: picture_sheet([]), lambda: Pictures([]).at([], (4, 4)), lambda: Pictures([]).collate([]), lambda: to_tensor(a), lambda: to_tensor('a.png'), lambda: to_tensor([a], size=(0, 4)),
+              lambda: picture_sheet([a, b], ['one']), lambda: picture_sheet([a], ['one', 'two']), lambda: Subset([1, 2], [0, 2]), lambda: data.FewCaptions([1], 0), lambda: to_pil(to_tensor([a])[0]), lambda: to_pil(to_tensor([a]).byte())):
+        with pytest.raises(ValueError): f()
+    import torch
+    g = [torch.Generator() for _ in range(3)]
+    for shape, some in (((4, 2), g), ((4, 2), []), ((), g), (5, g)):
+        with pytest.raises(ValueError, match='one for each image'): draw(torch.randn, shape, some)
+    assert draw(torch.randn, (6, 2), g).shape == (6, 2)

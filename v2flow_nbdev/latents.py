@@ -181,6 +181,7 @@ def _autoencoder_folder(name, subfolder, revision):
     if not (folder/inside).is_dir(): raise FileNotFoundError(f"{folder/inside}: no such folder in the model")
     return folder/inside, commit
 
+# %% ../nbs/01_latents.ipynb #bd762316
 def _variant(folder):
     "What stands before `safetensors` in the name of the weights, such as fp16, where there are none without it"
     if any((folder/f'diffusion_pytorch_model.safetensors{n}').exists() for n in ('', '.index.json')): return None
@@ -234,6 +235,7 @@ def _row_by_row(t):
     "The same tensor in the plain layout: another, such as `channels_last`, has its own algorithms, and their last digits"
     return t.contiguous().view(-1).view(t.shape)
 
+# %% ../nbs/01_latents.ipynb #9b072f6d
 class FrozenAutoencoder(nn.Module):
     "An autoencoder whose encoder keeps its values: frozen, in `eval()`, in float32 whatever it and what holds it are cast to. The decoder follows a cast"
     _decoder = None            # a digest of the decoder, where it could be read again from the Hub
@@ -487,6 +489,7 @@ def _together(work):
         if problem: raise OSError(f"process {i} of {len(found)} failed ({problem})")
     return [x for x,_ in found]
 
+# %% ../nbs/01_latents.ipynb #be380531
 lock_silence = 60.   # seconds without a sign of life after which a lock is that of a dead process
 
 class FolderLock:
@@ -530,6 +533,7 @@ class FolderLock:
             if self.path.read_text() == self.mine: self.path.unlink()
         except OSError: pass                                                # taken over while we slept
 
+# %% ../nbs/01_latents.ipynb #03d75cc4
 def _is_gone(owner):
     "Is the process that a lock names certainly dead? Only its own machine can say"
     pid, host, *_ = owner.split() + ['', '']
@@ -656,6 +660,7 @@ def _compute(usable, latents, folder, index, todo, progress):
             _together(lambda: rank or _write_json(folder/'index.json', index))
     _gather(None)
 
+# %% ../nbs/01_latents.ipynb #de8deb9e
 def cache_latents(
     rows,                             # captioned images
     latents,                          # `PixelLatents` or `AutoencoderLatents`

@@ -154,25 +154,24 @@ rows = mosaics('train', 23, (2, 3))
 
 def contents(folder): return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
 
-slow = '''
-import sys, time
+killed = '''
+import os, signal, sys
 from v2flow_nbdev.data import mosaics
 from v2flow_nbdev.latents import PixelLatents, cache_latents
-class Slow(PixelLatents):
-    def encode(self, images): time.sleep(0.1); return super().encode(images)
-cache_latents(mosaics('train', 23, (2, 3)), Slow(1, 2), sys.argv[1], batch_size=2, shard_rows=4, progress=False)
+class Killed(PixelLatents):
+    calls = 0
+    def encode(self, images):
+        self.calls += 1
+        if self.calls == 6: os.kill(os.getpid(), signal.SIGKILL)        # in the midst of the third shard
+        return super().encode(images)
+cache_latents(mosaics('train', 23, (2, 3)), Killed(1, 2), sys.argv[1], batch_size=2, shard_rows=4, progress=False)
 '''
 
 def test_killed_and_resumed_is_bit_equal(tmp_path):
-    running = subprocess.Popen([sys.executable, '-c', slow, tmp_path/'killed'])
-    index = tmp_path/'killed/index.json'
-    while not (index.exists() and len(json.loads(index.read_text())['shards']) >= 2):
-        assert running.poll() is None
-        time.sleep(0.01)
-    running.send_signal(signal.SIGKILL); running.wait()
-    done = len(json.loads(index.read_text())['shards'])
-    assert 2 <= done < 6
-    with pytest.raises(OSError, match='holds .* of 23 rows; go on with `cache_latents`'): CachedLatents(tmp_path/'killed')
+    run = subprocess.run([sys.executable, '-c', killed, tmp_path/'killed'])
+    assert run.returncode == -signal.SIGKILL and (tmp_path/'killed/.lock').exists()
+    assert len(json.loads((tmp_path/'killed/index.json').read_text())['shards']) == 2
+    with pytest.raises(OSError, match='holds 8 of 23 rows; go on with `cache_latents`'): CachedLatents(tmp_path/'killed')
     (tmp_path/'killed/.abcdefgh.safetensors').write_bytes(b'what a kill in the midst of writing leaves')
     kept = {n: (tmp_path/'killed'/n).stat().st_mtime_ns for n in shard_names(0)}
     whole = cache_latents(rows, PixelLatents(1, 2), tmp_path/'whole', batch_size=2, shard_rows=4, progress=False)
@@ -257,8 +256,15 @@ def share(folder):
     "What each of several processes runs"
     import torch.distributed as dist
     dist.init_process_group('gloo')
-    cached = cache_latents(rows, PixelLatents(1, 2), folder, batch_size=2, shard_rows=4, progress=False)
-    assert len(cached) == 23
+    how = dict(batch_size=2, shard_rows=4, progress=False)
+    assert len(cache_latents(rows, PixelLatents(1, 2), Path(folder)/'plain', **how)) == 23
+    class Fails(PixelLatents):
+        def encode(self, images):
+            if dist.get_rank(): raise MemoryError('too large')
+            return super().encode(images)
+    with pytest.raises((MemoryError, OSError)) as e: cache_latents(Broken(rows, odd), Fails(1, 2), Path(folder)/'broken', **how)              # an error in one ends both
+    assert str(e.value) == ('too large' if dist.get_rank() else 'process 1 of 2 failed (MemoryError: too large)')
+    assert cache_latents(Broken(rows, odd), PixelLatents(1, 2), Path(folder)/'broken', **how).report.left_out == named
     dist.destroy_process_group()
 
 def test_two_processes_share_the_work(tmp_path):
@@ -268,8 +274,9 @@ def test_two_processes_share_the_work(tmp_path):
     for p in running:
         _, err = p.communicate(timeout=120)
         assert p.returncode == 0, err
-    cache_latents(rows, PixelLatents(1, 2), tmp_path/'one', batch_size=2, shard_rows=4, progress=False)
-    assert contents(tmp_path/'one') == contents(tmp_path/'two')
+    for name, data in (('plain', rows), ('broken', Broken(rows, odd))):
+        cache_latents(data, PixelLatents(1, 2), tmp_path/'one'/name, batch_size=2, shard_rows=4, progress=False)
+        assert contents(tmp_path/'one'/name) == contents(tmp_path/'two'/name)
 
 # --- the same image, the same latents, wherever it runs
 
@@ -445,3 +452,189 @@ def test_checkpointed_activations_give_the_same_gradients(kind):
         for p in twin.parameters(): p.zero_()
         assert saving(pictures()).loss.equal(plain(pictures()).loss) and not twin(pictures()).loss.equal(plain(pictures()).loss)
     with pytest.raises(ValueError, match='Linear.*checkpointing'): AutoencoderTraining(torch.nn.Linear(1, 1)).gradient_checkpointing_enable()
+
+# --- one odd thing does not end everything
+
+class Broken(list):
+    "Rows of which some raise, in many ways"
+    def __init__(self, rows, how): super().__init__(rows); self.how = how
+
+    def __getitem__(self, k):
+        if k in self.how: raise self.how[k]
+        return super().__getitem__(k)
+
+odd = {3: OSError('sea/a: b.png: the image is damaged'), 7: ValueError('a strange\nimage'), 8: FileNotFoundError(2, 'No such file or directory', 'gone.png'), 22: OSError('image file is truncated')}
+named = {'sea/a': 'b.png: the image is damaged', 'row 7': 'ValueError: a strange image', 'gone.png': 'No such file or directory', 'row 22': 'OSError: image file is truncated'}
+instead = [*rows[:3], rows[4], *rows[4:7], rows[9], rows[9], *rows[9:22], rows[0]]
+
+@pytest.mark.parametrize('batch_size, shard_rows', [(64, 4096), (2, 4), (1, 1)])
+def test_broken_rows_are_replaced_and_named(tmp_path, batch_size, shard_rows):
+    how = dict(batch_size=batch_size, shard_rows=shard_rows, progress=False)
+    cached, good = cache_latents(Broken(rows, odd), PixelLatents(1, 2), tmp_path/'broken', **how), cache_latents(instead, PixelLatents(1, 2), tmp_path/'good', **how)
+    for name in contents(tmp_path/'good').keys() - {'index.json'}: assert contents(tmp_path/'broken')[name] == contents(tmp_path/'good')[name], name
+    assert cached.captions == [r['captions'] for r in instead] and cached.report.left_out == named and CachedLatents(tmp_path/'broken').report.left_out == named
+    assert good.report.left_out == {} and 'left_out' not in (tmp_path/'good/index.json').read_text()
+    assert '4 left out' in str(cached.report)
+
+def test_broken_images_sizes_and_all_broken(tmp_path):
+    import io
+    from PIL import Image
+    file = io.BytesIO(); rows[1]['image'].resize((240, 160)).save(file, 'png')
+    truncated = [dict(image=Image.open(io.BytesIO(file.getvalue()[:300])), captions=['cut']), *rows, dict(captions=['none']), dict(image=None), 5]
+    cached = cache_latents(truncated, PixelLatents(1, 2), tmp_path/'a', progress=False)                        # the first row gives no size, either
+    assert cached.shape == (4, 8, 12) and list(cached.report.left_out) == ['row 0', 'row 24', 'row 25', 'row 26'] and cached[0]['captions'] == rows[0]['captions'] == cached[26]['captions']
+    every = Broken(rows, {k: OSError(f'{k}.png: gone') for k in range(23)})
+    assert isinstance(fingerprint(every), str)
+    for size in (None, (8, 8)):
+        with pytest.raises(OSError, match='not one of 23 rows can be used; the first: 0.png: gone'): cache_latents(every, PixelLatents(1, 2), tmp_path/'b', size, progress=False)
+    for size in (8, (8,), (0, 8), (8., 8), 'ab'):
+        with pytest.raises(ValueError, match='height, width'): cache_latents(rows, PixelLatents(1, 2), tmp_path/'b', size, progress=False)
+    assert not (tmp_path/'b').exists() or not list((tmp_path/'b').glob('[!.]*'))
+    twice = Broken(rows, {1: OSError('x.png: a'), 2: OSError('x.png: b')})
+    assert cache_latents(twice, PixelLatents(1, 2), tmp_path/'c', progress=False).report.left_out == {'x.png': 'a', 'x.png (row 2)': 'b'}
+
+def test_strict_ends_at_the_first(tmp_path):
+    broken = Broken(rows, odd)
+    with pytest.raises(OSError, match='sea/a: b.png: the image is damaged; strict reading ends here'): cache_latents(broken, PixelLatents(1, 2), tmp_path, progress=False, strict=True)
+    assert not list(tmp_path.glob('[!.]*')) and not (tmp_path/'.lock').exists()
+    cache_latents(broken, PixelLatents(1, 2), tmp_path, progress=False)
+    with pytest.raises(OSError, match='strict reading ends here'): cache_latents(broken, PixelLatents(1, 2), tmp_path, progress=False, strict=True)       # done already, and less strictly
+
+def test_a_mended_row_is_other_data():
+    from PIL import Image
+    prints = [fingerprint(Broken(rows, odd)), fingerprint(Broken(rows, {k: odd[k] for k in (3, 7, 8)})), fingerprint(rows)]
+    assert len(set(prints)) == 3 and fingerprint(Broken(rows, odd)) == prints[0]
+    class Unreadable:
+        def __len__(self): return 1
+        def __getitem__(self, k): return [dict(image=rows[0]['image'], captions=[object()])][k]
+    with pytest.raises(TypeError): fingerprint(Unreadable())                  # a fault of the program is no broken row
+
+def test_broken_rows_after_a_kill_are_those_of_a_whole_run(tmp_path):
+    class GivesUp(PixelLatents):
+        calls = 0
+        def encode(self, images):
+            self.calls += 1
+            if self.calls == 4: raise InterruptedError('killed')
+            return super().encode(images)
+    how = dict(batch_size=2, shard_rows=4, progress=False)
+    with pytest.raises(InterruptedError): cache_latents(Broken(rows, odd), GivesUp(1, 2), tmp_path/'killed', **how)
+    assert len(json.loads((tmp_path/'killed/index.json').read_text())['shards']) == 1 and not (tmp_path/'killed/.lock').exists()
+    for name in ('killed', 'whole'): cache_latents(Broken(rows, odd), PixelLatents(1, 2), tmp_path/name, **how)
+    assert contents(tmp_path/'killed') == contents(tmp_path/'whole')
+
+class Counting(PixelLatents):
+    "Counts the images that are encoded"
+    images = 0
+    def encode(self, images): self.images += len(images); return super().encode(images)
+
+@pytest.mark.parametrize('how', ['zeros', 'half', 'gone', 'empty'])
+def test_a_damaged_shard_alone_is_computed_again(tmp_path, how):
+    make = lambda: cache_latents(rows, latents, tmp_path, shard_rows=8, progress=False)
+    latents = Counting(1, 2)
+    make(); files = contents(tmp_path)
+    for name in shard_names(1):
+        path, whole = tmp_path/name, files[name]
+        if how == 'gone': path.unlink()
+        else: path.write_bytes(dict(zeros=bytes(len(whole)), half=whole[:len(whole)//2], empty=b'')[how])
+        latents.images = 0
+        cached = make()
+        assert contents(tmp_path) == files and latents.images == 8 and cached[9]['captions'] == rows[9]['captions']
+
+@pytest.mark.parametrize('content', [bytes(700), b'', b'[]', b'{"version": 1}', b'{"version": 1, "key": {}, "rows": 23, "batch_size": 8, "shard_rows": 8, "shards": [3]}', b'\xff\xfe'])
+def test_an_index_that_is_none_is_named(tmp_path, content):
+    (tmp_path/'index.json').write_bytes(content)
+    for use in (lambda: cache_latents(rows, PixelLatents(1, 2), tmp_path, progress=False), lambda: CachedLatents(tmp_path)):
+        with pytest.raises(OSError, match=r'index\.json: ') as e: use()
+        assert '\n' not in str(e.value)
+
+def test_captions_and_names_with_half_characters(tmp_path):
+    strange = Broken([{**rows[0], 'captions': ['caf\udce9', 'häuser 🐤']}, *rows[1:]], {2: OSError('caf\udce9.png: gone')})
+    cached = cache_latents(strange, PixelLatents(1, 2), tmp_path, progress=False)
+    assert cached[0]['captions'] == ['caf\udce9', 'häuser 🐤'] and CachedLatents(tmp_path).report.left_out == {'caf\udce9.png': 'gone'}
+
+def test_a_finished_cache_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+    cache_latents(rows, PixelLatents(1, 2), tmp_path, progress=False)
+    def no(*_, **__): raise AssertionError('writes')
+    for name in ('open', 'rename', 'replace', 'utime', 'unlink', 'mkdir'): monkeypatch.setattr(os, name, no)
+    assert len(cache_latents(rows, PixelLatents(1, 2), tmp_path, progress=False)) == 23
+
+def test_other_rows_under_the_same_name(tmp_path):
+    class Named(list): fingerprint = 'v1'
+    cache_latents(Named(rows), PixelLatents(1, 2), tmp_path, progress=False)
+    with pytest.raises(ValueError, match='other pictures or captions .23 rows there, 22 here'): cache_latents(Named(rows[1:]), PixelLatents(1, 2), tmp_path, progress=False)
+
+class Stack:
+    def __call__(self, batch): return torch.stack([r['latents'] for r in batch])
+
+def test_loaders_with_workers_that_are_spawned(tmp_path):
+    import pickle
+    cached = cache_latents(rows, PixelLatents(1, 2), tmp_path, shard_rows=8, progress=False)
+    cached[0]                                                                 # an open file stays behind
+    assert torch.equal(pickle.loads(pickle.dumps(cached))[22]['latents'], cached[22]['latents'])
+    found = torch.cat(list(torch.utils.data.DataLoader(cached, 6, collate_fn=Stack(), num_workers=1, multiprocessing_context='spawn')))
+    assert torch.equal(found, torch.stack([r['latents'] for r in cached]))
+
+# --- runs that do not know of each other
+
+apart = '''
+import sys, time
+from pathlib import Path
+from v2flow_nbdev.data import mosaics
+from v2flow_nbdev.latents import PixelLatents, cache_latents
+class Counts(PixelLatents):
+    def encode(self, images):
+        while not any('waiting for process' in Path(p).read_text() for p in sys.argv[3:]): time.sleep(0.01)      # the other one shall come in between
+        with open(sys.argv[2], 'a') as f: f.write('x'*len(images))
+        return super().encode(images)
+cached = cache_latents(mosaics('train', 23, (2, 3)), Counts(1, 2), sys.argv[1], batch_size=2, shard_rows=4)
+print(sum(r['latents'].sum().item() for r in cached))
+'''
+
+def test_of_two_runs_one_computes_and_both_read(tmp_path):
+    env, said = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'WORLD_SIZE': '2'}, [tmp_path/'a', tmp_path/'b']      # as a launcher sets it, before there is a group
+    for path in said: path.touch()
+    running = [subprocess.Popen([sys.executable, '-c', apart, tmp_path/'cache', tmp_path/'counted', *said], env={**env, 'RANK': str(i)}, stdout=subprocess.PIPE, stderr=path.open('w'), text=True)
+               for i, path in enumerate(said)]
+    sums = [p.communicate(timeout=120)[0] for p in running]
+    assert [p.returncode for p in running] == [0, 0], [path.read_text() for path in said]
+    assert (tmp_path/'counted').read_text() == 'x'*23 and sums[0] == sums[1]                                 # each image once
+    assert sum('waiting for process' in path.read_text() for path in said) == 1
+    cache_latents(rows, PixelLatents(1, 2), tmp_path/'one', batch_size=2, shard_rows=4, progress=False)
+    assert contents(tmp_path/'one') == contents(tmp_path/'cache')
+
+def test_locks_of_the_dead_are_taken_over_and_those_of_the_living_are_not(tmp_path, monkeypatch):
+    import platform
+    from v2flow_nbdev import latents as module
+    from v2flow_nbdev.latents import FolderLock
+    make = lambda: cache_latents(rows, PixelLatents(1, 2), tmp_path, progress=False)
+    ended = subprocess.Popen([sys.executable, '-c', '']); ended.wait()
+    (tmp_path/'.lock').write_text(f'{ended.pid} {platform.node()} token')
+    assert len(make()) == 23 and not (tmp_path/'.lock').exists()                                             # at once
+    for owner in ('1 another-machine token', '', f'{os.getppid()} {platform.node()} token', 'x'):            # elsewhere, half-written, a number given anew: silence tells
+        shutil.rmtree(tmp_path); tmp_path.mkdir()
+        monkeypatch.setattr(module, 'lock_silence', 0.3)
+        (tmp_path/'.lock').write_text(owner)
+        assert len(make()) == 23 and not (tmp_path/'.lock').exists()
+    living, other = FolderLock(tmp_path), FolderLock(tmp_path)
+    assert living.take()
+    date = lambda: (tmp_path/'.lock').stat().st_mtime_ns
+    before, late = date(), time.monotonic() + 60
+    while date() == before: assert time.monotonic() < late; time.sleep(0.01)                                 # it gives signs of life
+    monkeypatch.setattr(module, 'lock_silence', 1000.)
+    other.take(); other.since -= 2000
+    os.utime(tmp_path/'.lock', ns=(1, 1))                                                                    # and is left alone for them, by whatever clock
+    assert not other.take() and not other.take() and (tmp_path/'.lock').read_text() == living.mine
+    other.release(); assert (tmp_path/'.lock').exists()                                                      # nobody opens the lock of another
+    living.release(); assert other.take()
+    other.release(); assert not list(tmp_path.glob('.lock*'))
+
+def test_no_file_of_a_run_that_is_at_work_is_removed(tmp_path):
+    "The temporary files of another run are left alone until it is done"
+    from v2flow_nbdev.latents import FolderLock
+    import threading
+    lock, theirs = FolderLock(tmp_path), tmp_path/'.abcdefgh.safetensors'
+    assert lock.take(); theirs.write_bytes(b'being written')
+    run = threading.Thread(target=lambda: cache_latents(rows, PixelLatents(1, 2), tmp_path, progress=False)); run.start()
+    run.join(1); assert run.is_alive() and theirs.exists() and not (tmp_path/'index.json').exists()
+    lock.release(); run.join(60)
+    assert not run.is_alive() and not theirs.exists() and len(CachedLatents(tmp_path)) == 23

@@ -11,9 +11,10 @@ __all__ = ['unessential', 'TrainConfig', 'due', 'lr_share', 'Batches', 'fill_gap
            'Record', 'refuse', 'report_lost', 'train']
 
 # %% ../nbs/08_training.ipynb #d143b4d2
-import copy, errno, json, math, os, re, shutil, signal, sys, time
+import copy, errno, json, math, os, pickle, re, shutil, signal, sys, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 import torch
 from torch import nn
@@ -98,6 +99,7 @@ class Batches:
         part:int=0,       # this process
         parts:int=1,      # of so many
     ):
+        if n == 0: raise ValueError("the data set is empty: there is no row to train on")
         self.n,self.batch_size,self.seed,self.start,self.stop,self.part,self.parts = n,batch_size,seed,start,stop,part,parts
         self.epoch, self.order = None, None
 
@@ -122,6 +124,8 @@ class Batches:
         return self.order[j % self.n]
 
 # %% ../nbs/08_training.ipynb #005a1943
+unusable_row = OSError, ValueError, ArithmeticError, EOFError, SyntaxError           # what files and their readers raise; anything else is a mistake in the program
+
 def fill_gaps(
     rows:list,  # a batch; None where a row could not be used
     lost:list,  # why
@@ -131,11 +135,39 @@ def fill_gaps(
     if not good: raise OSError(f"not one of {len(rows)} rows in a batch can be used; the first: {lost[0]}")
     return [good[i % len(good)] if r is None else r for i,r in enumerate(rows)]
 
+def why_lost(
+    error,   # one of `unusable_row`
+    row,     # its number
+)->str:      # a line; a file name that is not UTF-8 is written with escapes
+    "Which row could not be used, and why"
+    text = str(error) if isinstance(error, OSError) else f"row {row}: {type(error).__name__}: {error}"
+    return ' '.join(text.split()).encode('utf-8', 'backslashreplace').decode()
+
+def usable_batch(
+    makers:list,  # (number of a row, position in the run, callable → row)
+    collate,      # rows → batch
+    seed:int,     # of the run
+):                # (batch, [why a row could not be used, …])
+    "Draw the rows, each under a seed of its own, and join them; those that cannot be drawn or joined are replaced"
+    rows, lost = [], []
+    for number, position, make in makers:
+        try:
+            with seeded(seed*1_000_003 + position): rows.append(make())
+        except unusable_row as e: rows.append(None); lost.append(why_lost(e, number))
+    try: return collate(fill_gaps(rows, lost)), lost
+    except unusable_row:                                                           # an image may be read as late as here: which one?
+        before = len(lost)
+        for i, row in enumerate(rows):
+            try: row is None or collate([row])
+            except unusable_row as e: rows[i] = None; lost.append(why_lost(e, makers[i][0]))
+        if len(lost) == before: raise                                              # each alone is good: it is not the rows
+    return collate(fill_gaps(rows, lost)), lost
+
 class SeededBatches(torch.utils.data.Dataset):
     """Whole batches. Each row is drawn under a seed made of the run's seed and its position: captions and augmentations that use torch's
     random numbers come out the same with any number of workers and processes, and when a run is resumed"""
     def __init__(self,
-        data,          # rows, by number; a row that raises `OSError` is replaced and noted
+        data,          # rows, by number; one that raises an error of `unusable_row` is replaced and noted
         collate=None,  # rows → batch, a dict of tensors; None: torch's own
         seed:int=0,    # of the run
     ): self.data,self.collate,self.seed = data,collate or torch.utils.data.default_collate,seed
@@ -143,12 +175,7 @@ class SeededBatches(torch.utils.data.Dataset):
     def __getitem__(self,
         batch:list,  # [(row, position), …], see `Batches`
     ):               # (batch, [why a row could not be used, …])
-        rows, lost = [], []
-        for row, position in batch:
-            try:
-                with seeded(self.seed*1_000_003 + position): rows.append(self.data[row])
-            except OSError as e: rows.append(None); lost.append(str(e))
-        return self.collate(fill_gaps(rows, lost)), lost
+        return usable_batch([(row, position, partial(self.data.__getitem__, row)) for row, position in batch], self.collate, self.seed)
 
 class StreamedBatches(torch.utils.data.IterableDataset):
     "The same from rows that only come one after the other: batch i holds the rows from i · batch_size on, so a resumed run skips to its place"
@@ -164,12 +191,8 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         stream = iter(self.data.stream(b.start*b.parts*b.batch_size))
         for i in range(b.start, b.stop):
             whole = [next(stream) for _ in range(b.parts*b.batch_size)]
-            rows, lost = [], []
-            for position, make in whole[b.part*b.batch_size:(b.part + 1)*b.batch_size]:
-                try:
-                    with seeded(self.seed*1_000_003 + position): rows.append(make())
-                except OSError as e: rows.append(None); lost.append(str(e))
-            yield self.collate(fill_gaps(rows, lost)), lost
+            mine = whole[b.part*b.batch_size:(b.part + 1)*b.batch_size]
+            yield usable_batch([(position, position, make) for position, make in mine], self.collate, self.seed)
 
 # %% ../nbs/08_training.ipynb #2d281764
 def whole(
@@ -218,7 +241,9 @@ def multiplies_bf16(
     device,  # 'cpu', 'cuda', a `torch.device`
 )->bool:
     "Are products of bfloat16 matrices a gain here? A CPU without instructions for them takes three hundred times as long as in float32"
-    return torch.device(device).type != 'cpu' or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if torch.device(device).type != 'cpu': return True
+    try: return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError): return False                            # torch built without oneDNN, as for some Macs; nothing public tells
 
 def orthogonal(
     matrices:torch.Tensor,  # (n, rows, columns)
@@ -282,25 +307,39 @@ def make_optimizer(
     return JointOptimizer(Muon([p for p in model.parameters() if id(p) in matrices], config.lr, config.weight_decay), adamw)
 
 # %% ../nbs/08_training.ipynb #bd10ee1b
+def log_line(
+    raw:bytes,  # of a log
+)->dict|None:   # None: it is none
+    "One line of a log: an object of JSON with a number of steps and of seconds"
+    try: line = json.loads(raw.decode('utf-8'))
+    except (ValueError, RecursionError): return None
+    number = lambda n: isinstance(line.get(n), (int, float)) and not isinstance(line[n], bool)
+    return line if isinstance(line, dict) and number('step') and number('seconds') else None
+
 class RunLog:
     "Lines of JSON: step, seconds, mean losses since the last line, rate, rows per second, scores. They can be read by anything, and followed while they grow"
     def __init__(self,
         folder=None,       # holds `log.jsonl`; None: keep nothing
         keep_until:int=0,  # steps whose lines are kept, when a run is resumed
         pending=(),        # losses since the last of those lines
+        say=None,          # called with a line if the file holds anything that cannot be read; None: keep silent
     ):
         self.path = Path(folder)/'log.jsonl' if folder else None
         self.losses, self.began, self.before = list(pending), time.time(), 0.
         if not self.path: return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [l for l in self.lines() if l['step'] <= keep_until] if keep_until else []
-        with write_atomically(self.path) as tmp: tmp.write_text(''.join(json.dumps(l) + '\n' for l in lines))
+        lines = [l for l in self.lines(say) if l['step'] <= keep_until] if keep_until else []
+        with write_atomically(self.path) as tmp: tmp.write_text(''.join(json.dumps(l) + '\n' for l in lines), encoding='utf-8')
         if lines: self.before = lines[-1]['seconds']
 
-    def lines(self)->list[dict]:
-        "What the file holds; a last line that a dying run left half-written does not count"
+    def lines(self,
+        say=None,  # called with a line if anything had to be left out
+    )->list[dict]:
+        "What the file holds. What a dying run or machine left (half a line, zeros) does not count, wherever it stands"
         if not self.path or not self.path.exists(): return []
-        return [json.loads(l) for l in self.path.read_text().splitlines(keepends=True) if l.endswith('}\n')]
+        found = [log_line(raw) for raw in self.path.read_bytes().split(b'\n') if raw.strip()]
+        if say and (odd := found.count(None)): say(f"{self.path}: {odd} line{'s'*(odd > 1)} cannot be read as a line of a log, and left out")
+        return [line for line in found if line]
 
     def write(self,
         step:int,     # steps done
@@ -312,7 +351,7 @@ class RunLog:
         line = dict(step=step, seconds=round(self.before + time.time() - self.began, 1), **means, **values)
         self.losses = []
         if self.path:
-            with open(self.path, 'a') as f: f.write(json.dumps(line) + '\n')
+            with open(self.path, 'a', encoding='utf-8') as f: f.write(json.dumps(line) + '\n')
         return line
 
 # %% ../nbs/08_training.ipynb #1fb0ac5c
@@ -323,12 +362,16 @@ def checkpoints(
     return sorted((p for p in (Path(out)/'checkpoints').glob('step-*') if p.is_dir()), reverse=True)
 
 def sync(path):
-    "Onto the disk, also if the power fails"
-    handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
+    "Onto the disk, also if the power fails. Windows cannot open a folder for that, and some file systems cannot do it: both are passed over"
+    folder, handle = os.path.isdir(path), None
+    cannot = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP) + (errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF)*folder
+    try:
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)               # Windows syncs only what may be written
+        os.fsync(handle)
     except OSError as e:
-        if e.errno != errno.EINVAL: raise                                          # some file systems cannot
-    finally: os.close(handle)
+        if e.errno not in cannot: raise
+    finally:
+        if handle is not None: os.close(handle)
 
 def save_checkpoint(
     out:Path,                 # folder of the run
@@ -365,8 +408,8 @@ def prune_checkpoints(
     sign = -1 if best.startswith('-') else 1
     def score(p):
         try: value = read_json(p/'state.json').get('scores', {}).get(best.lstrip('-'))
-        except OSError: value = None
-        return -math.inf if value is None or value != value else sign*value
+        except (OSError, AttributeError): value = None                              # damaged
+        return sign*value if isinstance(value, (int, float)) and value == value else -math.inf
     keep = {*found[:keep_last], max(found, key=score)}
     for p in found:
         if p not in keep: shutil.rmtree(p)
@@ -376,6 +419,7 @@ def read_checkpoint(
 ):                 # (tensors, state), as given to `save_checkpoint`; `OSError` if anything in it is damaged
     "Safetensors and JSON: nothing that could run code"
     state = read_json(folder/'state.json', ['step', 'sha256'])
+    if type(state['step']) is not int or not isinstance(state['sha256'], dict): raise OSError(f"{folder/'state.json'}: damaged, it is no state of a run")
     for name, known in state['sha256'].items():
         if not (folder/name).is_file() or sha256(folder/name) != known: raise OSError(f"{folder/name}: missing or damaged")
     return {Path(n).stem: read_tensors(folder/n) for n in state['sha256']}, state
@@ -431,19 +475,39 @@ def restore(
         optimizer.state[parameters[n]][k] = value if k == 'step' else like(value, parameters[n])
 
 # %% ../nbs/08_training.ipynb #29196a65
+def launcher_says(
+    command:list,  # the command line of the process that started this one
+)->int:            # 0: it is not `accelerate launch`, or says nothing
+    "`ValueError` for a number of processes that is none, or a config file that cannot be read"
+    words = [Path(w).name for w in command[:4]]
+    start = next((i for i,w in enumerate(words) if w in ('accelerate-launch', 'accelerate.commands.launch') or words[i - 1:i + 1] == ['accelerate', 'launch']), None)
+    if start is None: return 0
+    given = dict(re.match(r'--(num[_-]processes|config[_-]file)=(.*)', w).groups() for w in command if re.match(r'--(num[_-]processes|config[_-]file)=', w))
+    given |= {w[2:]: after for w, after in zip(command, command[1:]) if re.fullmatch(r'--(num[_-]processes|config[_-]file)', w)}
+    given = {k.replace('-', '_'): v for k,v in given.items()}
+    asked, where = given.get('num_processes'), 'accelerate launch --num_processes'
+    if asked is None and 'config_file' in given:
+        import yaml
+        where = f"accelerate launch --config_file {given['config_file']}"
+        try: content = yaml.safe_load(Path(given['config_file']).read_text(encoding='utf-8'))
+        except (OSError, ValueError, yaml.YAMLError) as e: raise ValueError(f"{where}: cannot be read ({' '.join(str(e).split())[:200]})") from None
+        asked = content.get('num_processes') if isinstance(content, dict) else None
+    if asked is None: return 0
+    if not re.fullmatch('[0-9]+', str(asked)): raise ValueError(f"{where}: num_processes={asked!r} is not a number")
+    return int(asked)
+
 def processes_asked_for(config:TrainConfig)->int:  # 0: nobody said
     """How many processes the launcher was asked for. On a machine without CUDA `accelerate launch` starts a single one whatever it was told,
-    and tells it nothing; hence the look at its command line"""
-    found = [config.processes] + [int(os.environ[n]) for n in ('WORLD_SIZE', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE') if os.environ.get(n, '').isdigit()]
-    try:
-        import psutil, yaml
-        command = ' '.join(psutil.Process().parent().cmdline())
-        if 'accelerate' in command and 'launch' in command:
-            asked, file = (re.search(rf'--{name}[ =](\S+)', command) for name in ('num[_-]processes', 'config[_-]file'))
-            if asked: found.append(int(asked[1]))
-            elif file: found.append(int(yaml.safe_load(Path(file[1]).read_text())['num_processes']))
-    except Exception: pass                                                         # only a precaution
-    return max(found)
+    and tells it nothing; hence the look at its command line, where it can be seen"""
+    found = [config.processes]
+    for name in ('WORLD_SIZE', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE'):
+        if not re.fullmatch('[0-9]*', os.environ.get(name, '')): raise ValueError(f"{name}={os.environ[name]!r}: should be the number of processes; the launcher sets it")
+        found.append(int(os.environ.get(name) or 0))
+    try: import psutil
+    except ImportError: return max(found)
+    try: command = [] if (parent := psutil.Process().parent()) is None else parent.cmdline()
+    except (psutil.Error, OSError): command = []                                   # the system does not say
+    return max(*found, launcher_says(command))
 
 def start_processes(
     config:TrainConfig,
@@ -464,13 +528,23 @@ def start_processes(
         raise RuntimeError(f"{asked} processes were asked for, but this one finds itself among {got}: launch with `torchrun --nproc-per-node {asked} -m v2flow_nbdev.cli …`, or set training.processes")
     return accelerator
 
+def compute_twice(
+    model,  # as given to `train`
+):
+    "Activation checkpointing where the model, or the first trainable part of it, offers it by the name of `transformers` or of `diffusers`; else `ValueError`"
+    offered = [(part, name) for part in model.modules() for name in ('gradient_checkpointing_enable', 'enable_gradient_checkpointing') if callable(getattr(part, name, None)) and any(p.requires_grad for p in part.parameters())]
+    if not offered: raise ValueError(f"activation_checkpointing=True: {type(model).__name__} does not offer it; leave it out, or lower batch_size")
+    part, name = offered[0]
+    try: getattr(part, name)()
+    except (ValueError, NotImplementedError, AttributeError) as e: raise ValueError(f"activation_checkpointing=True: {type(part).__name__} does not offer it ({' '.join(str(e).split())}); leave it out, or lower batch_size") from None
+
 def wrap(
     model,               # on its device
     config:TrainConfig,
     accelerator,
 ):                       # to be called in place of the model
     "The model in one process, copied to several (DDP), or sharded over them (FSDP2), with the options of the config"
-    if config.activation_checkpointing: model.gradient_checkpointing_enable()
+    if config.activation_checkpointing: compute_twice(model)
     if config.compile: model.compile()
     if not config.fsdp: return accelerator.prepare(model)
     if accelerator.num_processes == 1: raise ValueError("fsdp=True: needs several processes, see the README for launching them")
@@ -491,7 +565,7 @@ def interruptions():  # gives a list that holds the signal as soon as there is o
     "SIGTERM and Ctrl-C are noted; a second one ends the program at once"
     seen, before = [], {}
     def note(number, frame):
-        if seen: signal.signal(number, signal.SIG_DFL); os.kill(os.getpid(), number)
+        if seen: signal.signal(number, signal.SIG_DFL); signal.raise_signal(number)
         seen.append(number)
     try:
         for s in (signal.SIGTERM, signal.SIGINT): before[s] = signal.signal(s, note)
@@ -595,9 +669,10 @@ class Record:
         accelerator,
         settings:dict,       # what a resumed run must have in common with its beginning
         state:dict,          # of the checkpoint it goes on from; {}: a new run
+        say=None,            # called with a line for what is odd
     ):
         self.out, self.config, self.accelerator, self.settings, self.main = out, config, accelerator, settings, accelerator.is_main_process
-        self.log = RunLog(out if self.main else None, state.get('step', 0), state.get('pending', ()))
+        self.log = RunLog(out if self.main else None, state.get('step', 0), state.get('pending', ()), say)
         self.lost, self.skipped = state.get('lost', []), state.get('skipped', 0)
         self.began, self.rows, self.scores = time.time(), 0, {}
         if out: accelerator.init_trackers('trackers', init_kwargs=dict(tensorboard=dict(purge_step=state.get('step', 0))))
@@ -654,12 +729,46 @@ def refuse(
                        f"rows of its batch: {' '.join(map(str, rows))}. Nothing was learned from them; try a lower training.lr, or look at these rows")
 
 def report_lost(lost, processes, say):
-    "What could not be used in any process, at the end"
+    "What could not be used in any process, at the end; gives all of it"
     if processes > 1:
         every = [None]*processes
         dist.all_gather_object(every, lost)
         lost = list(dict.fromkeys(why for some in every for why in some))
     if lost: say(f"{len(lost)} rows could not be used, others took their places: " + '; '.join(lost[:20]) + (' …' if len(lost) > 20 else ''))
+    return lost
+
+def note_lost(
+    data,  # as given to `train`
+    lost,  # [why a row could not be used, …]
+):
+    "The same into the report of the rows that the data were made of, if they have one"
+    while data is not None and not hasattr(data, 'report'): data = getattr(data, 'rows', None)
+    for why in lost if hasattr(getattr(data, 'report', None), 'change') else ():
+        name, _, reason = why.partition(': ')
+        data.report.change(name, f'replaced in training: {reason}' if reason else 'replaced in training')
+
+def started(loader):
+    "Its iterator; `ValueError` if what it holds cannot be sent to a worker, which any start method of processes but fork has to do"
+    try: return iter(loader)
+    except (pickle.PicklingError, AttributeError, TypeError) as e:
+        if not loader.num_workers: raise
+        raise ValueError(f"num_workers={loader.num_workers}: the data or `collate` cannot be sent to another process ({' '.join(str(e).split())}); use functions of a module instead of lambdas and nested ones, no open files, or num_workers=0") from e
+
+@contextmanager
+def left_as_it_was(model):  # gives {name of a parameter: is it trained}
+    "Afterwards parts train or rest as they did before, parameters are trained or frozen as they were, and no gradients are left"
+    modes, trained = {m: m.training for m in model.modules()}, {n: p.requires_grad for n,p in model.named_parameters()}
+    try: yield trained
+    finally:
+        for m, mode in modes.items(): m.training = mode
+        for n, p in model.named_parameters(): p.requires_grad_(trained.get(n, p.requires_grad)).grad = None
+
+@contextmanager
+def tracked(accelerator):
+    "Trackers write what they hold, however it ends: their threads must not outlive the run"
+    try: yield
+    finally:
+        for tracker in accelerator.trackers: tracker.finish()
 
 def train(
     model,                # `model(**batch).loss`; optional methods `before_step(progress)`, `after_step()`, `gradient_checkpointing_enable()`
@@ -672,43 +781,53 @@ def train(
     progress:bool=True,   # show a progress bar
     settings:dict|None=None, # what else a resumed run must have in common with its beginning: data, model, …
     count=None,           # callable (batch) → how many items its loss is a mean over; None: every batch weighs the same
-):                        # the averaged model, in `eval()`, on the device of the training
-    """The one training loop. Errors: `ValueError` for a run that cannot be resumed under these settings, `OSError` for a checkpoint that
-    cannot be written, `RuntimeError` for ten steps in a row without a finite gradient or a wrong number of processes, `Interrupted` after
-    SIGTERM or Ctrl-C"""
+):                        # the averaged model, in `eval()`, on the device of the training; trained or frozen in the parts that `model` was
+    """The one training loop. Errors: `ValueError` for a run that cannot be resumed under these settings or has no rows, `OSError` for a
+    checkpoint that cannot be written, `RuntimeError` for ten steps in a row without a finite gradient or a wrong number of processes,
+    `Interrupted` after SIGTERM or Ctrl-C. `model` holds the last step's weights afterwards, and may be trained again as may what is given back;
+    a model that was sharded stays so"""
     accelerator = start_processes(config, out)
     if accelerator.distributed_type == 'FSDP': config = replace(config, fsdp=True)  # so `accelerate launch` was told
     n, main = accelerator.num_processes, accelerator.is_main_process
     def say(text): tqdm.write(f'v2flow: {text}', file=sys.stderr) if main else None
     settings = dict(asdict(config), **(settings or {}), rows_per_step=config.batch_size*config.accumulate*n)
     tensors, state = out and (resume or config.resume) and last_checkpoint(out, say) or (None, {})
-    if tensors: check_settings(state['settings'], settings, out)
-    start = state.get('step', 0)
+    if tensors: check_settings(state.get('settings', {}), settings, out)
+    with tracked(accelerator), left_as_it_was(model) as trained:
+        record = Record(out, config, accelerator, settings, state, say)
+        begun, tensors = [tensors] if tensors else [], None
+        averaged = run_steps(model, data, config, accelerator, record, begun, state.get('step', 0), collate, evaluate, progress, count)
+        accelerator.wait_for_everyone()
+        note_lost(data, report_lost(record.lost, n, say))
+    for name, p in averaged.named_parameters(): p.requires_grad_(trained[name])
+    return averaged
+
+def run_steps(model, data, config, accelerator, record, begun, start, collate=None, evaluate=None, progress=True, count=None):
+    "The steps of `train` from `start` on; gives the averaged model, frozen"
+    n, out = accelerator.num_processes, record.out
+    loader, batches = make_loader(data, config, collate, start, accelerator.process_index, n)
     average = copy.deepcopy(model.train() if config.fsdp else model.train().to(accelerator.device))
     model.to(accelerator.device)
     trainer = Trainer(model, config, accelerator, count)
     averaged = AveragedModel(model, average)
-    if tensors: restore(tensors, model, averaged, trainer.optimizer); tensors = None
-    record = Record(out, config, accelerator, settings, state)
-    loader, batches = make_loader(data, config, collate, start, accelerator.process_index, n)
-    bar = tqdm(total=config.steps, initial=start, disable=not (progress and main), desc='training', mininterval=1, dynamic_ncols=True)
+    if begun: restore(begun.pop(), model, averaged, trainer.optimizer)
+    bar = tqdm(total=config.steps, initial=start, disable=not (progress and record.main), desc='training', mininterval=1, dynamic_ncols=True)
     with bar, interruptions() as signals, exact(config.deterministic or accelerator.device.type == 'cpu'):
-        source = iter(loader)
-        for step in range(start, config.steps):
-            parts, done = [next(source) for _ in range(config.accumulate)], step + 1
-            losses, taken, stop = trainer.step(step, [batch for batch,_ in parts], bool(signals))
-            if taken: averaged.update(min(config.ema_decay, (1 + step)/(10 + step)))
-            record.add(losses, taken, [why for _,some in parts for why in some])
-            refuse(trainer.skipped, step, losses, batches, config.accumulate)
-            bar.update()
-            judged, line = evaluate and due(done, config.evaluate_every, config.steps), {}
-            if judged: record.evaluate(done, averaged.whole(), evaluate)
-            if judged or due(done, config.log_every, config.steps):
-                line = record.line(done)
-                bar.set_postfix({k: f'{v:.3g}' for k,v in line.items() if k in ('loss', 'rows_per_s')}, refresh=False)
-            if out and (judged or stop or due(done, config.checkpoint_every, config.steps)): record.save(done, run_tensors(model, averaged, trainer.optimizer), line)
-            if stop: raise Interrupted((signals or [signal.SIGTERM])[0], done, bool(out))
-    for tracker in accelerator.trackers: tracker.finish()
-    accelerator.wait_for_everyone()
-    report_lost(record.lost, n, say)
+        source = started(loader)
+        try:
+            for step in range(start, config.steps):
+                parts, done = [next(source) for _ in range(config.accumulate)], step + 1
+                losses, taken, stop = trainer.step(step, [batch for batch,_ in parts], bool(signals))
+                if taken: averaged.update(min(config.ema_decay, (1 + step)/(10 + step)))
+                record.add(losses, taken, [why for _,some in parts for why in some])
+                refuse(trainer.skipped, step, losses, batches, config.accumulate)
+                bar.update()
+                judged, line = evaluate and due(done, config.evaluate_every, config.steps), {}
+                if judged: record.evaluate(done, averaged.whole(), evaluate)
+                if judged or due(done, config.log_every, config.steps):
+                    line = record.line(done)
+                    bar.set_postfix({k: f'{v:.3g}' for k,v in line.items() if k in ('loss', 'rows_per_s')}, refresh=False)
+                if out and (judged or stop or due(done, config.checkpoint_every, config.steps)): record.save(done, run_tensors(model, averaged, trainer.optimizer), line)
+                if stop: raise Interrupted((signals or [signal.SIGTERM])[0], done, bool(out))
+        finally: del source                                                        # its workers end here, also where the traceback of an error lives on
     return averaged.whole()

@@ -260,3 +260,110 @@ def test_a_collate_that_fails_for_good_rows_is_said():
     def collate(rows): raise ValueError('too few') if len(rows) > 1 else ValueError('never')
     def some(rows): return torch.utils.data.default_collate(rows) if len(rows) == 1 else collate(rows)
     with pytest.raises(ValueError, match='too few'): train(Line(), points(6), config, some, progress=False)
+
+# ---- few and broken images, through the real commands
+
+@pytest.fixture(scope='module')
+def shell():
+    shell = Shell(); yield shell; shell.close()
+
+@pytest.fixture(scope='module')
+def own(tmp_path_factory):
+    from test_bad_input import own_llm
+    folder = tmp_path_factory.mktemp('own'); own_llm(folder)
+    return folder
+
+short = ['training.steps=2', 'training.batch_size=4', 'training.evaluate_every=0', 'training.trackers=[]']
+digits_tokenizer = ['train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', f'vocabulary={shipped}/llm', 'words=all', 'tokenizer.codebook_size=16', 'tokenizer.quantize_from=0', *short]
+commands = dict(
+    tokenizer=digits_tokenizer, cached=[*digits_tokenizer, 'data.cache={out}/latents'], copies=[*digits_tokenizer, 'data.copies=1'],
+    autoencoder=['train-autoencoder', '--config', 'configs/emoji-autoencoder.yaml', 'autoencoder.width=8', 'autoencoder.channels=4', 'autoencoder.halvings=1', 'autoencoder.local=false', 'data.size=8', *short],
+    text=['pretrain-llm', '--config', 'configs/digits-text.yaml', 'llm.hidden_size=32', 'llm.num_hidden_layers=1', *short],
+    ids=['encode-dataset', '--config', 'configs/digits-llm.yaml', f'image_tokenizer={shipped}'],
+    llm=['train-llm', '--config', 'configs/digits-llm.yaml', f'image_tokenizer={shipped}', 'llm.pretrained={own}', 'llm.save_dtype=float32', *short])
+
+def typed_with(shell, name, folder, out, own, *more):
+    given = ['data.copies=0'] if 'data.copies=1' not in commands[name] else []
+    return shell(*[str(a).format(out=out, own=own) for a in commands[name]], '--out', out, 'data.name=image_folder', f'data.folder={folder}', *given, *more)
+
+@pytest.mark.parametrize('n', [1, 2])
+@pytest.mark.parametrize('name', commands)
+def test_a_folder_of_one_image_or_two(shell, own, tmp_path, name, n):
+    "The usual first check of a training: to overfit a single picture"
+    done = typed_with(shell, name, digits_folder(tmp_path/'few', n), tmp_path/'out', own, 'data.held_out=5')
+    assert done.returncode == 0, done.stderr
+
+@pytest.mark.parametrize('name', commands)
+def test_one_broken_image_that_nobody_looked_for(shell, own, tmp_path, name):
+    "With check: false it is met while working: it is named, another takes its place, and the rest goes on; strictly it ends everything"
+    folder = digits_folder(tmp_path/'set', 6)
+    broken = sorted(folder.iterdir())[:2]                                               # one to judge on, one to train on
+    for path in broken: path.write_bytes(b'gone')
+    done = typed_with(shell, name, folder, tmp_path/'out', own, 'data.check=false', 'data.held_out=2')
+    assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
+    told = json.loads((tmp_path/'out/data.json').read_text())
+    if name != 'text': assert broken[1].name in json.dumps(told, ensure_ascii=False) and 'by name in' in done.stderr, (told, done.stderr)      # text alone reads no image
+    if name in ('tokenizer', 'cached', 'autoencoder'): assert broken[0].name in told['left_out'], told
+    done = typed_with(shell, name, folder, tmp_path/'strict', own, 'data.check=false', 'data.strict=true')
+    assert done.returncode == 1 and broken[0].name in done.stderr and done.stderr.count('\n') == 1 and not (tmp_path/'strict/model').exists(), done.stderr
+
+def test_images_of_one_colour_are_refused_in_words(shell, own, tmp_path):
+    from PIL import Image
+    (tmp_path/'black').mkdir(); Image.new('RGB', (8, 8)).save(tmp_path/'black/a.png')
+    done = typed_with(shell, 'tokenizer', tmp_path/'black', tmp_path/'out', own)
+    assert done.returncode == 1 and 'one and the same colour' in done.stderr.splitlines()[-1], done.stderr
+
+@pytest.mark.parametrize('n', [1, 2, 3, 10, 11])
+@pytest.mark.parametrize('held_out', [0.001, 0.1, 0.9, 1, 5, 10_000])
+def test_something_is_always_left_to_train_on_and_to_judge_on(n, held_out):
+    from v2flow_nbdev.cli import split_of
+    train, judged = map(list, split_of(n, held_out))
+    assert train and judged and sorted({*train, *judged}) == list(range(n)) and (n == 1 or not {*train} & {*judged}) and len(judged) <= (n + 1)//2
+
+def test_some_of_none_and_of_broken_rows():
+    from v2flow_nbdev.cli import Unusable, some
+    class Torn(list):
+        def __getitem__(self, i):
+            if list.__getitem__(self, i) is None: raise OSError('torn')
+            return list.__getitem__(self, i)
+    assert some([], 5) == [] and some(Torn([None, 1, 2, None]), 1) == [1] and len(some(list(range(100)), 7)) == 7
+    with pytest.raises(Unusable, match='not one of 2 rows can be used; the last: torn'): some(Torn([None]*2), 5)
+
+# ---- the end of a command
+
+def test_one_of_several_processes_leaves_at_once_with_its_exit_code(tmp_path):
+    "All is written and every exit handler has run, but Python is not taken down around gloo's threads; exit codes of failures stay"
+    code = ("import atexit, os, sys, torch.distributed as dist\nfrom v2flow_nbdev import cli\nclass Loud:\n    def __del__(self): os.write(2, b'taken down')\n"
+            "dist.init_process_group('gloo', init_method='file://' + sys.argv[1], rank=0, world_size=1)\nsys.loud, sys.mesh = Loud(), dist.group.WORLD\natexit.register(print, 'handlers')\n"
+            "def app(standalone_mode):\n    print('done')\n    {}\ncli.app = app\ncli.main()")
+    for i, (end, exit_code) in enumerate({'return 0': 0, 'raise ValueError("x")': 2, 'raise OSError("x")': 1, 'raise RuntimeError("x")': 1, 'raise KeyboardInterrupt': 130,
+            'from v2flow_nbdev.training import Interrupted; raise Interrupted(15, 3, True)': 143}.items()):
+        done = typed(tmp_path/f'store-{i}', code=code.format(end))
+        assert done.returncode == exit_code and done.stdout.decode().split() == ['done', 'handlers'] and b'taken down' not in done.stderr, done
+        assert done.stderr.count(b'\n') == bool(exit_code), done.stderr
+
+def test_nothing_of_a_run_outlives_it(tmp_path):
+    "Trackers' threads and workers end with the run, also if it fails"
+    import multiprocessing, threading
+    def wrong(m): raise KeyError('no')
+    for evaluate in (None, wrong):
+        before = {t for t in threading.enumerate() if t.name != 'tqdm_monitor'}
+        try: train(Line(), points(4), TrainConfig(steps=2, batch_size=2, num_workers=1), evaluate=evaluate, out=tmp_path/str(bool(evaluate)), progress=False)
+        except KeyError as e: kept = e                                                 # its traceback holds on to all that the run knew
+        else: assert not evaluate
+        for t in {t for t in threading.enumerate() if t.name != 'tqdm_monitor'} - before: t.join(20); assert not t.is_alive(), t      # a worker's queue takes a moment to close
+        assert not multiprocessing.active_children()
+
+# ---- notebooks
+
+def test_the_check_names_a_notebook_that_cannot_be_read(tmp_path, monkeypatch):
+    import check_notebooks
+    (tmp_path/'nbs/.ipynb_checkpoints').mkdir(parents=True)
+    for name, text in dict(good='{"cells": []}', conflict='<<<<<<< HEAD\n{"cells": []}\n=======\n{"cells": [1]}\n>>>>>>> other\n', list='[]', empty='').items(): (tmp_path/f'nbs/{name}.ipynb').write_text(text)
+    (tmp_path/'nbs/latin.ipynb').write_bytes(b'\xff'); (tmp_path/'nbs/.ipynb_checkpoints/good-checkpoint.ipynb').write_text('<<<<<<<')
+    monkeypatch.setattr(check_notebooks, 'root', tmp_path)
+    found = list(check_notebooks.problems())
+    assert len(found) == 4 and found[0] == 'nbs/conflict.ipynb holds a merge conflict: resolve it' and all(f'nbs/{n}.ipynb' in f for n, f in zip(('conflict', 'empty', 'latin', 'list'), found)), found
+    (tmp_path/'nbs/index.ipynb').write_text('<<<<<<< HEAD\n')
+    for call in (lambda: check_notebooks.execute(['conflict']), check_notebooks.readme):
+        with pytest.raises(SystemExit, match='(conflict|index).ipynb holds a merge conflict'): call()

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['app', 'Model', 'Seed', 'Json', 'Out', 'Picture', 'Config', 'RunFolder', 'Resume', 'DryRun', 'Strict', 'Overrides',
            'shipped_model', 'judges', 'defaults', 'stored_dtypes', 'gpus', 'Unusable', 'running', 'say', 'fail',
-           'leave_processes', 'main', 'load_pipe', 'load_tokenizer', 'quiet', 'generator', 'report', 'check_picture',
-           'save_picture', 'sheet', 'generate', 'reconstruct', 'encode', 'decode', 'caption', 'digits_demo',
-           'emojis_demo', 'demo', 'stacked', 'measure', 'evaluate', 'web_page', 'read_config', 'call', 'DataConfig',
-           'DecoderConfig', 'LLMConfig', 'TextConfig', 'load_data', 'some', 'check_run', 'check_out', 'is_main_process',
-           'in_common', 'all_captions', 'finish', 'llm_plan', 'lines_of', 'pretrain_llm', 'autoencoder_plan',
-           'train_autoencoder', 'open_latents', 'tokenizer_data', 'plan', 'train_tokenizer', 'train_decoder',
-           'join_processes', 'encoded', 'picture_sizes', 'encode_dataset', 'weights_of', 'ids_of', 'plain_texts',
-           'known_words', 'data_scores', 'shape_of', 'plan_llm', 'train_llm']
+           'leave_processes', 'leave', 'speak_anyway', 'end_quietly', 'main', 'run_command', 'load_pipe',
+           'load_tokenizer', 'quiet', 'generator', 'report', 'check_picture', 'save_picture', 'sheet', 'generate',
+           'reconstruct', 'encode', 'decode', 'caption', 'digits_demo', 'emojis_demo', 'demo', 'stacked', 'measure',
+           'evaluate', 'web_page', 'read_config', 'call', 'DataConfig', 'DecoderConfig', 'LLMConfig', 'TextConfig',
+           'split_of', 'load_data', 'moved_copies', 'some', 'check_run', 'check_out', 'is_main_process', 'in_common',
+           'all_captions', 'tell_report', 'finish', 'llm_plan', 'lines_of', 'pretrain_llm', 'autoencoder_plan',
+           'train_autoencoder', 'open_latents', 'stack_latents', 'tokenizer_data', 'plan', 'train_tokenizer',
+           'train_decoder', 'join_processes', 'encoded', 'picture_sizes', 'encode_dataset', 'weights_of', 'ids_of',
+           'plain_texts', 'known_words', 'data_scores', 'shape_of', 'plan_llm', 'train_llm']
 
 # %% ../nbs/20_cli.ipynb #db1dd225
 import json, sys
@@ -493,7 +494,7 @@ def load_data(
     elif c.name == 'emoji': rows, held_out = emoji(c.split, c.size), emoji('unseen_pictures', c.size)
     elif c.name == 'image_folder':
         whole = image_folder(c.folder, c.strict, c.check)
-        if is_main_process(): say(f"{c.folder}: {len(whole)} pictures can be used; {whole.report}" + ('; a single one, so it is judged on too'*(len(whole) == 1)))
+        if is_main_process(): say(f"{c.folder}: {len(whole)} pictures " + (f'can be used; {whole.report}' if c.check or c.strict else 'that nobody has looked at yet') + ('; a single one, so it is judged on too'*(len(whole) == 1)))
         rows, held_out = split(whole)
     else:
         from v2flow_nbdev.data import Report, usable
@@ -520,12 +521,14 @@ def moved_copies(rows, c):
 def some(rows, n):
     "At most n of the rows that can be used, evenly spread; of a stream the first"
     if hasattr(rows, 'take'): return rows.take(n)
-    from v2flow_nbdev.training import unusable_row
-    found, last = [], None
+    from v2flow_nbdev.training import unusable_row, why_lost
+    found, last, report = [], None, getattr(rows, 'report', None)
     for tried in range(0, len(rows), max(1, len(rows)//n)), range(len(rows)):       # all of them only where none of the first can be used
         for i in tried:
             try: found.append(rows[i])
-            except unusable_row as e: last = e
+            except unusable_row as e:
+                last = why_lost(e, i)
+                if report is not None: report.leave_out(*last.partition(': ')[::2])
         if found: break
     if last and not found: raise Unusable(f"not one of {len(rows)} rows can be used; the last: {last}")
     return found[:n]

@@ -10,9 +10,22 @@ from tempfile import TemporaryDirectory
 root = Path(__file__).parent.parent
 tools = Path(sys.executable).parent
 
+def fault(path):
+    "Why a notebook cannot be read at all, in a line that names it; None where it can"
+    name = f'nbs/{path.name}'
+    try: content = json.loads(text := path.read_text(encoding='utf-8'))
+    except UnicodeDecodeError: return f'{name} is not UTF-8'
+    except ValueError as e: return f'{name} holds a merge conflict: resolve it' if re.search('^(<<<<<<<|>>>>>>>)', text, re.M) else f'{name} is not JSON ({e})'
+    if not isinstance(content, dict) or not isinstance(content.get('cells'), list): return f'{name} is no notebook: it has no cells'
+
+def read(path):
+    "The content of a notebook; ends the program with a line if it cannot be read"
+    if why := fault(path): sys.exit(why)
+    return json.loads(path.read_text(encoding='utf-8'))
+
 def readme():
     "README.md: the text cells of the front page, links seen from the repository's root"
-    cells = json.loads((root/'nbs/index.ipynb').read_text(encoding='utf-8'))['cells']
+    cells = read(root/'nbs/index.ipynb')['cells']
     text = '\n\n'.join(''.join(c['source']).strip() for c in cells if c['cell_type'] == 'markdown')
     text = text.split('\n## The same, executed')[0].rstrip()
     text = text.replace('](../', '](')
@@ -21,6 +34,7 @@ def readme():
 def execute(names):
     for path in sorted((root/'nbs').glob('*.ipynb')):
         if names and path.stem not in names: continue
+        read(path)
         print(path.stem, flush=True)
         subprocess.run([tools/'jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', '--log-level', 'ERROR', path], check=True, cwd=root/'nbs')
         content = json.loads(path.read_text(encoding='utf-8'))
@@ -30,6 +44,9 @@ def execute(names):
         subprocess.run([tools/'nbdev_clean', '--fname', path], check=True, cwd=root)
 
 def problems():
+    faults = [why for path in sorted((root/'nbs').glob('*.ipynb')) if (why := fault(path))]
+    yield from faults
+    if faults: return                                                                # the tools below would stop at the first of these, and not say which
     with TemporaryDirectory() as tmp:
         copy = Path(tmp)/'copy'; copy.mkdir()
         for name in ('nbs', 'v2flow_nbdev'): shutil.copytree(root/name, copy/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['app', 'Model', 'Seed', 'Json', 'Out', 'Picture', 'Config', 'RunFolder', 'Resume', 'DryRun', 'Strict', 'Overrides',
            'shipped_model', 'judges', 'defaults', 'stored_dtypes', 'gpus', 'Unusable', 'running', 'say', 'fail',
-           'leave_processes', 'main', 'load_pipe', 'load_tokenizer', 'quiet', 'generator', 'report', 'check_picture',
-           'save_picture', 'sheet', 'generate', 'reconstruct', 'encode', 'decode', 'caption', 'digits_demo',
-           'emojis_demo', 'demo', 'stacked', 'measure', 'evaluate', 'web_page', 'read_config', 'call', 'DataConfig',
-           'DecoderConfig', 'LLMConfig', 'TextConfig', 'load_data', 'some', 'check_run', 'check_out', 'is_main_process',
-           'in_common', 'all_captions', 'finish', 'llm_plan', 'lines_of', 'pretrain_llm', 'autoencoder_plan',
-           'train_autoencoder', 'open_latents', 'tokenizer_data', 'plan', 'train_tokenizer', 'train_decoder',
-           'join_processes', 'encoded', 'picture_sizes', 'encode_dataset', 'weights_of', 'ids_of', 'plain_texts',
-           'known_words', 'data_scores', 'shape_of', 'plan_llm', 'train_llm']
+           'leave_processes', 'leave', 'speak_anyway', 'end_quietly', 'main', 'run_command', 'load_pipe',
+           'load_tokenizer', 'quiet', 'generator', 'report', 'check_picture', 'save_picture', 'sheet', 'generate',
+           'reconstruct', 'encode', 'decode', 'caption', 'digits_demo', 'emojis_demo', 'demo', 'stacked', 'measure',
+           'evaluate', 'web_page', 'read_config', 'call', 'DataConfig', 'DecoderConfig', 'LLMConfig', 'TextConfig',
+           'split_of', 'load_data', 'moved_copies', 'some', 'check_run', 'check_out', 'is_main_process', 'in_common',
+           'all_captions', 'tell_report', 'finish', 'llm_plan', 'lines_of', 'pretrain_llm', 'autoencoder_plan',
+           'train_autoencoder', 'open_latents', 'stack_latents', 'tokenizer_data', 'plan', 'train_tokenizer',
+           'train_decoder', 'join_processes', 'encoded', 'picture_sizes', 'encode_dataset', 'weights_of', 'ids_of',
+           'plain_texts', 'known_words', 'data_scores', 'shape_of', 'plan_llm', 'train_llm']
 
 # %% ../nbs/20_cli.ipynb #db1dd225
 import json, sys
@@ -66,25 +67,63 @@ def fail(message, code):
     sys.exit(code)
 
 def leave_processes():
-    "Processes that were launched together say goodbye: one that ends while its threads still listen to the others is aborted now and then"
+    "Processes that were launched together say goodbye; was this one among several?"
     dist = sys.modules.get('torch.distributed')
-    if dist and dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
+    if not (dist and dist.is_available() and dist.is_initialized()): return False
+    dist.destroy_process_group()
+    return True
+
+def leave(code):
+    """End the program with this exit code. One of several processes does so at once, when all is written: a shard's mesh keeps gloo's threads
+    alive, and one of these that lets go of a tensor while Python is being taken down aborts the process"""
+    several = leave_processes()
+    if several:
+        import atexit
+        atexit._run_exitfuncs()                                                    # logs and trackers, threads of pools, temporary files
+    for stream in (sys.stdout, sys.stderr):
+        try: stream.flush()
+        except (OSError, ValueError, AttributeError): pass                         # closed, or there is none
+    if several:
+        import os
+        os._exit(code if isinstance(code, int) else int(code is not None))
+    sys.exit(code)
+
+def speak_anyway():
+    "What a stream's encoding lacks is printed with escapes: cp1252 on Windows, ASCII in some logs, file names that are not UTF-8"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+
+def end_quietly():
+    "Whoever read our output has enough of it (`| head`): no message, exit code 1. Does nothing while the output is open"
+    import os, select
+    try:
+        out = sys.stdout.fileno()
+        look = select.poll(); look.register(out, 0)
+        if not look.poll(0): return
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out)                             # else Python would complain at its end
+    except (AttributeError, OSError, ValueError): pass                             # a system that cannot look
+    sys.exit(1)
 
 def main():
     "The `v2flow` command: one line on stderr for every error; exit code 2 when the arguments are wrong, 1 when a file cannot be used or a run fails"
+    speak_anyway()
     if len(sys.argv) == 1: sys.argv.append('--help')
+    try: run_command()
+    except SystemExit as e: leave(e.code)
+
+def run_command():
+    "What was typed, and `SystemExit` with its exit code"
     try:
         code = app(standalone_mode=False) or 0
-        leave_processes()
+        if sys.stdout: sys.stdout.flush()
         sys.exit(code)
+    except BrokenPipeError as e: end_quietly(); fail(e, 1)
     except typer.TyperException as e: fail(f"{e.format_message() if hasattr(e, 'format_message') else e} (see v2flow --help)", 2)
     except typer.Exit as e: sys.exit(e.exit_code)
     except (KeyboardInterrupt, typer.Abort): fail('interrupted', 130)
     except ValueError as e: fail(e, 2)
     except (Unusable, OSError) as e: fail(e, 1)
-    except Exception as e:
-        if hasattr(e, 'signal'): leave_processes()                                 # `Interrupted`: all of them stop after the same step
-        fail(e if hasattr(e, 'signal') else f'{type(e).__name__}: {e}', 128 + getattr(e, 'signal', -127))
+    except Exception as e: fail(e if hasattr(e, 'signal') else f'{type(e).__name__}: {e}', 128 + getattr(e, 'signal', -127))
 
 # %% ../nbs/20_cli.ipynb #6e0723c3
 def load_pipe(model):
@@ -366,8 +405,9 @@ class DataConfig:
         if self.streaming and self.name != 'hub': raise ValueError(f"streaming=True with data.name={self.name}: only hub can stream")
         if self.cache and (self.streaming or self.crop < 1 or self.flip or len(self.sizes) > 1): raise ValueError(f"cache={self.cache!r} with streaming, crop, flip or several sizes: a cache holds every picture once, as it is")
         if not all(isinstance(s, (list, tuple)) and [type(n) for n in s] == [int, int] for s in self.sizes): raise ValueError(f"sizes={list(self.sizes)}: needs a list of [height, width]")
+        if self.strict and self.streaming: raise ValueError("strict=True with streaming=True: the rows of a stream are first read while they are trained on; leave strict out")
         for name in ('n', 'size', 'held_out'):
-            if getattr(self, name) <= 0: raise ValueError(f"{name}={getattr(self, name)}: needs to be above 0")
+            if not 0 < getattr(self, name) < float('inf'): raise ValueError(f"{name}={getattr(self, name)}: needs to be above 0" + ' and finite'*(getattr(self, name) > 0))
 
 @dataclass
 class DecoderConfig:
@@ -431,6 +471,15 @@ class TextConfig:
         if self.save_dtype not in stored_dtypes: raise ValueError(f"save_dtype={self.save_dtype!r}: use {', '.join(stored_dtypes)}")
         if self.caption_weight < 1: raise ValueError(f"caption_weight={self.caption_weight}: needs at least 1")
 
+def split_of(
+    n:int,           # rows
+    held_out:float,  # share (below 1) or number of rows to judge on
+):                   # (numbers of the rows to train on, of those to judge on); of a single row both
+    "Every so many rows one is held out, but never more than every second"
+    if n == 1: return [0], [0]
+    every = max(2, round(n/held_out if held_out >= 1 else 1/held_out))
+    return [i for i in range(n) if i % every], range(0, n, every)
+
 def load_data(
     c:DataConfig,  # which
 ):                 # (rows to train on, or a stream; rows to judge on)
@@ -438,38 +487,50 @@ def load_data(
     if c.name == 'ids': raise ValueError("data.name=ids: only train-llm learns from ids")
     from v2flow_nbdev.data import FewCaptions, Subset, augment, digits, emoji, hub, image_folder, mosaics
     from v2flow_nbdev.shapes import shapes
-    def split(rows):
-        every = max(2, round(len(rows)/c.held_out)) if c.held_out >= 1 else max(2, round(1/c.held_out))
-        return Subset(rows, [i for i in range(len(rows)) if i % every]), Subset(rows, range(0, len(rows), every))
+    def split(rows): return tuple(Subset(rows, part) for part in split_of(len(rows), c.held_out))
     if c.name == 'digits': rows, held_out = digits(c.split), digits('test')
     elif c.name == 'mosaics': rows, held_out = mosaics('train', c.n, c.tiles, c.seed), mosaics('test', 100, c.tiles, c.seed)
     elif c.name == 'shapes': rows, held_out = shapes(c.split, c.n, c.size, c.seed), shapes('test', 300, c.size, c.seed)
     elif c.name == 'emoji': rows, held_out = emoji(c.split, c.size), emoji('unseen_pictures', c.size)
     elif c.name == 'image_folder':
         whole = image_folder(c.folder, c.strict, c.check)
-        if is_main_process(): say(f'{c.folder}: {len(whole)} pictures can be used; {whole.report}')
+        if is_main_process(): say(f"{c.folder}: {len(whole)} pictures " + (f'can be used; {whole.report}' if c.check or c.strict else 'that nobody has looked at yet') + ('; a single one, so it is judged on too'*(len(whole) == 1)))
         rows, held_out = split(whole)
     else:
-        from v2flow_nbdev.data import usable
+        from v2flow_nbdev.data import Report, usable
         how = dict(data_files=c.data_files) if c.data_files else {}
         n = max(1, round(c.held_out)) if c.held_out >= 1 else 300
         rows = hub(c.path, c.split, c.image, c.caption, c.streaming, c.seed, n if c.streaming else 0, **how)
-        if c.check and not c.streaming:
+        if not hasattr(rows, 'report'): rows.report = Report()                      # for what is met while training
+        if (c.check or c.strict) and not c.streaming:
             rows = usable(rows, c.strict)
             if is_main_process(): say(f'{c.path}: {len(rows)} rows can be used; {rows.report}')
         rows, held_out = (rows, rows.take(n)) if c.streaming else split(rows)
     if c.captions and not c.streaming: rows = FewCaptions(rows, c.captions, c.seed)
     if c.copies and (c.streaming or len(rows)*c.copies > 200_000):
         raise ValueError(f"data.copies={c.copies}: moved copies are kept in memory, for small data; set data.copies=0, and use data.crop and data.flip")
-    return augment(rows, c.copies, c.degrees, c.shift, c.scale, c.shear, c.seed) if c.copies else rows, held_out
+    return moved_copies(rows, c) if c.copies else rows, held_out
+
+def moved_copies(rows, c):
+    "The rows and copies of them, in memory; all are read here, and those that cannot be are left out"
+    from v2flow_nbdev.data import Subset, augment, usable
+    if hasattr(rows, 'report') and not c.check: rows = usable(rows, c.strict)
+    found = augment(rows, c.copies, c.degrees, c.shift, c.scale, c.shear, c.seed)
+    return Subset(found, range(len(found)), rows.report) if hasattr(rows, 'report') else found
 
 def some(rows, n):
     "At most n of the rows that can be used, evenly spread; of a stream the first"
     if hasattr(rows, 'take'): return rows.take(n)
-    found = []
-    for i in range(0, len(rows), max(1, len(rows)//n)):
-        try: found.append(rows[i])
-        except OSError: continue
+    from v2flow_nbdev.training import unusable_row, why_lost
+    found, last, report = [], None, getattr(rows, 'report', None)
+    for tried in range(0, len(rows), max(1, len(rows)//n)), range(len(rows)):       # all of them only where none of the first can be used
+        for i in tried:
+            try: found.append(rows[i])
+            except unusable_row as e:
+                last = why_lost(e, i)
+                if report is not None: report.leave_out(*last.partition(': ')[::2])
+        if found: break
+    if last and not found: raise Unusable(f"not one of {len(rows)} rows can be used; the last: {last}")
     return found[:n]
 
 # %% ../nbs/20_cli.ipynb #6956f112
@@ -500,13 +561,24 @@ def all_captions(rows):
     from v2flow_nbdev.data import captions_of
     return sorted({c for captions in captions_of(rows if hasattr(rows, '__len__') else rows.take(10_000)) for c in captions if c})
 
-def finish(model, out, save, rows=None):
+def tell_report(out, *sources):
+    "What became of the data, in `out/data.json` and in a line; a model that is saved is not lost for it"
+    from v2flow_nbdev.data import Report
+    reports, whole = [r for s in sources if (r := getattr(s, 'report', None)) is not None], Report()
+    if not reports: return
+    for r in reports:
+        for name, reason in r.left_out.items(): whole.leave_out(name, reason)
+    for what in dict.fromkeys(what for r in reports for what in r.changed):
+        for name in dict.fromkeys(name for r in reports for name in r.changed.get(what, ())): whole.change(name, what)
+    try: whole.save(out/'data.json')
+    except (OSError, ValueError) as e: say(f"v2flow: {out/'data.json'} could not be written ({e})")
+    if whole.left_out or whole.changed: say(f'data: {whole}; by name in {out/"data.json"}')
+
+def finish(model, out, save, *sources):
     "Leave a finished run's model in `out/model/`, and say once more what became of the data"
     if not is_main_process(): return
     save(out/'model')
-    if report := getattr(rows, 'report', None):
-        report.save(out/'data.json')
-        if report.left_out or report.changed: say(f'data: {report}; by name in {out/"data.json"}')
+    tell_report(out, *sources)
     say(f'{sum(p.numel() for p in model.parameters()):,} weights: {out/"model"}')
 
 # %% ../nbs/20_cli.ipynb #30a5af39
@@ -547,8 +619,9 @@ def pretrain_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, re
     from functools import partial
     from v2flow_nbdev.data import write_folder
     from v2flow_nbdev.llm import check_packs, collate, count_targets, pack, small_llama, text_perplexity, text_rows, train_text_tokenizer
-    rows, held_out = load_data(source)
-    captions, (lines, unseen_lines) = all_captions(rows), lines_of(more.file) if more.file else ([], [])
+    pictures, _ = load_data(source)
+    captions, (lines, unseen_lines) = all_captions(pictures), lines_of(more.file) if more.file else ([], [])
+    if not captions + lines: raise Unusable("the data have no captions, and there is no other text to learn from; give text.file")
     tokenizer = call(train_text_tokenizer, c['text_tokenizer'], 'text_tokenizer', texts=captions*more.caption_weight + lines)
     torch.manual_seed(training.seed)
     model, rows = call(small_llama, c['llm'], 'llm', tokenizer=tokenizer), text_rows(tokenizer, captions + lines)
@@ -556,13 +629,13 @@ def pretrain_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, re
     longest = min(model.config.max_position_embeddings, more.pack or 2**31)
     rows = [(p, t[:longest - len(p)]) for p,t in rows]
     if more.pack: check_packs(model)
-    unseen = dict(text_perplexity=some(captions, 2000), **({'text_perplexity_held_out': unseen_lines} if unseen_lines else {}))
+    unseen = dict(**(dict(text_perplexity=some(captions, 2000)) if captions else {}), **({'text_perplexity_held_out': unseen_lines} if unseen_lines else {}))
     def scores(m): return {name: text_perplexity(m, tokenizer, texts) for name, texts in unseen.items()}
     joined = partial(pack, length=more.pack) if more.pack else collate
     with running(): model = train(model, rows, training, joined, scores, out, resume, settings=in_common(c), count=count_targets)
     def save(folder):
         with write_folder(folder) as new: model.to(getattr(torch, more.save_dtype)).save_pretrained(new); tokenizer.save_pretrained(new)
-    finish(model, out, save)
+    finish(model, out, save, pictures)
 
 # %% ../nbs/20_cli.ipynb #aad3f905
 def autoencoder_plan(model, training, shape):
@@ -606,20 +679,24 @@ def open_latents(shape, images, given):
     "The latents that a tokenizer's config asks for, and the config with their shift and scale"
     from dataclasses import replace
     from v2flow_nbdev.latents import AutoencoderLatents, PixelLatents
+    if images.std() == 0: raise Unusable("all images have one and the same colour: there is nothing to learn from them")
     if not shape.autoencoder:
         latents = PixelLatents.fit(images, shape.patch)
         return latents, replace(shape, latent_shift=latents.shift, latent_scale=latents.scale)
     with running(): latents = AutoencoderLatents.from_pretrained(shape.autoencoder, *(given.get(n) for n in ('latent_scale', 'latent_shift')))
     return latents, replace(shape, latent_shift=latents.shift, latent_scale=latents.scale, patch=latents.patch, latent_channels=latents.channels, image_channels=latents.image_channels)
 
+def stack_latents(rows):
+    "Rows of cached latents → batch: a function of the module, so that any worker can be sent it"
+    import torch
+    return dict(latents=torch.stack([r['latents'] for r in rows]))
+
 def tokenizer_data(source, shape, latents, rows):
     "(data, collate) for a training of the image tokenizer: pictures, or latents computed once"
-    import torch
     from v2flow_nbdev.data import PictureStream, Pictures
     from v2flow_nbdev.latents import cache_latents
     if source.cache:
-        cached = cache_latents(rows, latents, source.cache, tuple(source.sizes[0]) if source.sizes else shape.image_size)
-        return cached, lambda batch: dict(latents=torch.stack([r['latents'] for r in batch]))
+        return cache_latents(rows, latents, source.cache, tuple(source.sizes[0]) if source.sizes else shape.image_size), stack_latents
     kind = PictureStream if source.streaming else Pictures
     data = kind(rows, shape.image_channels, source.sizes or [shape.image_size], source.name == 'mosaics', source.crop, source.flip)
     return data, data.collate
@@ -661,6 +738,7 @@ def train_tokenizer(config:Config, out:RunFolder=None, overrides:Overrides=None,
     from transformers import AutoTokenizer
     from v2flow_nbdev.data import Pictures
     from v2flow_nbdev.metrics import tokenizer_scores
+    join_processes(training)                                                       # a cache is then computed by all of them, once
     rows, held_out = load_data(source)
     n = max(32, min(1500, 2**28//(4*shape.image_channels*shape.image_size[0]*shape.image_size[1])))  # a quarter of a gigabyte
     sample = some(rows, n)
@@ -677,7 +755,7 @@ def train_tokenizer(config:Config, out:RunFolder=None, overrides:Overrides=None,
     def scores(m): return tokenizer_scores(m, unseen, images)
     with running(): model = train(model, data, training, collate, scores, out, resume, settings=in_common(c, vocabulary=words.checksum))
     if not model.quantizer.initialised: raise Unusable(f"{out}: {training.steps} steps ended before there was a codebook; raise training.steps")
-    finish(model, out, model.save_pretrained, rows)
+    finish(model, out, model.save_pretrained, rows, data)
 
 # %% ../nbs/20_cli.ipynb #541d1564
 @app.command()
@@ -737,27 +815,32 @@ def encode_dataset(config:Config, out:Annotated[Path, typer.Option('--out', help
     with running():
         tok = load_tokenizer(c['image_tokenizer']).to(device)
         done = encoded(rows, tok, out, picture_sizes(tok, grids))
-    if report := getattr(rows, 'report', None):
-        if is_main_process() and (report.left_out or report.changed): report.save(out/'data.json'); say(f'data: {report}; by name in {out/"data.json"}')
+    if is_main_process(): tell_report(out, rows, *done)
     if is_main_process(): say(f"{len(rows):,} pictures as {' and '.join('×'.join(map(str, d.shape)) for d in done)} ids: {out}")
 
 # %% ../nbs/20_cli.ipynb #0c9b9bac
 def weights_of(rows, field):
     "How often each picture is to be written: by how many share what the field says"
     from v2flow_nbdev.llm import by_root
-    if field not in rows[0]: raise ValueError(f"llm.rare={field!r}: rows of this data have no such field; there are {', '.join(k for k in rows[0] if k not in ('image', 'captions')) or 'none but image and captions'}")
-    return by_root([str(rows[i][field]) for i in range(len(rows))])
+    from v2flow_nbdev.training import unusable_row
+    first = next(iter(some(rows, 1)), {})
+    if field not in first: raise ValueError(f"llm.rare={field!r}: rows of this data have no such field; there are {', '.join(k for k in first if k not in ('image', 'captions')) or 'none but image and captions'}")
+    def of(i):
+        try: return str(rows[i][field])
+        except unusable_row: return None                                           # another row will take its place
+    return by_root([of(i) for i in range(len(rows))])
 
 def ids_of(source, tok, grids, out, rare=''):
-    """(rows of ids to learn from, how often each is to be written, rows to judge on, pictures or None): of a folder that encode-dataset wrote,
-    or of pictures encoded into the run's folder"""
+    """(rows of ids to learn from, how often each is to be written, rows to judge on, all that has a report): of a folder that encode-dataset
+    wrote, or of pictures encoded into the run's folder"""
     from torch.utils.data import ConcatDataset
     from v2flow_nbdev.data import Subset
     from v2flow_nbdev.llm import EncodedImages
     if source.name != 'ids':
         rows, held_out = load_data(source)
         often = weights_of(rows, rare).repeat(max(1, len(grids))) if rare else None             # a wrong field is found before anything is encoded
-        return ConcatDataset(encoded(rows, tok, out/'ids', picture_sizes(tok, grids))), often, held_out, rows
+        done = encoded(rows, tok, out/'ids', picture_sizes(tok, grids))
+        return ConcatDataset(done), often, held_out, [rows, *done]
     if rare: raise ValueError(f"llm.rare={rare!r}: a folder of ids keeps captions alone, use the pictures themselves")
     with running():
         folders = sorted(p.parent for p in Path(source.folder).glob('*/index.json'))
@@ -765,8 +848,8 @@ def ids_of(source, tok, grids, out, rare=''):
         wanted = [tuple(g) for g in grids or [tok.config.grid]]
         found = [d for d in (EncodedImages(f, tok) for f in folders) if tuple(d.shape) in wanted]
         if not found: raise FileNotFoundError(f"{source.folder}: no ids of {' or '.join(f'{h}×{w}' for h,w in wanted)} here; make them with `v2flow encode-dataset`")
-        every = max(2, round(1/source.held_out if source.held_out < 1 else len(found[0])/source.held_out))     # the same rows of every grid
-        return ConcatDataset([Subset(d, [i for i in range(len(d)) if i % every]) for d in found]), None, Subset(found[0], range(0, len(found[0]), every)), None
+        train, judged = split_of(len(found[0]), source.held_out)                     # the same rows of every grid
+        return ConcatDataset([Subset(d, train) for d in found]), None, Subset(found[0], judged), []
 
 def plain_texts(tuning, rows):
     "(text to mix in, text to measure perplexity on)"
@@ -834,7 +917,6 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
     from v2flow_nbdev.llm import ImageTextRows, TargetLoss, add_visual_words, check_packs, choose_trained, collate, count_targets, keep_some, pack, room, text_perplexity
     from v2flow_nbdev.pipeline import V2FlowPipeline, load_llm
     with running(): tok, (llm, tokenizer) = load_tokenizer(c['image_tokenizer']), load_llm(resolve_folder(tuning.pretrained, patterns=[*light_files, 'generation_config.json', 'model*.safetensors']))
-    if tuning.save_dtype: tok.round_(getattr(torch, tuning.save_dtype))            # it learns the ids of what will be stored
     settings = in_common(c, image_tokenizer=tok.codebook_checksum, llm=dict(c['llm'], pretrained=table_checksum(llm.get_input_embeddings().weight)))
     torch.manual_seed(training.seed)
     with running():
@@ -853,7 +935,7 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
     def inner(model): return getattr(model, 'llm', model)
     if tuning.texts: plain_texts(tuning, [])                                       # a missing file is found now
     device = join_processes(training)
-    rows, often, held_out, source_rows = ids_of(source, tok.to(device), tuning.grids, out, tuning.rare)
+    rows, often, held_out, sources = ids_of(source, tok.to(device), tuning.grids, out, tuning.rare)
     texts, unseen_texts = plain_texts(tuning, rows)
     sequences = ImageTextRows(rows, tokenizer, words, tuning.write_share, tuning.caption_dropout, tuning.id_noise, tuning.loss, texts, tuning.text_share, longest, tuning.write_noise, often)
     before = text_perplexity(inner(llm), tokenizer, unseen_texts) if is_main_process() else 0.   # without the new words, so as if they were not there
@@ -867,7 +949,7 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
     with running(): model = inner(train(llm, sequences, training, joined, scores, out, resume, settings=settings, count=partial(count_targets, first=words.first, text_weight=tuning.text_weight)))
     if tuning.keep: keep_some(model, begun, tuning.keep)
     if tuning.train == 'lora' and is_main_process(): model.save_pretrained(out/'adapter')
-    finish(model, out, lambda folder: pipe(model).save_pretrained(folder, getattr(torch, tuning.save_dtype)), source_rows)
+    finish(model, out, lambda folder: pipe(model).save_pretrained(folder, getattr(torch, tuning.save_dtype)), *sources)
 
 # %% ../nbs/20_cli.ipynb #cddab338
 if __name__ == '__main__' and globals().get('__package__'): main()                # for launchers: torchrun -m v2flow_nbdev.cli …

@@ -91,7 +91,8 @@ def _icon_pixels(content):
     for i in range(struct.unpack_from('<H', content, 4)[0] if content[:4] == b'\0\0\1\0' else 0):
         try:
             at, = struct.unpack_from('<I', content, 6 + 16*i + 12)
-            w, h = struct.unpack_from('>II', content, at + 16) if content[at:at + 4] == b'\x89PNG' else struct.unpack_from('<ii', content, at + 4)
+            if content[at:at + 4] == b'\x89PNG': w, h = struct.unpack_from('>II', content, at + 16)
+            else: w, h = struct.unpack_from('<ii', content, at + 4); h //= 2                       # pixels, and a mask of the same size
         except struct.error: break
         largest = max(largest, abs(w*h))
     return largest
@@ -100,7 +101,7 @@ def _open(content):
     "The bytes of a file as a PIL image of one of `image_formats`, not yet decoded and not too large"
     from PIL import Image
     Image.init()
-    if _icon_pixels(content) > 2*max_pixels: raise Image.DecompressionBombError          # the height of a bitmap in an icon counts twice
+    if _icon_pixels(content) > max_pixels: raise Image.DecompressionBombError
     try: image = Image.open(io.BytesIO(content), formats=[f for f in image_formats if f in Image.OPEN])
     except Image.UnidentifiedImageError:
         kind = next((k for k, start in refused_formats.items() if re.match(start, content[:4096])), None)
@@ -612,7 +613,7 @@ def _csv_rows(path, text, leave_out):
     for i in range(1, 2**63):
         try: row = next(reader)
         except StopIteration: return
-        except csv.Error as e: leave_out(f'{path.name}, line {reader.line_num}', f'not CSV ({e})'); continue
+        except csv.Error as e: leave_out(f'{path.name}, line {reader.line_num + 1}', f'not CSV ({e})'); continue
         yield f'{path.name}, row {i}', row
 
 def _jsonl_rows(path, text, leave_out):
@@ -690,7 +691,7 @@ def _folder_tables(files, report, name):
     for path in (p for p in files if p.name.lower() in ('metadata.csv', 'metadata.jsonl')):
         def below(tell, image, what, top=path.parent): tell(name(top/image), what)
         for p, found in read_metadata(path, partial(below, report.change), partial(below, report.leave_out)).items():
-            if p.exists() and not (p.is_file() or p.is_dir()): report.leave_out(name(p), 'not a file that can be read'); continue
+            if os.path.exists(p) and not (os.path.isfile(p) or os.path.isdir(p)): report.leave_out(name(p), 'not a file that can be read'); continue
             mine = tables.setdefault(p, [])
             mine += [c for c in found if c not in mine]
     return tables

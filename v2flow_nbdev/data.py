@@ -224,7 +224,7 @@ def _deep_on_white(image, key, note):
     from PIL import Image
     pixels = np.asarray(image)
     if pixels.min() < 0 or pixels.max() > 65535: raise _Unusable('32-bit pixels, whose range is not known')
-    note('16 bits: scaled to 8')
+    note('16 bits: scaled to 8'); note('grayscale: converted to RGB')
     shades = ((pixels.astype('uint32') + 128)//257).astype('uint8')        # rounded; 65535 is 257 times 255
     if isinstance(key, int): note('transparent: laid on white'); shades[pixels == key] = 255
     return Image.fromarray(shades).convert('RGB')
@@ -870,16 +870,17 @@ class HubStream:
     "Rows of a data set that is read while it is used: shuffled within a buffer, pass after pass"
     def __init__(self, data, image, caption, seed=0, buffer=1000, held_out=0):
         self.data, self.image, self.caption, self.seed, self.buffer, self.held_out = data, image, caption, seed, buffer, held_out
+        self.report = Report()
 
     def take(self,
         n:int,      # rows
     )->list[dict]:
-        "The first rows that can be used, as a list: to be held out, to fit scales"
+        "The first rows that can be used, as a list: to be held out, to fit scales; the others among them are named in `report`"
         found = []
         for i, row in enumerate(self.data):
             if len(found) == n: break
             try: found.append(hub_row(row, self.image, self.caption, f'row {i}'))
-            except OSError: continue
+            except OSError as e: name, _, why = str(e).partition(': '); self.report.left_out[name] = why
         return found
 
     def stream(self,

@@ -91,7 +91,8 @@ def _icon_pixels(content):
     for i in range(struct.unpack_from('<H', content, 4)[0] if content[:4] == b'\0\0\1\0' else 0):
         try:
             at, = struct.unpack_from('<I', content, 6 + 16*i + 12)
-            w, h = struct.unpack_from('>II', content, at + 16) if content[at:at + 4] == b'\x89PNG' else struct.unpack_from('<ii', content, at + 4)
+            if content[at:at + 4] == b'\x89PNG': w, h = struct.unpack_from('>II', content, at + 16)
+            else: w, h = struct.unpack_from('<ii', content, at + 4); h //= 2                       # pixels, and a mask of the same size
         except struct.error: break
         largest = max(largest, abs(w*h))
     return largest
@@ -100,7 +101,7 @@ def _open(content):
     "The bytes of a file as a PIL image of one of `image_formats`, not yet decoded and not too large"
     from PIL import Image
     Image.init()
-    if _icon_pixels(content) > 2*max_pixels: raise Image.DecompressionBombError          # the height of a bitmap in an icon counts twice
+    if _icon_pixels(content) > max_pixels: raise Image.DecompressionBombError
     try: image = Image.open(io.BytesIO(content), formats=[f for f in image_formats if f in Image.OPEN])
     except Image.UnidentifiedImageError:
         kind = next((k for k, start in refused_formats.items() if re.match(start, content[:4096])), None)
@@ -223,7 +224,7 @@ def _deep_on_white(image, key, note):
     from PIL import Image
     pixels = np.asarray(image)
     if pixels.min() < 0 or pixels.max() > 65535: raise _Unusable('32-bit pixels, whose range is not known')
-    note('16 bits: scaled to 8')
+    note('16 bits: scaled to 8'); note('grayscale: converted to RGB')
     shades = ((pixels.astype('uint32') + 128)//257).astype('uint8')        # rounded; 65535 is 257 times 255
     if isinstance(key, int): note('transparent: laid on white'); shades[pixels == key] = 255
     return Image.fromarray(shades).convert('RGB')
@@ -612,7 +613,7 @@ def _csv_rows(path, text, leave_out):
     for i in range(1, 2**63):
         try: row = next(reader)
         except StopIteration: return
-        except csv.Error as e: leave_out(f'{path.name}, line {reader.line_num}', f'not CSV ({e})'); continue
+        except csv.Error as e: leave_out(f'{path.name}, line {reader.line_num + 1}', f'not CSV ({e})'); continue
         yield f'{path.name}, row {i}', row
 
 def _jsonl_rows(path, text, leave_out):
@@ -690,7 +691,7 @@ def _folder_tables(files, report, name):
     for path in (p for p in files if p.name.lower() in ('metadata.csv', 'metadata.jsonl')):
         def below(tell, image, what, top=path.parent): tell(name(top/image), what)
         for p, found in read_metadata(path, partial(below, report.change), partial(below, report.leave_out)).items():
-            if p.exists() and not (p.is_file() or p.is_dir()): report.leave_out(name(p), 'not a file that can be read'); continue
+            if os.path.exists(p) and not (os.path.isfile(p) or os.path.isdir(p)): report.leave_out(name(p), 'not a file that can be read'); continue
             mine = tables.setdefault(p, [])
             mine += [c for c in found if c not in mine]
     return tables
@@ -869,16 +870,17 @@ class HubStream:
     "Rows of a data set that is read while it is used: shuffled within a buffer, pass after pass"
     def __init__(self, data, image, caption, seed=0, buffer=1000, held_out=0):
         self.data, self.image, self.caption, self.seed, self.buffer, self.held_out = data, image, caption, seed, buffer, held_out
+        self.report = Report()
 
     def take(self,
         n:int,      # rows
     )->list[dict]:
-        "The first rows that can be used, as a list: to be held out, to fit scales"
+        "The first rows that can be used, as a list: to be held out, to fit scales; the others among them are named in `report`"
         found = []
         for i, row in enumerate(self.data):
             if len(found) == n: break
             try: found.append(hub_row(row, self.image, self.caption, f'row {i}'))
-            except OSError: continue
+            except OSError as e: name, _, why = str(e).partition(': '); self.report.left_out[name] = why
         return found
 
     def stream(self,

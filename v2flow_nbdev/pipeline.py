@@ -46,6 +46,7 @@ def as_picture(
     image,  # a (C, H, W) tensor in [-1, 1], or whatever `as_image` takes: a PIL image, a path, bytes, an array
 ):          # a PIL image
     "One image, whatever way it was given, by one set of rules"
+    if image is None: raise ValueError("no image: give a PIL image, a path, bytes, an array or a tensor")
     if not torch.is_tensor(image): return as_image(image)
     if image.dim() != 3 or image.shape[0] not in (1, 3): raise ValueError(f"an image of shape {tuple(image.shape)}: a tensor needs (channels, height, width) with 1 or 3 channels, or (images, channels, height, width)")
     check_images(image[None], image.shape[0])

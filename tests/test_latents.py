@@ -116,6 +116,27 @@ def test_folders_that_are_not_there(saved, monkeypatch):
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda name, **how: saved['AutoencoderDC'].parent)
     assert load_autoencoder('org/model', 'AutoencoderDC').config.latent_channels == 8
 
+def test_only_what_is_read_is_fetched(saved, tmp_path, monkeypatch):
+    import fnmatch, huggingface_hub
+    from diffusers import AutoencoderDC
+    there, here = tmp_path/'hub', tmp_path/'cache/snapshots/0123abc'
+    AutoencoderDC.from_pretrained(saved['AutoencoderDC']).half().save_pretrained(there/'vae', variant='fp16')
+    for other in ('unet/diffusion_pytorch_model.safetensors', 'vae/diffusion_pytorch_model.bin', 'README.md', 'vae/diffusion_pytorch_model.fp16.bin'): (there/other).parent.mkdir(exist_ok=True); (there/other).touch()
+    fetched = set()
+    def download(name, revision, allow_patterns):
+        assert (name, revision) == ('org/model', 'v1')
+        for path in (p for p in there.rglob('*') if p.is_file() and any(fnmatch.fnmatch(str(p.relative_to(there)), a) for a in allow_patterns)):
+            (here/path.relative_to(there)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, here/path.relative_to(there)); fetched.add(str(path.relative_to(there)))
+        return here
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
+    assert AutoencoderLatents.from_pretrained('org/model', subfolder='vae', revision='v1').revision == '0123abc'
+    assert fetched == {'vae/config.json', 'vae/diffusion_pytorch_model.fp16.safetensors'}              # half precision, as there is nothing else
+    fetched.clear(); shutil.rmtree(here)
+    shutil.copy(saved['AutoencoderDC']/weights, there/'vae')
+    load_autoencoder('org/model', 'vae', 'v1')
+    assert fetched == {'vae/config.json', f'vae/{weights}'}
+
 def test_fit_save_and_load(saved, tmp_path):
     x = pictures(8)
     fitted = AutoencoderLatents.fit(load_autoencoder(saved['AutoencoderDC']), x, batch_size=3)
@@ -348,7 +369,7 @@ def test_what_is_no_image_and_no_latent_is_refused(saved, latents):
     for bad, said in ((x[:0], 'the batch is empty'), (list(x), 'need one tensor'), (x.mul(127).byte(), 'need floats'), (x*torch.nan, 'all finite'), (x[0], 'of shape')):
         with pytest.raises(ValueError, match=said): fit(bad)
     for value in (0., 0.3):
-        with pytest.raises(ValueError, match='standard deviation.*cannot be brought to 1'): PixelLatents.fit(torch.full((2, 3, 8, 8), value))
+        with pytest.raises(ValueError, match='standard deviation.*cannot be brought to 0 and 1'): PixelLatents.fit(torch.full((2, 3, 8, 8), value))
     for wrong in (dict(patch=0), dict(scale=0.), dict(scale=torch.inf), dict(shift=torch.nan)):
         with pytest.raises(ValueError, match=next(iter(wrong))): PixelLatents(3, **wrong)
 
@@ -504,6 +525,8 @@ def test_a_mended_row_is_other_data():
     from PIL import Image
     prints = [fingerprint(Broken(rows, odd)), fingerprint(Broken(rows, {k: odd[k] for k in (3, 7, 8)})), fingerprint(rows)]
     assert len(set(prints)) == 3 and fingerprint(Broken(rows, odd)) == prints[0]
+    first, second = Broken(rows, {0: OSError('x')}), Broken([rows[1], rows[0], *rows[2:]], {1: OSError('x')})
+    assert fingerprint(first) != fingerprint(second)                          # the same good rows, the bad one elsewhere: other latents
     class Unreadable:
         def __len__(self): return 1
         def __getitem__(self, k): return [dict(image=rows[0]['image'], captions=[object()])][k]
@@ -563,6 +586,12 @@ def test_other_rows_under_the_same_name(tmp_path):
     cache_latents(Named(rows), PixelLatents(1, 2), tmp_path, progress=False)
     with pytest.raises(ValueError, match='other pictures or captions .23 rows there, 22 here'): cache_latents(Named(rows[1:]), PixelLatents(1, 2), tmp_path, progress=False)
 
+def test_a_fingerprint_that_meets_a_missing_file(tmp_path):
+    class Dated(list):
+        @property
+        def fingerprint(self): raise FileNotFoundError(2, 'No such file', 'a.png')
+    assert fingerprint(Dated(rows)) == fingerprint(rows)
+
 class Stack:
     def __call__(self, batch): return torch.stack([r['latents'] for r in batch])
 
@@ -602,19 +631,19 @@ def test_of_two_runs_one_computes_and_both_read(tmp_path):
     cache_latents(rows, PixelLatents(1, 2), tmp_path/'one', batch_size=2, shard_rows=4, progress=False)
     assert contents(tmp_path/'one') == contents(tmp_path/'cache')
 
-def test_locks_of_the_dead_are_taken_over_and_those_of_the_living_are_not(tmp_path, monkeypatch):
+def test_locks_of_the_dead_are_taken_over_and_those_of_the_living_are_not(tmp_path, monkeypatch, capfd):
     import platform
     from v2flow_nbdev import latents as module
     from v2flow_nbdev.latents import FolderLock
-    make = lambda: cache_latents(rows, PixelLatents(1, 2), tmp_path, progress=False)
+    make = lambda: cache_latents(rows, PixelLatents(1, 2), tmp_path)
     ended = subprocess.Popen([sys.executable, '-c', '']); ended.wait()
     (tmp_path/'.lock').write_text(f'{ended.pid} {platform.node()} token')
-    assert len(make()) == 23 and not (tmp_path/'.lock').exists()                                             # at once
+    assert len(make()) == 23 and not (tmp_path/'.lock').exists() and f'{ended.pid} on {platform.node()} left a lock and is gone' in capfd.readouterr().err        # at once
     for owner in ('1 another-machine token', '', f'{os.getppid()} {platform.node()} token', 'x'):            # elsewhere, half-written, a number given anew: silence tells
         shutil.rmtree(tmp_path); tmp_path.mkdir()
         monkeypatch.setattr(module, 'lock_silence', 0.3)
         (tmp_path/'.lock').write_text(owner)
-        assert len(make()) == 23 and not (tmp_path/'.lock').exists()
+        assert len(make()) == 23 and not (tmp_path/'.lock').exists() and 'gave no sign of life for' in capfd.readouterr().err
     living, other = FolderLock(tmp_path), FolderLock(tmp_path)
     assert living.take()
     date = lambda: (tmp_path/'.lock').stat().st_mtime_ns

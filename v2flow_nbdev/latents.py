@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['encoder_parts', 'index_version', 'key_names', 'lock_silence', 'PixelLatents', 'small_autoencoder', 'keep_centres',
            'AutoencoderOutput', 'AutoencoderTraining', 'load_autoencoder', 'FrozenAutoencoder', 'AutoencoderLatents',
-           'UsableRows', 'fingerprint', 'shard_names', 'FolderLock', 'alone', 'CachedLatents', 'cache_latents']
+           'UsableRows', 'fingerprint', 'shard_names', 'FolderLock', 'only_writer', 'CachedLatents', 'cache_latents']
 
 # %% ../nbs/01_latents.ipynb #b33456e5
 import hashlib, json, logging, math, os, platform, re, sys, threading, time, uuid
@@ -25,16 +25,19 @@ from .data import Report, at_least_float32_by, check_images, full_float32, no_au
 def _check_latents(latents, channels):
     "`ValueError` that says what is wrong with a batch of latents, if anything is"
     if not torch.is_tensor(latents): raise ValueError(f"latents: a {type(latents).__name__}, need one tensor (B, {channels}, h, w)")
-    if latents.dim() != 4 or latents.shape[1] != channels or min(latents.shape[2:]) < 1: raise ValueError(f"latents of shape {tuple(latents.shape)}: need (B, {channels}, h, w)")
+    if latents.dim() != 4 or latents.shape[1] != channels or min(latents.shape[2:]) < 1:
+        raise ValueError(f"latents of shape {tuple(latents.shape)}: need (B, {channels}, h, w)")
     if not len(latents): raise ValueError("no latents: the batch is empty")
     if not latents.is_floating_point(): raise ValueError(f"latents of {latents.dtype}: need floats; ids become latents by the tokenizer's `decode_latents`")
 
 def _unit_scale(values):
     "(shift, scale) under which values have mean 0 and standard deviation 1"
     shift, deviation = values.mean().item(), values.std().item()
-    if not 1e-6*abs(shift) < deviation < math.inf: raise ValueError(f"values with mean {shift:.3g} and standard deviation {deviation:.3g}: cannot be brought to 1; give more images than one that is all the same")
+    if not 1e-6*abs(shift) < deviation < math.inf:
+        raise ValueError(f"mean {shift:.3g} and standard deviation {deviation:.3g}: cannot be brought to 0 and 1; give images that are not all of one value")
     return shift, 1/deviation
 
+# %% ../nbs/01_latents.ipynb #3017e5a1
 def _digest(*parts): return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 class PixelLatents(nn.Module):
@@ -185,7 +188,8 @@ def _autoencoder_folder(name, subfolder, revision):
 def _variant(folder):
     "What stands before `safetensors` in the name of the weights, such as fp16, where there are none without it"
     if any((folder/f'diffusion_pytorch_model.safetensors{n}').exists() for n in ('', '.index.json')): return None
-    found = sorted({m[1] or m[2] for p in folder.iterdir() if (m := re.fullmatch(r'diffusion_pytorch_model\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)', p.name))})
+    pattern = r'diffusion_pytorch_model\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)'
+    found = sorted({m[1] or m[2] for p in folder.iterdir() if (m := re.fullmatch(pattern, p.name))})
     if len(found) > 1: raise OSError(f"{folder}: has its weights in several variants ({', '.join(found)}); keep one of them, as diffusion_pytorch_model.safetensors")
     return found[0] if found else None
 
@@ -235,6 +239,12 @@ def _row_by_row(t):
     "The same tensor in the plain layout: another, such as `channels_last`, has its own algorithms, and their last digits"
     return t.contiguous().view(-1).view(t.shape)
 
+def _stored(t, dtype, exactly):
+    "A tensor as it is written: in `dtype`, but float32 where values must be kept and would not be"
+    if not dtype or not t.is_floating_point(): return t.cpu()
+    short = t.to(dtype)
+    return (t if exactly and not torch.equal(short.to(t.dtype), t) else short).cpu()
+
 # %% ../nbs/01_latents.ipynb #9b072f6d
 class FrozenAutoencoder(nn.Module):
     "An autoencoder whose encoder keeps its values: frozen, in `eval()`, in float32 whatever it and what holds it are cast to. The decoder follows a cast"
@@ -278,12 +288,6 @@ class FrozenAutoencoder(nn.Module):
         return not self._decoder or _values_digest(_sides(self.model)[1]) != self._decoder
 
 # %% ../nbs/01_latents.ipynb #a43296ba
-def _stored(t, dtype, exactly):
-    "A tensor as it is written: in `dtype`, but float32 where values must be kept and would not be"
-    if not dtype or not t.is_floating_point(): return t.cpu()
-    short = t.to(dtype)
-    return (t if exactly and not torch.equal(short.to(t.dtype), t) else short).cpu()
-
 class AutoencoderLatents(FrozenAutoencoder):
     "A pretrained, frozen autoencoder of `diffusers`: image ↔ latent grid at unit scale (the authors: DC-AE f32c32, arXiv 2410.10733; MAR: KL-f16)"
     name = subfolder = revision = ''  # what `from_pretrained` was given; of a Hub model the commit. All '' for a model in memory
@@ -299,7 +303,8 @@ class AutoencoderLatents(FrozenAutoencoder):
         try: self.scale, self.shift = map(float, given)
         except (TypeError, ValueError): self.scale = self.shift = math.nan
         if not (math.isfinite(self.shift) and 0 < self.scale < math.inf):
-            raise ValueError(f"scale={given[0]}, shift={given[1]}: need a finite shift and a scale above 0; give them, or put scaling_factor and shift_factor into the autoencoder's config")
+            raise ValueError(f"scale={given[0]}, shift={given[1]}: need a finite shift and a scale above 0; "
+                             "give them, or put scaling_factor and shift_factor into the autoencoder's config")
         self.image_channels,self.channels = config.in_channels,config.latent_channels
         self.patch = getattr(model, 'spatial_compression_ratio', None) or 2**(len(config.block_out_channels) - 1)   # pixels per latent side
         for saving in ('tiling', 'slicing'): getattr(model, f"{'enable' if tiling else 'disable'}_{saving}", lambda: None)()
@@ -362,7 +367,8 @@ class AutoencoderLatents(FrozenAutoencoder):
         "Images → latent grid, without gradients, always in float32; of a KL autoencoder's distribution the mean"
         check_images(images, self.image_channels, self.patch)
         if rounded := {t.dtype for t in _sides(self.model)[0].values() if t.is_floating_point()} - {torch.float32}:
-            raise ValueError(f"the autoencoder's encoder was cast to {rounded.pop()}, and gives other latents so; load it again, and cast the `AutoencoderLatents` or what holds it")
+            raise ValueError(f"the autoencoder's encoder was cast to {rounded.pop()}, and gives other latents so; "
+                             "load it again, and cast the `AutoencoderLatents` or what holds it")
         with full_float32(images.device): out = self.model.encode(_row_by_row(images.float()))
         z = out.latent_dist.mode() if hasattr(out, 'latent_dist') else out.latent
         return (z.float() - self.shift)*self.scale
@@ -412,11 +418,14 @@ class UsableRows:
             if self.strict: raise OSError(f"{': '.join(self.broken[j])}; strict reading ends here")
         raise OSError(f"not one of {n} rows can be used; the first: {': '.join(self.broken[k])}")
 
+# %% ../nbs/01_latents.ipynb #599b98d2
 def fingerprint(
     rows,    # captioned images; one that has a `fingerprint` of its own, a string, is taken at its word
 )->str:      # 16 hexadecimal digits
     "What tells the content of one data set from that of another: pixels and captions of every row, in order; of a row that cannot be used, that it cannot"
-    if isinstance(own := getattr(rows, 'fingerprint', None), str): return own
+    try: own = getattr(rows, 'fingerprint', None)
+    except OSError: own = None                                  # it meets a file that cannot be read
+    if isinstance(own, str): return own
     digest, usable = hashlib.sha256(), UsableRows(rows)
     for i in range(len(rows)):
         try: x, captions = usable.read(i)
@@ -498,7 +507,7 @@ class FolderLock:
         folder:str|Path, # that is to be written
     ):
         self.path, self.mine = Path(folder)/'.lock', f'{os.getpid()} {platform.node()} {uuid.uuid4().hex}'
-        self.seen, self.since, self.released = None, 0., threading.Event()
+        self.seen, self.since, self.news, self.released = None, 0., '', threading.Event()
 
     def take(self)->bool:
         "One attempt: is it ours now?"
@@ -520,7 +529,11 @@ class FolderLock:
         try: now = self.path.read_text(), self.path.stat().st_mtime_ns
         except OSError: return                                              # just released
         if now != self.seen: self.seen, self.since = now, time.monotonic()  # by our own clock: that of another machine may be wrong
-        if not _is_gone(now[0]) and time.monotonic() - self.since < lock_silence: return
+        who = f"process {' on '.join(now[0].split()[:2]) or 'without a number'}"
+        gone, silent = _is_gone(now[0]), time.monotonic() - self.since >= lock_silence
+        dead = f'{who} left a lock and ' + ('is gone' if gone else f'gave no sign of life for {lock_silence:.0f} s')
+        self.news = dead if gone or silent else f'waiting for {who}, which writes there'
+        if not gone and not silent: return
         aside = self.path.with_name(f'.lock-{uuid.uuid4().hex}')
         try: os.rename(self.path, aside)                                    # only one of those who wait can do it
         except OSError: return
@@ -544,12 +557,12 @@ def _is_gone(owner):
     return False
 
 @contextmanager
-def alone(
+def only_writer(
     folder:str|Path,    # made if missing
     progress:bool=True, # say for whom it waits
 ):
     "Inside, no other run writes into the folder; processes of one `torch.distributed` group go in together. A run that is at work is waited for"
-    rank, told, lock = _processes()[0], False, None
+    rank, told, lock = _processes()[0], None, None
     def attempt():
         nonlocal lock
         if rank: return
@@ -557,7 +570,7 @@ def alone(
         lock = lock or FolderLock(folder)
         return lock.take()
     while not _together(attempt)[0]:
-        if progress and not rank and not told and lock.seen: tqdm.write(f"{folder}: waiting for process {' on '.join(lock.seen[0].split()[:2])}, which writes there", sys.stderr); told = True
+        if progress and lock and lock.news not in (told, ''): tqdm.write(f'{folder}: {lock.news}', sys.stderr); told = lock.news
         time.sleep(min(0.5, lock_silence/10))
     try: yield
     finally:
@@ -587,7 +600,8 @@ def _write_shard(usable, latents, folder, index, i, bar):
 
 # %% ../nbs/01_latents.ipynb #c85cc0fd
 class CachedLatents(torch.utils.data.Dataset):
-    "A data set of latents on disk: rows {\"latents\": (C, h, w) float32, \"captions\": [str, …]}, each shard opened when it is first asked for. `report` names the rows that others stand for"
+    """A data set of latents on disk: rows {"latents": (C, h, w) float32, "captions": [str, …]}, each shard opened when it is first asked for.
+    `report` names the rows that others stand for"""
     def __init__(self,
         folder:str|Path,  # written by `cache_latents`
         latents=None,     # if given, the cache must be of this autoencoder
@@ -637,7 +651,8 @@ def _plan(folder, key, rows, batch_size, shard_rows):
     def found():
         if index := _read_index(folder):
             _check_key(folder, key, index['key'])
-            if index['rows'] != rows: raise ValueError(f"{folder}: holds latents of other {key_names['rows']} ({index['rows']} rows there, {rows} here); give another folder, or remove this one")
+            if (n := index['rows']) != rows:
+                raise ValueError(f"{folder}: holds latents of other {key_names['rows']} ({n} rows there, {rows} here); give another folder, or remove this one")
         return index
     index = _together(found)[0] or dict(version=index_version, key=key, rows=rows, batch_size=batch_size, shard_rows=shard_rows, shards=[])
     rank, world = _processes()
@@ -676,13 +691,14 @@ def cache_latents(
     the same bytes; a damaged shard is computed again. With `torch.distributed`, each process writes its share of the shards; of runs that
     do not know of each other one computes, and the others wait and read"""
     if min(batch_size, shard_rows, len(rows)) < 1: raise ValueError(f"{len(rows)} rows, batch_size={batch_size}, shard_rows={shard_rows}: need at least 1")
-    if size is not None and not (isinstance(size, (list, tuple)) and len(size) == 2 and all(hasattr(n, '__index__') and n > 0 for n in size)): raise ValueError(f"size={size}: needs (height, width) in pixels")
+    pair = isinstance(size, (list, tuple)) and len(size) == 2 and all(hasattr(n, '__index__') and n > 0 for n in size)
+    if size is not None and not pair: raise ValueError(f"size={size}: needs (height, width) in pixels")
     folder, usable = Path(folder), UsableRows(rows, latents.image_channels, size, strict)
     size = list(map(int, size or usable[0][0].shape[2:]))
     key = dict(rows=fingerprint(rows), autoencoder=latents.checksum, size=size, dtype=str(dtype).removeprefix('torch.'))
     plan = lambda: _plan(folder, key, len(rows), batch_size, shard_rows)
     if plan()[1]:                                      # else nothing is written: the folder may be read-only
-        with alone(folder, progress):
+        with only_writer(folder, progress):
             index, todo = plan()                       # another run may have done it by now
             if todo: _compute(usable, latents, folder, index, todo, progress)
     cached = CachedLatents(folder)

@@ -113,6 +113,10 @@ def small_autoencoder(
     return model
 
 # %% ../nbs/01_latents.ipynb #20ae62c1
+def _centred_gradient(centre, part, args):
+    "A hook of the gradient is lost when a module is copied, one of the module is not: so it sees to it that there is one"
+    if part.weight.requires_grad and not hasattr(part.weight, 'centred'): part.weight.centred = part.weight.register_hook(lambda grad: grad*centre.to(grad))
+
 def keep_centres(
     net,  # of convolutions with a stride of 1
 ):
@@ -122,7 +126,7 @@ def keep_centres(
             centre = torch.zeros(part.kernel_size)
             centre[tuple(n//2 for n in part.kernel_size)] = 1
             with torch.no_grad(): part.weight.mul_(centre)
-            part.weight.register_hook(lambda grad, centre=centre: grad*centre.to(grad))
+            part.register_forward_pre_hook(partial(_centred_gradient, centre))
 
 # %% ../nbs/01_latents.ipynb #e70368fc
 @dataclass

@@ -609,12 +609,18 @@ def _texts(given, note):
 # %% ../nbs/00_data.ipynb #ba54e91c
 def _csv_rows(path, text, leave_out):
     "(name of the row, its cells by column) for every row of a CSV file that can be read"
-    reader = csv.DictReader(io.StringIO(text, newline=''))
-    for i in range(1, 2**63):
-        try: row = next(reader)
+    lines, first, header, i = list(io.StringIO(text, newline='')), 0, None, 0
+    reader = csv.reader(lines)
+    while True:
+        at = first + reader.line_num                                   # lines before this row
+        try: cells = next(reader)
         except StopIteration: return
-        except csv.Error as e: leave_out(f'{path.name}, line {reader.line_num + 1}', f'not CSV ({e})'); continue
-        yield f'{path.name}, row {i}', row
+        except csv.Error as e: leave_out(f'{path.name}, line {at + 1}', f'not CSV ({e})'); continue
+        if at + 1 < first + reader.line_num == len(lines) and ''.join(lines[at:]).count('"') % 2:      # it has swallowed all the rest
+            leave_out(f'{path.name}, line {at + 1}', 'a quote is not closed')
+            first = at + 1; reader = csv.reader(lines[first:])
+        elif cells and header is None: header = cells
+        elif cells: i += 1; yield f'{path.name}, row {i}', dict(zip(header, cells))
 
 def _jsonl_rows(path, text, leave_out):
     "The same of a JSONL file: only a line feed ends a line"

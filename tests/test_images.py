@@ -381,3 +381,11 @@ def test_rows_of_the_hub(tmp_path):
             if i > 4: raise IndexError(i)
             raise RuntimeError('page is corrupt')
     with pytest.raises(OSError, match='row 3: cannot be read'): data.HubRows(Torn(), 'i', '')[3]
+
+def test_a_part_of_rows_that_have_no_fingerprint_has_none():
+    "Else two data sets in memory would have one, and share a cache"
+    from v2flow_nbdev.latents import fingerprint
+    from v2flow_nbdev.data import FewCaptions
+    def rows(colour): return [dict(image=Image.new('RGB', (4, 4), colour), captions=['a', 'b'])]*3
+    for part in (lambda r: Subset(Subset(r, [0, 1]), [1]), lambda r: FewCaptions(Subset(r, [0, 1]), 1), lambda r: Subset(FewCaptions(r, 1), [0])):
+        assert fingerprint(part(rows('red'))) != fingerprint(part(rows('blue'))) and fingerprint(part(rows('red'))) == fingerprint(part(rows('red')))

@@ -947,7 +947,7 @@ class Subset:
     def captions(self): every = captions_of(self.rows); return [every[i] for i in self.indices]
 
     @property
-    def fingerprint(self): return hashlib.sha256(f'{self.rows.fingerprint} {self.indices}'.encode()).hexdigest()[:16] if hasattr(self.rows, 'fingerprint') else None
+    def fingerprint(self): return hashlib.sha256(f'{own} {self.indices}'.encode()).hexdigest()[:16] if (own := getattr(self.rows, 'fingerprint', None)) else None
 
 class FewCaptions:
     "A data set with at most `n` of each row's captions, drawn once"
@@ -969,7 +969,7 @@ class FewCaptions:
     def captions(self): return [self.few(c, i) for i,c in enumerate(captions_of(self.rows))]
 
     @property
-    def fingerprint(self): return f'{self.rows.fingerprint} {self.n} of seed {self.seed}' if hasattr(self.rows, 'fingerprint') else None
+    def fingerprint(self): return f'{own} {self.n} of seed {self.seed}' if (own := getattr(self.rows, 'fingerprint', None)) else None
 
 def usable(
     rows,               # captioned images by number; a row that cannot be used raises `OSError`

@@ -145,7 +145,7 @@ def damaged_table(m, t, v): m.model.embed_tokens.weight.data[0, 3] = torch.inf
 def no_vocabulary(m, t, v): v.vocabulary = None
 refused = {no_first_word: ('neither a begin-of-text nor an end-of-text token', {}), named_before: ('has visual words already .*v3', {}), another_tables: ('they do not belong together', {}),
            quantized: ('input embeddings are torch.int8', {}), quantized_head: ('output embeddings are torch.uint8', {}), eight_bits: ('float8_e4m3fn', {}), another_head: ('the same for both', {}), not_finite: ('not finite', {}),
-           damaged_table: ('not finite', {}), no_vocabulary: ('without its vocabulary', {}), 'start': ("start='warm'", dict(start='warm')), 'head_start': ("start='warm'", dict(head_start='warm')), 'no grid': ('at least one grid', dict(grids=[])),
+           damaged_table: ('not finite', {}), no_vocabulary: ('without its vocabulary', {}), 'start': ("start='warm'", dict(start='warm')), 'head_start': ("start='warm'", dict(head_start='warm')),
            'twice': ('each once', dict(grids=[(2, 2), (2, 2)])), 'odd': ('at least one grid', dict(grids=[(2, 2.5)])), 'long': ('too long', dict(grids=[(40, 40)]))}
 
 @pytest.mark.parametrize('how', refused, ids=lambda h: getattr(h, '__name__', h))

@@ -323,13 +323,13 @@ def add_visual_words(
     v2flow,            # the `V2Flow` whose codes become words
     start:str='codebook',  # how input rows start, see `first_rows`
     head_start:str|None=None, # the same for output rows, where they have a table of their own; None: as `start`
-    grids=None,        # (h, w) of the pictures to come; None: the image tokenizer's own
+    grids=None,        # (h, w) of the pictures to come; None or empty: the image tokenizer's own
     seed:int=0,        # of random starts
 )->VisualWords:        # where they are; `ValueError` if model, tokenizer and `v2flow` do not go together, and then nothing is changed
     """Make the K codes K new words (V²Flow, joining the tokenizer with a pretrained LLM). Input rows start as the codebook, at the words'
     mean distance from the words' mean; output rows as the same directions at the output rows' own. Words that open and close a picture
     start in the mean"""
-    grids = tuple(map(tuple, [v2flow.config.grid] if grids is None else grids))
+    grids = tuple(map(tuple, grids or [v2flow.config.grid]))
     check_match(model, tokenizer, v2flow, grids)
     codes, words, K, G = v2flow.quantizer.codebook.float().cpu(), v2flow.vocabulary, v2flow.config.codebook_size, len(grids)
     found = VisualWords(0, K, tuple(range(K, K + G)), K + G, grids, v2flow.codebook_checksum)

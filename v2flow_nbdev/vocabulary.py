@@ -109,6 +109,7 @@ def weights_file(
 
 def _inside(name:str): return not (Path(name).is_absolute() or '..' in Path(name).parts)  # a file of the folder itself
 
+# %% ../nbs/02_vocabulary.ipynb #35220da9
 def tensor_files(
     folder:Path,            # a `transformers` checkpoint, in one file or in several
     variant:str|None=None,  # such as 'fp16'; None: the plain files, or the only variant there is

@@ -1,4 +1,4 @@
-.PHONY: help setup demo test check bench lab execute readme
+.PHONY: help setup demo test check golden bench lab execute readme
 PYTHON ?= python3
 BIN := .venv/bin
 LONGEST := 13_emoji|20_cli
@@ -25,6 +25,9 @@ test: check  ## Everything: notebooks clean and in sync, every notebook run, the
 
 check: setup  ## Are the notebooks clean, and are library and README in step with them?
 	$(BIN)/python tests/check_notebooks.py
+
+golden: setup  ## Every score of the three shipped models anew, against those that are committed (20 minutes)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python tests/golden.py
 
 bench: setup  ## Ratios against the plain form: writes benchmarks/results.json (one group: ONLY=resampler)
 	$(BIN)/python -m benchmarks.bench $(ONLY)

@@ -49,8 +49,31 @@ def test_forward_equals_the_cpu(parts):
     a, b = tok(images, generator=g()), there(images.cuda(), generator=g())
     for name in ('flow_loss', 'code_loss', 'commitment_loss'): torch.testing.assert_close(getattr(b, name).cpu(), getattr(a, name), atol=1e-4, rtol=1e-4)
     ids = tok.encode(images)
-    assert (there.encode(images).cpu() == ids).float().mean() > 0.98
+    assert (there.encode(images).cpu() == ids).float().mean() >= 0.999
     torch.testing.assert_close(there.decode(ids, generator=g()).cpu(), tok.decode(ids, generator=g()), atol=1e-3, rtol=1e-3)
+
+@pytest.mark.parametrize('name', ['shapes', 'emoji'])
+def test_ids_are_those_of_the_cpu(name):
+    "With TF32 allowed, under autocast and after a cast: at least 99.9 % of the ids of 256 images are equal, the others near-ties"
+    import golden
+    if name == 'emoji': pytest.importorskip('diffusers'); pytest.importorskip('pyarrow')
+    tok = V2Flow.from_pretrained(golden.root/'data/checkpoints'/name, 'image_tokenizer')
+    rows = golden.shapes('test', 256, 32, 0) if name == 'shapes' else golden.emoji('unseen_pictures') + golden.emoji('unseen_compositions')
+    x = golden.to_tensor([rows[i]['image'] for i in range(min(256, len(rows)))])
+    ids, there = tok.encode(x), copy.deepcopy(tok).cuda()
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision('medium')
+        plain = there.encode(x.cuda()).cpu()
+        with torch.autocast('cuda', torch.bfloat16): around = there.encode(x.cuda()).cpu()
+        cast = there.bfloat16().encode(x.cuda()).cpu()
+    finally: torch.set_float32_matmul_precision(before)
+    assert torch.equal(plain, around) and torch.equal(plain, cast)
+    other = ids != plain
+    assert other.float().mean() <= 1e-3
+    points = torch.nn.functional.normalize(tok.mixtures(tok.to_latents(x), tok.config.tau), dim=-1)[other]
+    gap = (points*tok.quantizer.codebook[ids[other]]).sum(-1) - (points*tok.quantizer.codebook[plain[other]]).sum(-1)
+    assert (gap.abs() < 1e-5).all(), gap
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 2e-2)])
 def test_resampler_in_blocks_equals_the_plain_form(dtype, tolerance):

@@ -1,13 +1,15 @@
 "The table of any language model: the right rows, out of the right file, in little memory; and one clear line where that cannot be"
-import inspect, json, shutil, string, struct, subprocess, sys
+import inspect, json, re, shutil, string, struct, subprocess, sys
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 import pytest, torch
 from conftest import shipped
 from v2flow_nbdev.llm import small_llama, train_text_tokenizer
-from v2flow_nbdev.vocabulary import Vocabulary, find_table, read_json, read_rows, read_tensors, resolve_folder, table_checksum, word_ids, write_json, write_tensors
+from v2flow_nbdev.vocabulary import (Vocabulary, config_from_dict, control_tokens, find_table, push_to_hub, read_json, read_rows, read_tensors, resolve_folder, table_checksum, text_ids,
+                                     weights_variant, word_ids, write_json, write_tensors)
 
 texts = ['a handwritten seven', 'the digit seven, written by hand', 'a small nine']
 small = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
@@ -184,8 +186,19 @@ def test_read_rows(tmp_path):
 def emptied(folder): shutil.rmtree(folder); folder.mkdir()
 def cut(folder): path = folder/'model.safetensors'; path.write_bytes(path.read_bytes()[:2000])
 def index(folder, files): write_json(folder/'model.safetensors.index.json', {'weight_map': files})
-def index_of_nothing(folder): index(folder, ['model.safetensors'])
-def index_of_another(folder): index(folder, {'model.x.embed_tokens.weight': 'model.safetensors'})
+def shard(folder): (folder/'model.safetensors').rename(folder/'model-1.safetensors')
+def index_of_nothing(folder): shard(folder); index(folder, ['model-1.safetensors'])
+def index_of_another(folder): shard(folder); index(folder, {'model.x.embed_tokens.weight': 'model-1.safetensors'})
+def index_of_elsewhere(folder): shard(folder); index(folder, {'model.embed_tokens.weight': '../model-1.safetensors'})
+def shard_missing(folder): shard(folder); index(folder, {'model.embed_tokens.weight': 'model-2.safetensors'})
+def no_index(folder): shard(folder)
+def mistral_layout(folder): (folder/'model.safetensors').rename(folder/'consolidated.safetensors')
+def adapter_only(folder): (folder/'model.safetensors').rename(folder/'adapter_model.safetensors')
+def gguf_only(folder): (folder/'model.safetensors').rename(folder/'model.Q4.gguf')
+def two_variants(folder): shutil.copy(folder/'model.safetensors', folder/'model.fp16.safetensors'); (folder/'model.safetensors').rename(folder/'model.bf16.safetensors')
+def not_finite(folder):
+    tensors = read_tensors(folder/'model.safetensors'); tensors['model.embed_tokens.weight'][9, 3] = torch.nan
+    write_tensors(folder/'model.safetensors', tensors)
 def config_cut(folder): (folder/'config.json').write_text('{"vocab')
 def tokenizer_cut(folder): (folder/'tokenizer.json').write_text('{"a":')
 def quantized(folder): write_tensors(folder/'model.safetensors', {'wte.weight': torch.zeros(300, 16, dtype=torch.int8)})
@@ -204,7 +217,15 @@ bad = {  # how the folder is spoiled: what the line must contain
     pickle_only: 'model.safetensors: missing; safetensors are needed',
     cut: 'model.safetensors: damaged safetensors file',
     index_of_nothing: 'index.json: its weight_map names no files',
-    index_of_another: 'model.safetensors: damaged safetensors file',
+    index_of_another: 'model-1.safetensors: damaged safetensors file',
+    index_of_elsewhere: 'its weight_map names no files of the folder',
+    shard_missing: 'model-2.safetensors: missing',
+    no_index: 'model.safetensors: missing.*model-1.safetensors is there under another name',
+    mistral_layout: 'consolidated.safetensors is in the layout of Mistral',
+    adapter_only: 'adapter_model.safetensors is an adapter: merge it',
+    gguf_only: 'model.Q4.gguf is for llama.cpp',
+    two_variants: 'holds the variants bf16, fp16 and no model.safetensors; say which with variant=',
+    not_finite: 'model.embed_tokens.weight: .*not finite',
     config_cut: 'config.json: cannot be read as JSON',
     quantized: 'wte.weight is stored as I8',
     other_tokenizer: r'the text tokenizer has words up to id 3\d\d, the table \d+ rows; they are not of one model',
@@ -229,6 +250,54 @@ def test_no_folder_is_one_clear_line(tmp_path):
     with pytest.raises(FileNotFoundError, match='no such model folder; give a folder or a Hub id') as e: Vocabulary.from_pretrained(tmp_path/'none')
     assert '\n' not in str(e.value)
     with pytest.raises(FileNotFoundError, match='no such folder in the model'): Vocabulary.from_pretrained(tmp_path, 'llm')
+
+# which file
+
+def test_one_file_comes_before_an_index(text_tokenizer, tmp_path):
+    "As in `transformers`: both are there after two uploads to one repository"
+    from transformers import AutoModelForCausalLM
+    model = build('llama', text_tokenizer, tmp_path, max_shard_size='25KB')
+    old = {p.name: p.read_bytes() for p in tmp_path.glob('model*')}
+    with torch.no_grad(): model.get_input_embeddings().weight.neg_()
+    model.save_pretrained(tmp_path)
+    for name, content in old.items(): (tmp_path/name).write_bytes(content)
+    assert (tmp_path/'model.safetensors').exists() and (tmp_path/'model.safetensors.index.json').exists()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).get_input_embeddings().weight.detach()
+    ours = Vocabulary.from_pretrained(tmp_path).embeddings
+    assert torch.equal(ours, theirs[3:]) and torch.equal(ours, model.get_input_embeddings().weight.detach()[3:])
+
+def renamed(folder, variant, how):
+    "The same checkpoint as a variant, in one of the spellings that are in use"
+    if how == 'one': (folder/'model.safetensors').rename(folder/f'model.{variant}.safetensors'); return
+    content = read_json(folder/'model.safetensors.index.json'); (folder/'model.safetensors.index.json').unlink()
+    for name in {*content['weight_map'].values()}: (folder/name).rename(folder/name.replace('.safetensors', f'.{variant}.safetensors'))
+    content['weight_map'] = {k: v.replace('.safetensors', f'.{variant}.safetensors') for k,v in content['weight_map'].items()}
+    write_json(folder/(f'model.safetensors.index.{variant}.json' if how == 'transformers' else f'model.{variant}.safetensors.index.json'), content)
+
+@pytest.mark.parametrize('how', ['one', 'transformers', 'diffusers'])
+def test_a_variant_alone_is_read(how, text_tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM
+    home = tmp_path/'repository'; home.mkdir()
+    model = build('llama', text_tokenizer, home, **({} if how == 'one' else dict(max_shard_size='25KB'))); renamed(home, 'fp16', how)
+    rows = model.get_input_embeddings().weight.detach()[3:]
+    assert weights_variant(home) == 'fp16' and torch.equal(Vocabulary.from_pretrained(home).embeddings, rows) and torch.equal(Vocabulary.from_pretrained(home, variant='fp16').embeddings, rows)
+    if how != 'diffusers': assert torch.equal(AutoModelForCausalLM.from_pretrained(home, variant=weights_variant(home)).get_input_embeddings().weight.detach()[3:], rows)
+    with pytest.raises(FileNotFoundError, match='model.bf16.safetensors: missing'): Vocabulary.from_pretrained(home, variant='bf16')
+    with on_hub(home, tmp_path/'cache') as hub: assert torch.equal(Vocabulary.from_pretrained('org/model').embeddings, rows)
+    assert how == 'one' or len([n for n in hub.fetched if n.endswith('.safetensors')]) == 1
+    build('mistral', text_tokenizer, home)                                                 # with plain files beside it, these count
+    assert weights_variant(home) is None and not torch.equal(Vocabulary.from_pretrained(home).embeddings, rows) and torch.equal(Vocabulary.from_pretrained(home, variant='fp16').embeddings, rows)
+
+def test_the_config_may_name_the_file(llama, tmp_path):
+    folder = Path(shutil.copytree(llama[0], tmp_path/'model')); (folder/'model.safetensors').rename(folder/'mine.safetensors')
+    write_json(folder/'config.json', {**read_json(folder/'config.json'), 'transformers_weights': 'mine.safetensors'})
+    assert find_table(folder)[0].name == 'mine.safetensors'
+
+def test_a_table_narrower_than_what_follows(text_tokenizer, tmp_path):
+    from transformers import OPTConfig, OPTForCausalLM
+    model = OPTForCausalLM(OPTConfig(vocab_size=len(text_tokenizer), hidden_size=32, word_embed_proj_dim=16, ffn_dim=48, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32, do_layer_norm_before=False))
+    model.save_pretrained(tmp_path); text_tokenizer.save_pretrained(tmp_path)
+    assert torch.equal(Vocabulary.from_pretrained(tmp_path).embeddings, model.get_input_embeddings().weight.detach()[3:])
 
 # the Hub
 
@@ -281,16 +350,158 @@ def test_hub_without_safetensors_is_one_clear_line(llama, tmp_path):
 def test_resolve_folder_fetches_everything_unless_told(llama, tmp_path):
     import huggingface_hub
     assert {'repo_id', 'revision', 'allow_patterns'} <= set(inspect.signature(huggingface_hub.snapshot_download).parameters)   # the stand-in does not lie
-    (tmp_path/'repository/llm').mkdir(parents=True)
-    for name in ('llm/a.json', 'a.json', 'b.bin'): (tmp_path/'repository'/name).touch()
-    for patterns, subfolder, fetched in ((None, None, ['a.json', 'b.bin', 'llm/a.json']), (['a.*'], None, ['a.json']), (['*.json'], 'llm', ['llm/a.json'])):
+    (tmp_path/'repository/llm/b').mkdir(parents=True)
+    for name in ('llm/a.json', 'a.json', 'b.bin', 'llm/b/c.json'): (tmp_path/'repository'/name).touch()
+    for patterns, subfolder, fetched in ((None, None, ['a.json', 'b.bin', 'llm/a.json', 'llm/b/c.json']), (['a.*'], None, ['a.json']), (['a.json'], 'llm', ['llm/a.json']), (None, 'llm', ['llm/a.json', 'llm/b/c.json'])):
         cache = tmp_path/f'cache-{len(fetched)}-{subfolder}'
         with on_hub(tmp_path/'repository', cache) as hub: folder = resolve_folder('org/model', subfolder, patterns=patterns)
         assert hub.fetched == fetched and folder == cache/(subfolder or '')
     assert resolve_folder(llama[0], patterns=['none']) == llama[0]                        # a local folder is what it is
+    with pytest.raises(FileNotFoundError, match='is a file; give the model'): resolve_folder(llama[0]/'config.json')
+
+def test_an_upload_replaces_a_model_and_a_failure_leaves_nothing():
+    with patch('huggingface_hub.HfApi') as api:
+        class Broken:
+            def save_pretrained(self, folder): raise ValueError('not finished')
+        with pytest.raises(ValueError, match='not finished'): push_to_hub(Broken(), 'me/notes')
+        assert not api().create_repo.called and not api().upload_folder.called
+        class Note:
+            def save_pretrained(self, folder): write_json(Path(folder)/'note.json', {})
+        push_to_hub(Note(), 'me/notes', private=True, token='t', commit_message='first')
+        api().create_repo.assert_called_once_with('me/notes', exist_ok=True, private=True, token='t')
+        given = api().upload_folder.call_args.kwargs
+        assert given['commit_message'] == 'first' and given['token'] == 't' and 'private' not in given and '*.safetensors' in given['delete_patterns']
+    import huggingface_hub
+    for name in ('create_repo', 'upload_folder'): assert {'token', 'repo_type'} <= set(inspect.signature(getattr(huggingface_hub.HfApi, name)).parameters)
+
+# configs
+
+def test_a_config_of_a_newer_version_says_so():
+    class V2: format_version = 2
+    @dataclass
+    class New(V2): steps:int=3; note:str='x'
+    @dataclass
+    class Old: steps:int=3
+    for content in (dict(steps=4), dict(steps=4, format_version=1), dict(steps=4, format_version=2)): assert config_from_dict(New, content) == New(4)
+    newer = re.escape('written by a newer version of this library (format 3, this one reads up to 2): update it')
+    for section in ('', 'tokenizer'):
+        with pytest.raises(ValueError, match=newer): config_from_dict(New, dict(step=4, format_version=3), section)
+    with pytest.raises(ValueError, match='format 2, this one reads up to 1'): config_from_dict(Old, dict(format_version=2))
+    with pytest.raises(ValueError, match='unknown settings step;'): config_from_dict(New, dict(step=4, format_version=2))
+    with pytest.raises(ValueError, match='unknown settings step, wide;'): config_from_dict(New, dict(step=4, wide=1))
+    for bad in ('2', None, True, 2.5):
+        with pytest.raises(ValueError, match='format_version=.*whole number'): config_from_dict(New, dict(format_version=bad))
+    for bad in (dict(steps=float('inf')), dict(steps=None), dict(note=None)):
+        with pytest.raises(ValueError, match='needs to be'): config_from_dict(New, bad)
+
+# the object
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64, torch.float32])
+def test_rows_of_any_float_type_are_kept_as_float32(dtype, tmp_path):
+    rows = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    made, same = Vocabulary(list('abcde'), torch.nn.Parameter(rows)), Vocabulary(tuple('abcde'), rows.float())
+    assert made.embeddings.dtype == torch.float32 and not made.embeddings.requires_grad and made.checksum == same.checksum == table_checksum(rows.float())
+    made.save(tmp_path); assert Vocabulary.load(tmp_path).checksum == made.checksum
+    assert len(made.neighbours('a', 2)) == 2 and made.code_scale > 0
+
+def test_half_precision_codebooks_keep_their_checksum():
+    import hashlib
+    half = torch.arange(6.).view(2, 3).half()
+    assert table_checksum(half) == hashlib.sha256(half.numpy().tobytes()).hexdigest()[:16]      # what the shipped models hold
+    assert table_checksum(half.bfloat16()) == table_checksum(half.float()) == table_checksum(half.float().T.contiguous().T)
+
+@pytest.mark.parametrize('rows', [torch.zeros(2, 3), torch.zeros(3), torch.zeros(3, 3).long(), torch.zeros(3, 0), torch.full((3, 2), torch.nan), torch.full((3, 2), torch.inf), torch.zeros(3, 2, 1)])
+def test_a_vocabulary_checks_what_it_is_made_of(rows):
+    with pytest.raises(ValueError, match='embeddings'): Vocabulary(['a', 'b', 'c'], rows)
+    with pytest.raises(ValueError, match='need one row of floats'): Vocabulary([], torch.zeros(0, 3))
+
+def test_a_stored_vocabulary_whose_halves_differ(tmp_path):
+    Vocabulary(['a', 'b'], torch.zeros(2, 3)).save(tmp_path); write_json(tmp_path/'vocabulary.json', {'words': ['a']})
+    with pytest.raises(OSError, match='vocabulary.safetensors: 1 words for 2 embeddings'): Vocabulary.load(tmp_path)
+
+# text is text
+
+def unigram():
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    pieces = [('<unk>', 0.), ('<s>', 0.), ('</s>', 0.), ('<|im_end|>', 0.), ('▁', -2.), ('▁sign', -3.), *((c, -4.) for c in sorted(set(string.printable) - set(string.whitespace)))]
+    t = Tokenizer(models.Unigram(pieces, unk_id=0)); t.pre_tokenizer, t.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>', unk_token='<unk>')
+def word_piece():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    pieces = ['[UNK]', '[CLS]', '[SEP]', '<|im_end|>', 'sign', *sorted(set(string.printable) - set(string.whitespace)), *(f'##{c}' for c in string.ascii_letters + string.digits)]
+    t = Tokenizer(models.WordPiece({p: i for i,p in enumerate(pieces)}, unk_token='[UNK]')); t.pre_tokenizer, t.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token='[CLS]', eos_token='[SEP]', unk_token='[UNK]')
+def word_level():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    t = Tokenizer(models.WordLevel({p: i for i,p in enumerate(['<unk>', '</s>', '<|v3|>', 'a', 'sign', 'that', 'says', 'and'])}, unk_token='<unk>')); t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=t, eos_token='</s>', unk_token='<unk>')
+def whole_pieces():
+    "As LLaMA-3 does it: a piece that is a token is taken without merging"
+    t = train_text_tokenizer(texts, 300); content = json.loads(t.backend_tokenizer.to_str()); content['model']['ignore_merges'] = True
+    return type(t)(tokenizer_object=type(t.backend_tokenizer).from_str(json.dumps(content)), bos_token='<s>', eos_token='</s>', pad_token='<pad>')
+def always_begins():
+    "Puts `<s>` in front even where it is told not to"
+    t = train_text_tokenizer(texts, 300)
+    class Stubborn(type(t)):
+        def __call__(self, text, **how):
+            out = super().__call__(text, **how); out['input_ids'] = [[0] + r for r in out['input_ids']]; return out
+    t.__class__ = Stubborn; return t
+def padded_by_a_letter(): t = train_text_tokenizer(texts, 300); t.pad_token = '!'; t.add_special_tokens({'pad_token': '!'}); return t
+def slow():
+    from transformers import ByT5Tokenizer
+    return ByT5Tokenizer()
+def slow_with_marks():
+    "Its own model knows a mark: one that only breaking apart keeps out"
+    from transformers import ByT5Tokenizer
+    class Odd(ByT5Tokenizer):
+        def _tokenize(self, text): return [x for part in re.split('(</s>)', text) for x in ([part] if part == '</s>' else super(Odd, self)._tokenize(part))]
+    return Odd()
+def metaspace(): return byte_fallback_tokenizer()[0]
+
+kinds = [train_text_tokenizer, metaspace, unigram, word_piece, word_level, whole_pieces, padded_by_a_letter, slow, slow_with_marks]
+ordinary = ['a sign', ' a  sign ', '', 'a\nsign', 'a sign that says <b>no</b> & more!', 'Ünïcode ☂ 日本', '▁seven Ġseven', 's', '[a] {b} <c> < d>', 'what?! 1+1=2 </a> <|no|>', 'a '*40]
+spelled = ['</s>', '<s>', 'a sign that says </s> and <|v3|>', '<|v3|><|image_4x4|><|/image|>', '<|im_end|>', 'a<pad>b', '<unk> [UNK] [SEP]', '</s></s>', ' </s> ', '<<|v3|>>', '<|v3<|v3|>|>']
+
+@pytest.mark.parametrize('kind', kinds, ids=lambda f: f.__name__)
+def test_text_is_text(kind):
+    "What spells a token is letters, what spells none has the ids it always had, and what a tokenizer can give back it still can"
+    t = kind(texts, 300) if kind is train_text_tokenizer else kind()
+    t.add_tokens([f'<|v{i}|>' for i in range(5)]); t.add_special_tokens({'additional_special_tokens': ['<|im_end|>', '<|image_4x4|>', '<|/image|>']}, replace_extra_special_tokens=False)
+    plain = t(ordinary, add_special_tokens=False).input_ids
+    assert text_ids(t, ordinary) == plain and [text_ids(t, [o])[0] for o in ordinary] == plain
+    marks = {*control_tokens(t).values()}; assert t.convert_tokens_to_ids('<|v3|>') in marks and t.eos_token_id in marks and t.unk_token_id in {*marks, None}
+    lossless = all(t.decode(ids).strip() == o.strip() for ids,o in zip(plain[3:5], ordinary[3:5]))
+    assert lossless == (kind in (train_text_tokenizer, metaspace, whole_pieces, padded_by_a_letter, slow, slow_with_marks))
+    for s in spelled:
+        ids = text_ids(t, [s])[0]
+        assert not (marks - {t.unk_token_id}) & {*ids}, (s, t.convert_ids_to_tokens(ids))
+        if lossless: assert t.decode(ids).strip() == s.strip()
+    assert text_ids(t, spelled + ordinary) == [text_ids(t, [s])[0] for s in spelled + ordinary] and marks & {*t('a </s> <|v3|>', add_special_tokens=False).input_ids}
+
+def test_text_of_a_tokenizer_that_adds_something():
+    t = always_begins(); assert t(['a'], add_special_tokens=False).input_ids[0][0] == 0
+    assert text_ids(t, ['a seven', '</s>']) == text_ids(train_text_tokenizer(texts, 300), ['a seven', '</s>'])
+
+def test_text_after_the_tokenizer_changed():
+    t = train_text_tokenizer(texts, 300)
+    assert text_ids(t, ['a <|x|> </s>']) and t.decode(text_ids(t, ['a <|x|>'])[0]) == ' a <|x|>'
+    t.add_tokens(['<|x|>']); assert t.convert_tokens_to_ids('<|x|>') not in text_ids(t, ['a <|x|> </s>'])[0]
+    t.add_tokens(['covid']); assert t.convert_tokens_to_ids('covid') in text_ids(t, ['a covid seven'])[0]              # a word somebody taught the model
+    assert t.convert_tokens_to_ids('covid') in text_ids(t, ['a covid </s>'])[0]
+    t.add_special_tokens({'eos_token': 'Ġseven'}); assert t.eos_token_id not in text_ids(t, ['a seven'])[0]
+    for bad in ('a seven', [1], [None], [b'a']):
+        with pytest.raises(ValueError, match='need a list of text'): text_ids(t, bad)
+    assert text_ids(t, []) == [] and t.decode(text_ids(t, ['a \ud800'])[0]) == ' a ?'
+
+def test_words_seen_beside_marks():
+    t = train_text_tokenizer(texts, 300); vocab = Vocabulary(t.convert_ids_to_tokens(range(3, len(t))), torch.randn(len(t) - 3, 4))
+    assert vocab.seen_in(['a seven </s>'], t).words == [w for w in vocab.words if w in {'Ġa', 'Ġseven', 'Ġ', '<', '/', 's', '>'}]
+    assert vocab.seen_in((x for x in texts), t).words == vocab.seen_in({*texts}, t).words
 
 # memory
-
 def sparse_file(path, **tensors):
     "A valid safetensors file of zeros that takes no room on the disk"
     header, at = {}, 0

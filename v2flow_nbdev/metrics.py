@@ -15,16 +15,21 @@ from itertools import cycle, islice
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
-from .data import digit_captions, digits, named_digit, no_autocast, picture_sheet, to_pil, to_tensor, write_folder
+from .data import check_counts, digit_captions, digits, named_digit, no_autocast, picture_sheet, to_pil, to_tensor, write_folder
 from .vocabulary import read_json, read_tensors, resolve_folder, write_json, write_tensors
 from .quantizer import codebook_perplexity, codebook_usage
 
 # %% ../nbs/11_metrics.ipynb #586c11bb
+def _check_pairs(a, b):
+    "`ValueError` unless two batches are of one shape: a sum would be spread over the larger one without a word"
+    if a.dim() != 4 or a.shape != b.shape: raise ValueError(f"images of shape {tuple(a.shape)} and {tuple(b.shape)}: need pairs, both (B, C, H, W)")
+
 def psnr(
     a:torch.Tensor,  # (B, C, H, W) in [-1, 1]
     b:torch.Tensor,  # (B, C, H, W) in [-1, 1]
 )->torch.Tensor:     # (B,) decibels
     "Peak signal-to-noise ratio over the full range of 2: 10·log10(4/MSE), picture by picture"
+    _check_pairs(a, b)
     return 10*torch.log10(4/(a - b).square().flatten(1).mean(1).clamp_min(1e-10))
 
 # %% ../nbs/11_metrics.ipynb #86e8225e
@@ -34,6 +39,7 @@ def ssim(
 )->torch.Tensor:     # (B,) in [-1, 1], 1 = equal
     """Structural similarity by `torchmetrics`, with the Gaussian window of 11×11, σ = 1.5, of Wang et al. (2004); pictures are mirrored at their edges.
     In float32 whatever autocast says: a variance is a small difference of two large means"""
+    _check_pairs(a, b)
     if min(a.shape[-2:]) < 6: raise ValueError(f"pictures of {tuple(a.shape[-2:])} pixels: the window needs 6 or more a side")
     from torchmetrics.functional.image import structural_similarity_index_measure
     with no_autocast(a.device): return structural_similarity_index_measure(a.float(), b.float(), sigma=1.5, kernel_size=11, data_range=2., reduction='none')
@@ -69,6 +75,7 @@ def lpips(
     batch_size:int=64,   # pairs at a time
 )->torch.Tensor:         # (B,), 0 = equal; small is alike
     "Learned perceptual distance (LPIPS, Zhang et al. 2018) by `torchmetrics`"
+    _check_pairs(a, b)
     network = published('LPIPS').net.to(a.device) if network is None else network
     return torch.cat([network(x, y).reshape(-1) for x,y in zip(a.split(batch_size), b.split(batch_size))])
 
@@ -104,6 +111,7 @@ def accuracy(
     labels,               # B digits
 )->float:                 # share read rightly
     "How often the judge reads the right digit"
+    check_counts(len(images), 'images', labels=labels)
     return float((judge.predict(images.flatten(1).numpy()) == torch.as_tensor(labels).numpy()).mean())
 
 # %% ../nbs/11_metrics.ipynb #d99f458f
@@ -120,6 +128,7 @@ def variety(
     real_labels:torch.Tensor, # their digits, (M,)
 )->float:                 # mean over the digits; 1 = as varied as real handwriting
     "Mean pairwise distance of the pictures of one digit, as a share of the same for real ones"
+    check_counts(len(images), 'images', labels=labels); check_counts(len(real), 'real images', labels=real_labels)
     return float(np.mean([mean_distance(images[labels == d])/mean_distance(real[real_labels == d]) for d in labels.unique()]))
 
 # %% ../nbs/11_metrics.ipynb #348e73b2
@@ -296,6 +305,7 @@ def nearest_real(
     cosine:bool=False,      # compare by angle, which suits a classifier's features, instead of Euclidean distance
 )->torch.Tensor:            # (B,) indices among M
     "The candidate that a picture is nearest to, in a given representation"
+    check_counts(len(pictures), 'images', candidates=candidates)
     chosen = [torch.as_tensor(c, device=real.device) for c in candidates]
     used, places = torch.unique(torch.cat(chosen), return_inverse=True)              # of all real pictures, those that are somebody's candidates
     a, b = (represent(x).flatten(1).float() for x in (pictures, real[used]))
@@ -311,6 +321,7 @@ def nearest_is_right(
     cosine:bool=False,      # compare by angle, which suits a classifier's features, instead of Euclidean distance
 )->torch.Tensor:            # (B,) bool
     "Whether the nearest of the real candidates is the one it should be"
+    check_counts(len(pictures), 'images', true=true)
     return nearest_real(pictures, real, candidates, represent, cosine) == torch.as_tensor(true, device=real.device)
 
 # %% ../nbs/11_metrics.ipynb #d1d3d811

@@ -10,7 +10,7 @@ import copy, math
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from .data import load_image, to_pil, to_tensor, write_folder
+from .data import as_image, check_counts, check_images, to_pil, to_tensor, write_folder
 from .flow import constant_guidance
 from .llm import VisualWords, merge, write_captions, write_images
 from .tokenizer import V2Flow
@@ -43,16 +43,19 @@ def load_llm(
 def many(images): return isinstance(images, (list, tuple)) or torch.is_tensor(images) and images.dim() == 4
 
 def as_picture(
-    image,  # a PIL image, a path, or a (C, H, W) tensor in [-1, 1]
+    image,  # a (C, H, W) tensor in [-1, 1], or whatever `as_image` takes: a PIL image, a path, bytes, an array
 ):          # a PIL image
-    "One picture, whatever way it was given"
-    if isinstance(image, (str, Path)): return load_image(image)
-    if not torch.is_tensor(image): return image
-    if image.dim() != 3 or image.shape[0] not in (1, 3): raise ValueError(f"a picture of shape {tuple(image.shape)}: a tensor needs (channels, height, width) with 1 or 3 channels, or (pictures, channels, height, width)")
+    "One image, whatever way it was given, by one set of rules"
+    if image is None: raise ValueError("no image: give a PIL image, a path, bytes, an array or a tensor")
+    if not torch.is_tensor(image): return as_image(image)
+    if image.dim() != 3 or image.shape[0] not in (1, 3): raise ValueError(f"an image of shape {tuple(image.shape)}: a tensor needs (channels, height, width) with 1 or 3 channels, or (images, channels, height, width)")
+    check_images(image[None], image.shape[0])
     return to_pil(image[None])[0]
 
 class V2FlowPipeline:
     "Text → image, image → text and image → image with one language model and one image tokenizer"
+    format_version = 1  # of `model_index.json`
+
     def __init__(self,
         image_tokenizer:V2Flow,   # image ↔ ids
         llm,                      # a causal language model with visual words
@@ -78,30 +81,35 @@ class V2FlowPipeline:
     ):
         "Load `model_index.json`, `image_tokenizer/` and `llm/`; all weights become float32"
         folder = resolve_folder(name, revision=revision)
-        defaults = read_json(folder/'model_index.json', ['defaults'])['defaults']
+        index = read_json(folder/'model_index.json', ['defaults'])
+        defaults, version = index['defaults'], index.get('format_version', 1)
+        if not isinstance(version, int) or version > cls.format_version:
+            raise OSError(f"{folder/'model_index.json'}: written by a newer version of this library (format {version}, this one reads up to {cls.format_version}): update it")
+        unknown = set(defaults if isinstance(defaults, dict) else ['defaults']) - set(generation_defaults)
+        if unknown: raise OSError(f"{folder/'model_index.json'}: unknown defaults {', '.join(sorted(unknown))}; there are {', '.join(generation_defaults)}")
         image_tokenizer = V2Flow.from_pretrained(folder, 'image_tokenizer', device=device)
         llm, tokenizer = load_llm(resolve_folder(folder, 'llm'))
         return cls(image_tokenizer, llm.to(device).eval(), tokenizer, defaults)
 
     def to(self,
-        device,  # 'cpu', 'cuda', a `torch.device`
+        *where,  # 'cpu', 'cuda', a `torch.device`; a dtype, which the ids do not follow; or both
     ):           # itself
-        "Move both models, as in `diffusers`"
-        self.image_tokenizer.to(device); self.llm.to(device)
+        "Move or cast both models, as in `diffusers`"
+        self.image_tokenizer.to(*where); self.llm.to(*where)
         return self
 
     def save_pretrained(self,
-        folder:str|Path,  # made if missing
-        dtype=None,       # floats are stored as this; None: as they are
+        folder:str|Path,  # made if missing; a pipeline that lies there is replaced
+        dtype=None,       # floats are stored as this, where that changes no id; None: as they are
     ):
         "Write a pipeline folder that `from_pretrained` loads"
-        with write_folder(folder) as new:
+        with write_folder(folder, replaces=['image_tokenizer', 'llm']) as new:
             self.image_tokenizer.save_pretrained(new/'image_tokenizer', dtype)
             llm = merge(self.llm)                                                  # what `peft` keeps beside the weights goes into them
             (copy.deepcopy(llm).to(dtype) if dtype else llm).save_pretrained(new/'llm')
             self.tokenizer.save_pretrained(new/'llm')
             write_json(new/'model_index.json', dict(
-                _class_name='V2FlowPipeline', image_tokenizer=['v2flow_nbdev.tokenizer', 'V2Flow'],
+                _class_name='V2FlowPipeline', format_version=self.format_version, image_tokenizer=['v2flow_nbdev.tokenizer', 'V2Flow'],
                 llm=['transformers', type(llm).__name__], defaults=self.defaults))
 
     def push_to_hub(self, repo_id:str, **kwargs):
@@ -130,11 +138,12 @@ class V2FlowPipeline:
     )->PipelineOutput:
         "Captions → pictures"
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or not all(p.strip() for p in prompts): raise ValueError("the caption is empty; say what to draw")
+        if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts): raise ValueError("the caption is empty; say what to draw")
         if num_images_per_prompt < 1: raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: need at least 1")
         given = dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         settings = {k: self.defaults[k] if v is None else v for k,v in given.items()}
         captions = [p for p in prompts for _ in range(num_images_per_prompt)]
+        check_counts(len(captions), 'images', generators=generator)
         grid = self.grid_of(height, width)
         tell_word, tell_round = self.teller(callback_on_step_end, grid, n_iter)
         ids = write_images(self.llm, self.tokenizer, captions, generator=generator, grid=grid, guidance_schedule=guidance_schedule,
@@ -165,13 +174,18 @@ class V2FlowPipeline:
         return grid
 
     def prepare(self,
-        images,          # a PIL image, a path, or a (C, H, W) tensor in [-1, 1], of any size; or a list of them, or a (B, C, H, W) tensor
+        images,          # a PIL image, a path, bytes, an array, or a (C, H, W) tensor in [-1, 1], of any size; or a list of them, or a (B, C, H, W) tensor
         height:int|None=None, # pixels; None: the model's main size
         width:int|None=None,
     )->torch.Tensor:     # (B, C, height, width) in [-1, 1], cropped and resized
-        "Pictures as the image tokenizer takes them"
+        "Images as the image tokenizer takes them; a tensor that is so already is not touched, another goes through 8 bits"
         c = self.image_tokenizer.config
-        return to_tensor([as_picture(x) for x in (images if many(images) else [images])], c.image_channels, (height or c.image_size[0], width or c.image_size[1]))
+        size, several = (height or c.image_size[0], width or c.image_size[1]), images if many(images) else [images]
+        if not len(several): raise ValueError("no images: the list is empty")
+        def one(x):
+            if torch.is_tensor(x) and x.shape == (c.image_channels, *size): check_images(x[None], c.image_channels); return x[None].float()
+            return to_tensor([as_picture(x)], c.image_channels, size).to(x.device if torch.is_tensor(x) else 'cpu')
+        return torch.cat([one(x) for x in several])
 
     def caption(self,
         images,          # as in `prepare`
@@ -191,5 +205,7 @@ class V2FlowPipeline:
     ):                   # a PIL image or a list of them
         "Pictures → ids → pictures: what the ids alone remember"
         tok = self.image_tokenizer
-        back = to_pil(tok.decode(tok.encode(self.prepare(images)), generator=generator, **kwargs))
+        x = self.prepare(images)
+        check_counts(len(x), 'images', generators=generator)
+        back = to_pil(tok.decode(tok.encode(x), generator=generator, **kwargs))
         return back if many(images) else back[0]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from .data import at_least_float32, draw, no_autocast
+from .data import at_least_float32, at_least_float32_by, draw, full_float32
 
 # %% ../nbs/04_quantizer.ipynb #2cef39cf
 def nearest(
@@ -84,7 +84,7 @@ def codebook_perplexity(
 class VectorQuantizer(nn.Module):
     """Snap vectors to the nearest of K unit codes (VQ-VAE, arXiv 1711.00937, with the cosine similarity and EMA of V²Flow).
     `forward` never changes the codebook: it collects, and `update()`, after the optimizer's step, applies. Until
-    `init_codebook` has run, vectors pass through unquantized"""
+    `init_codebook` has run, vectors pass through unquantized. The codebook is never rounded: a cast to half precision leaves it float32"""
     def __init__(self,
         codebook_size:int,     # K
         dim:int,               # E
@@ -101,16 +101,18 @@ class VectorQuantizer(nn.Module):
         self.register_buffer('initialised', torch.tensor(initialised))
         self.collected = []                                           # [(vectors, ids)] since the last update
 
+    def _apply(self, fn, recurse=True): return super()._apply(at_least_float32_by(fn), recurse)
+
     def ids(self,
         x:torch.Tensor,  # (B, N, E), any length: only the direction counts
     )->torch.Tensor:     # (B, N) int64
         "The nearest codes, and nothing else"
-        return nearest(F.normalize(at_least_float32(x), dim=-1), at_least_float32(self.codebook))
+        with full_float32(x.device): return nearest(F.normalize(x.to(self.codebook.dtype), dim=-1), self.codebook)
 
     def forward(self,
         x:torch.Tensor,  # (B, N, E), any length: only the direction counts
     ):                   # tokens (B, N, E), unit, straight-through to `x`; ids (B, N) or None; commitment loss, a scalar
-        with no_autocast(x.device):
+        with full_float32(x.device):
             x = F.normalize(at_least_float32(x), dim=-1)
             ids = nearest(x.detach(), self.codebook) if self.initialised else None
             if self.training: self.collected.append((x.detach(), ids))

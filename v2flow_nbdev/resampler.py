@@ -8,8 +8,9 @@ __all__ = ['gumbel', 'word_noise', 'noised_logits', 'VocabularyAttention', 'resa
 # %% ../nbs/03_resampler.ipynb #16ea68e2
 import torch
 from einops import rearrange
+from contextlib import nullcontext
 from torch import nn
-from .data import draw, no_autocast
+from .data import at_least_float32_by, draw, full_float32, no_autocast
 
 # %% ../nbs/03_resampler.ipynb #c01a0752
 def gumbel(
@@ -125,7 +126,8 @@ class RegNetBlock(nn.Module):
 
 # %% ../nbs/03_resampler.ipynb #3c3550b9
 class VocabularyResampler(nn.Module):
-    "Latents → features → a soft distribution over all words → their mixture (V²Flow, visual vocabulary resampler)"
+    """Latents → features → a soft distribution over all words → their mixture (V²Flow, visual vocabulary resampler). Its parameters are
+    never rounded, and where nothing is learned it computes in float32 whatever surrounds it: ids hang on its last digits"""
     def __init__(self,
         channels:int,    # of a latent
         vocab_size:int,  # V
@@ -140,6 +142,8 @@ class VocabularyResampler(nn.Module):
         self.readout = nn.Linear(width, vocab_size)
         nn.init.normal_(self.readout.weight, std=3/width**0.5)  # distinct mixtures from the first step on
         nn.init.zeros_(self.readout.bias)
+
+    def _apply(self, fn, recurse=True): return super()._apply(at_least_float32_by(fn), recurse)
 
     def tokens(self,
         latents:torch.Tensor,  # (B, C, h, w), sides divisible by p
@@ -156,5 +160,7 @@ class VocabularyResampler(nn.Module):
         allowed=None,          # bool, (V,): False = left out; None: all words
         part:int=0,            # this process' place among those that share the noise
     )->torch.Tensor:           # (B, N, E)
-        x = self.tokens(latents)
-        return resample(x, self.readout.weight, self.readout.bias, vocab, tau, noise, seed, allowed, part*x.shape[:-1].numel())
+        learning = self.training and torch.is_grad_enabled()
+        with nullcontext() if learning else full_float32(latents.device):
+            x = self.tokens(latents.to(self.readout.weight.dtype))
+            return resample(x, self.readout.weight, self.readout.bias, vocab, tau, noise, seed, allowed, part*x.shape[:-1].numel())

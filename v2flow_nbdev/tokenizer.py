@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['dc_ae_f32c32', 'kl_f16', 'paper', 'V2FlowConfig', 'SketchDecoder', 'masked_flow_loss', 'masked_flow_sample',
-           'check_ids', 'V2FlowOutput', 'V2Flow', 'stored_dtype', 'DecoderTraining', 'costs']
+           'check_ids', 'check_latents', 'V2FlowOutput', 'with_autoencoder', 'V2Flow', 'stored_dtype',
+           'DecoderTraining', 'costs']
 
 # %% ../nbs/07_tokenizer.ipynb #a115a934
+import math, shutil
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from .data import WholeBatch, at_least_float32, draw, write_folder
+from .data import WholeBatch, at_least_float32, at_least_float32_by, check_counts, check_images, draw, write_folder
 from .flow import VelocityMLP, constant_guidance, euler, flow_loss, guide
 from .latents import AutoencoderLatents, AutoencoderOutput, PixelLatents
 from .masked import Block, MaskedTransformer, at_latents, grid_positions, random_orders, reveal, sample_mask_ratio, take
@@ -33,13 +36,17 @@ paper = dict(dc_ae_f32c32, image_size=(512, 512), image_channels=3, vocab_size=3
 @dataclass
 class V2FlowConfig:
     "Everything that fixes an image tokenizer's shape, training and defaults; saved as its `config.json`"
+    format_version:ClassVar[int]=2 # of `config.json`; version 1 knew neither the last three of the autoencoder's entries nor its own number
     image_size:tuple=(8, 8)       # height, width of the main grid, pixels
     image_channels:int=1          # 1 luminance, 3 RGB
     patch:int=2                   # pixels to the side of a latent
     latent_channels:int=0         # of an autoencoder's latents; 0: pixel patches, image_channels · patch²
-    latent_shift:float=0.         # subtracted from pixels (`PixelLatents.fit`) or from the autoencoder's latents
+    latent_shift:float=0.         # subtracted from pixels (`PixelLatents.fit`) or from the autoencoder's latents; taken from the autoencoder, as the next
     latent_scale:float=1.         # then multiplied
     autoencoder:str=''            # whose latents they are, a `diffusers` folder or Hub id; '': pixel patches
+    autoencoder_subfolder:str=''  # inside it
+    autoencoder_revision:str=''   # branch, tag or commit of a Hub id
+    autoencoder_checksum:str=''   # of its encoder, by which ids stand and fall; a mismatch is an error
     pool:int=1                    # p: a token for each p×p latents
     vocab_size:int=0              # V; taken from the vocabulary
     vocab_dim:int=0               # E; taken from the vocabulary
@@ -167,16 +174,32 @@ def masked_flow_sample(
 
 # %% ../nbs/07_tokenizer.ipynb #54c83067
 def check_ids(
-    ids:torch.Tensor,   # should be (B, N) integers in [0, K)
+    ids:torch.Tensor,   # should be (B, N) integers in [0, K), of any integer dtype
     grid:tuple,         # (h, w), h·w = N
     codebook_size:int,  # K
-):
+)->torch.Tensor:        # the same as int64
     "`ValueError` that says what is wrong with `ids`, if anything is"
     n = grid[0]*grid[1]
-    if ids.dtype not in (torch.int64, torch.int32): raise ValueError(f"ids must be integers, not {ids.dtype}")
+    if not torch.is_tensor(ids): raise ValueError(f"ids: a {type(ids).__name__}, need a tensor (B, {n}) of integers")
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex(): raise ValueError(f"ids must be integers, not {ids.dtype}")
     if ids.dim() != 2 or ids.shape[1] != n: raise ValueError(f"ids of shape {tuple(ids.shape)}: need (B, {n}) for the grid {grid[0]}×{grid[1]}")
-    if ids.numel() and not 0 <= ids.min() <= ids.max() < codebook_size:
+    if not len(ids): raise ValueError("no ids: the batch is empty")
+    ids = ids.long()
+    if not ids.is_meta and not 0 <= ids.min() <= ids.max() < codebook_size:
         raise ValueError(f"ids from {ids.min()} to {ids.max()}: the codebook has 0 to {codebook_size - 1}")
+    return ids
+
+def check_latents(
+    latents:torch.Tensor,  # should be (B, C, h, w), finite floats
+    channels:int,          # C
+    pool:int=1,            # of both sides
+):
+    "`ValueError` that says what is wrong with `latents`, if anything is"
+    if not torch.is_tensor(latents): raise ValueError(f"latents: a {type(latents).__name__}, need a tensor (B, {channels}, h, w)")
+    if latents.dim() != 4 or latents.shape[1] != channels or any(n < 1 or n % pool for n in latents.shape[2:]) or not len(latents):
+        raise ValueError(f"latents of shape {tuple(latents.shape)}: need (B, {channels}, h, w)" + f" with sides divisible by {pool}"*(pool > 1))
+    if not latents.is_floating_point(): raise ValueError(f"latents of {latents.dtype}: need floats, at unit scale")
+    if not latents.is_meta and not latents.isfinite().all(): raise ValueError("latents with values that are not finite")
 
 # %% ../nbs/07_tokenizer.ipynb #5867a2d5
 @dataclass
@@ -188,17 +211,34 @@ class V2FlowOutput:
     commitment_loss:torch.Tensor  # distance of the mixtures from their codes
     ids:torch.Tensor|None         # (B, N), None until there is a codebook
 
+def with_autoencoder(
+    config:V2FlowConfig,  # of a tokenizer
+    autoencoder,          # `AutoencoderLatents` that it is to work on
+)->V2FlowConfig:          # with its name, revision, scale, shift, and the checksum of its encoder
+    "`ValueError` that says in what an autoencoder is another than the one that the config was made for, if it is"
+    a, c = autoencoder, config
+    if (a.channels, a.patch) != (c.channels, c.patch):
+        raise ValueError(f"the autoencoder has {a.channels} channels and a side of {a.patch} pixels, the config latent_channels={c.channels}, patch={c.patch}")
+    if c.autoencoder_checksum not in ('', a.encoder_checksum):
+        raise ValueError(f"autoencoder_checksum={c.autoencoder_checksum}: the encoder at hand is another ({a.encoder_checksum}), and would give other ids; use the one that the tokenizer was trained on")
+    if a.revision and c.autoencoder_revision not in ('', a.revision): raise ValueError(f"autoencoder_revision={c.autoencoder_revision}: the autoencoder at hand is of {a.revision}")
+    own = dict(latent_scale=a.scale, latent_shift=a.shift)
+    for name, value in own.items():
+        known = c.autoencoder_checksum or getattr(c, name) != getattr(V2FlowConfig, name)       # what nobody has set is taken from the autoencoder
+        if known and not math.isclose(getattr(c, name), value, rel_tol=1e-6): raise ValueError(f"{name}={getattr(c, name)}: the autoencoder at hand has {value}")
+    return replace(c, **own, autoencoder=c.autoencoder or a.name or 'autoencoder', autoencoder_subfolder=c.autoencoder_subfolder or a.subfolder or '',
+                   autoencoder_revision=c.autoencoder_revision or a.revision or '', autoencoder_checksum=a.encoder_checksum)
+
 class V2Flow(nn.Module):
     "The image tokenizer: image ↔ ids of codes that live among a language model's words (V²Flow, arXiv 2503.07493)"
     _no_split_modules = ['Block', 'RegNetBlock', 'AdaLNBlock']                     # what FSDP shards one by one, under the name that transformers uses
     def __init__(self,
         config:V2FlowConfig,                # its shape
         vocabulary:Vocabulary|None=None,    # the frozen words; without them it can decode, not encode
-        autoencoder=None,                   # `AutoencoderLatents`, where the config names one; without it, latents go in and come out
+        autoencoder=None,                   # `AutoencoderLatents`; without it, where the config names one, latents go in and come out
     ):
         super().__init__()
-        if autoencoder and (autoencoder.channels, autoencoder.patch) != (config.channels, config.patch):
-            raise ValueError(f"the autoencoder has {autoencoder.channels} channels and a side of {autoencoder.patch} pixels, the config latent_channels={config.channels}, patch={config.patch}")
+        if autoencoder is not None: config = with_autoencoder(config, autoencoder)
         if vocabulary:
             V, E = vocabulary.embeddings.shape
             config = replace(config, vocab_size=V, vocab_dim=E, vocab_checksum=vocabulary.checksum)
@@ -213,6 +253,9 @@ class V2Flow(nn.Module):
         self.velocity = VelocityMLP(C, c.dim, c.velocity_width, c.velocity_depth)
         self.register_buffer('vocab', vocabulary.centred if vocabulary else None, persistent=False)
         self.before_step(0.)
+
+    def _apply(self, fn, recurse=True):                                            # a cast leaves the table as it is, like resampler and codebook
+        return super()._apply(lambda t: (at_least_float32_by(fn) if t is self.vocab else fn)(t), recurse)
 
     @property
     def device(self): return self.masked.mask_token.device
@@ -248,6 +291,7 @@ class V2Flow(nn.Module):
         images:torch.Tensor,  # (B, C, H, W) in [-1, 1]
     )->torch.Tensor:          # (B, C, h, w), at unit scale
         "Pictures → latents"
+        check_images(images, self.config.image_channels, self.config.patch*self.config.pool)
         if self.latents is None: raise RuntimeError(f"this tokenizer works on the latents of {self.config.autoencoder}: encode the images with it and pass `latents`")
         return torch.cat([self.latents.to(self.device).encode(x) for x in images.to(self.device).split(64)])
 
@@ -273,7 +317,7 @@ class V2Flow(nn.Module):
         latents=None,    # or their latents, (B, C, h, w), at unit scale: of an autoencoder, or cached
         generator=None,  # draws masks, noise and times; in training, in the same state in every process
     )->V2FlowOutput:
-        latents = self.to_latents(images) if latents is None else latents
+        latents = self.latents_of(images, latents)
         if self.training: generator = WholeBatch.here(generator)
         grid, z = tuple(latents.shape[2:]), rearrange(latents, 'b c h w -> b (h w) c')
         self.quantizer.train(self.training and not self.settled)
@@ -286,15 +330,22 @@ class V2Flow(nn.Module):
                                 self.config.code_dropout, self.config.n_draws, generator)
         return V2FlowOutput(flow + code_loss + commitment_loss, flow, code_loss, commitment_loss, ids)
 
+    def latents_of(self, images, latents):
+        "Of images, or given"
+        if (images is None) == (latents is None): raise ValueError("give images or latents")
+        if latents is None: return self.to_latents(images)
+        check_latents(latents, self.config.channels, self.config.pool)
+        return latents.to(self.device)
+
     @torch.no_grad()
     def encode(self,
         images=None,   # (B, C, H, W) in [-1, 1]
         latents=None,  # or their latents, (B, C, h, w), at unit scale
     )->torch.Tensor:   # ids, (B, N) int64, row by row; deterministic
-        "Picture → ids"
+        """Picture → ids. They are a contract: encoder, resampler and codebook keep float32 parameters and compute in float32, under autocast, after
+        a cast and with TF32 allowed, so one device gives one answer; two devices differ in near-ties alone (under 0.1 % of the ids)"""
         if not self.quantizer.initialised: raise RuntimeError("the tokenizer has no codebook yet: train it past quantize_from")
-        latents = self.to_latents(images) if latents is None else latents
-        return self.quantizer.ids(self.mixtures(latents.to(self.device, self.masked.mask_token.dtype), self.config.tau))
+        return self.quantizer.ids(self.mixtures(self.latents_of(images, latents), self.config.tau))
 
     @torch.no_grad()
     def decode_latents(self,
@@ -310,12 +361,13 @@ class V2Flow(nn.Module):
     )->torch.Tensor:                     # (B, C, h·p, w·p), at unit scale
         "Ids → latents"
         c, grid = self.config, tuple(grid or self.config.grid)
-        check_ids(ids, grid, c.codebook_size)
+        ids = check_ids(ids, grid, c.codebook_size)
+        check_counts(len(ids), 'images', generators=generator)
         h, w = grid[0]*c.pool, grid[1]*c.pool
         def pick(value, default): return default if value is None else value
         def to_grid(z): return rearrange(z, 'b (h w) c -> b c h w', h=h)
         show = callback and (lambda i, z: callback(i, to_grid(z)))
-        codes = self.spread(at_least_float32(self.quantizer.codebook[ids.to(self.device)]))
+        codes = self.spread(self.quantizer.codebook[ids.to(self.device)])
         return to_grid(masked_flow_sample(self.masked, self.velocity, codes, (h, w), c.channels, pick(n_iter, c.n_iter), pick(n_steps, c.n_steps),
                                           pick(guidance_scale, c.guidance_scale), pick(temperature, c.temperature), generator, callback=show, **how))
 
@@ -341,27 +393,21 @@ class V2Flow(nn.Module):
         return self.vocabulary.mean + self.vocabulary.code_scale*self.quantizer.codebook.cpu()
 
     def save_pretrained(self,
-        folder:str|Path,  # made if missing
-        dtype=None,       # floats are stored as this; None: as they are
+        folder:str|Path,  # made if missing; a tokenizer that lies there is replaced
+        dtype=None,       # floats are stored as this, where that changes no id; None: as they are
     ):
-        "Write `config.json`, `model.safetensors`, the vocabulary, and the autoencoder if it came from a folder; all or nothing"
-        config, own = self.config, self.latents if self.config.autoencoder and Path(self.config.autoencoder).is_dir() else None
-        with write_folder(folder) as new:
-            if own: own.save_pretrained(new/'autoencoder', dtype); config = replace(config, autoencoder='autoencoder')
+        """Write `config.json`, `model.safetensors`, the vocabulary, and the autoencoder, unless that is on the Hub as it is here; all or nothing.
+        Whatever `dtype` and cast, the folder gives the ids that this tokenizer gives"""
+        config, own = self.config, self.latents if self.config.autoencoder else None
+        with write_folder(folder, replaces=['autoencoder', 'vocabulary.*', 'model*.safetensors*']) as new:
+            if own is not None and (not own.name or Path(own.name).is_dir() or own.decoder_changed()): own.save_pretrained(new/'autoencoder', dtype)
+            elif own is None and config.autoencoder not in ('', 'autoencoder') and Path(config.autoencoder).is_dir(): shutil.copytree(Path(config.autoencoder)/config.autoencoder_subfolder, new/'autoencoder')
+            if (new/'autoencoder').is_dir(): config = replace(config, autoencoder='autoencoder', autoencoder_subfolder='', autoencoder_revision='')
             if self.vocabulary: self.vocabulary.save(new)
-            state = {n: t for n,t in self.state_dict().items() if n != 'quantizer.sums'}   # of training alone, and as large as the codes
+            state = {**self.state_dict(), 'quantizer.lengths': self.quantizer.sums.norm(dim=-1)}
+            del state['quantizer.sums']                                            # as large as the codes, and codes times these lengths
             write_tensors(new/'model.safetensors', {n: t.to(stored_dtype(n, t, dtype)) for n,t in state.items()})
-            write_json(new/'config.json', asdict(config))
-
-    @torch.no_grad()
-    def round_(self,
-        dtype:torch.dtype,  # as in `save_pretrained`
-    ):                      # itself
-        "Round all numbers as `save_pretrained(dtype)` will: the ids are then those that its folder will give, and not their neighbours"
-        parts = self, *((self.latents.model,) if self.config.autoencoder else ())
-        for part in parts:
-            for n,t in part.state_dict().items(): t.copy_(t.to(stored_dtype(n, t, dtype)))
-        return self
+            write_json(new/'config.json', dict(format_version=config.format_version, **asdict(config)))
 
     @classmethod
     def from_pretrained(cls,
@@ -377,17 +423,20 @@ class V2Flow(nn.Module):
         vocabulary = Vocabulary.load(folder) if (folder/'vocabulary.safetensors').exists() else None
         try:
             config = config_from_dict(V2FlowConfig, read_json(folder/'config.json'))
-            if (folder/'autoencoder').is_dir(): config = replace(config, autoencoder=str(folder/'autoencoder'))
-            pictures = AutoencoderLatents.from_pretrained(config.autoencoder, config.latent_scale, config.latent_shift, tiling=tiling) if config.autoencoder and autoencoder else None
+            beside = config.autoencoder == 'autoencoder'                           # with its own scale and shift, which must be the config's
+            if beside: config = replace(config, autoencoder=str(folder/'autoencoder'))
+            given = {} if beside else dict(scale=config.latent_scale, shift=config.latent_shift, subfolder=config.autoencoder_subfolder or None, revision=config.autoencoder_revision or None)
+            pictures = AutoencoderLatents.from_pretrained(config.autoencoder, tiling=tiling, **given) if config.autoencoder and autoencoder else None
             model = cls(config, vocabulary, pictures)
         except ValueError as e: raise OSError(f"{folder/'config.json'}: not an image tokenizer's config ({e})") from None
         if vocabulary and vocabulary.checksum != config.vocab_checksum:
             raise OSError(f"{folder}: the tokenizer was made for another vocabulary (table {config.vocab_checksum}, "
                           f"here {vocabulary.checksum}); copy the vocabulary files that belong to it")
         state = read_tensors(folder/'model.safetensors')
+        lengths = state.pop('quantizer.lengths', None)                                # folders of version 1 have none
         try: model.load_state_dict({'quantizer.sums': model.quantizer.sums} | state)
         except RuntimeError as e: raise OSError(f"{folder/'model.safetensors'}: does not fit its config.json ({' '.join(str(e).split())[:200]})") from None
-        model.quantizer.sums.copy_(model.quantizer.codebook*model.quantizer.counts[:,None])
+        model.quantizer.sums.copy_(model.quantizer.codebook*(model.quantizer.counts if lengths is None else lengths)[:,None])
         return model.to(device).eval()
 
     def push_to_hub(self, repo_id:str, **kwargs):
@@ -400,9 +449,10 @@ def stored_dtype(
     t:torch.Tensor, # its content
     dtype=None,     # that its floats are to be stored in; None: as they are
 ):                  # the dtype that it is stored in
-    "Codes are never bfloat16: a language model knows them by a checksum of their float16"
+    "What ids hang on, resampler and codebook, is stored in fewer bits only where that loses nothing"
     if not dtype or not t.is_floating_point(): return t.dtype
-    return torch.float16 if (name, dtype) == ('quantizer.codebook', torch.bfloat16) else dtype
+    exact = not name.startswith(('resampler.', 'quantizer.')) or torch.equal(t.to(dtype).to(t.dtype), t)
+    return dtype if exact else t.dtype
 
 # %% ../nbs/07_tokenizer.ipynb #9c493a3d
 class DecoderTraining(nn.Module):

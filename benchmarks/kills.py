@@ -37,10 +37,13 @@ def session(kills, steps, seed, folder, text, every=3):
     "The whole story, with every third (or other) kill while a checkpoint is being written; a dict of what happened"
     r, whole, killed = random.Random(seed), folder/'whole', folder/'killed'
     subprocess.run(command(whole, text, steps), cwd=root, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    at, torn = [], 0
-    while len(at) < kills:
-        done = kill_once(killed, text, steps, r, while_writing=len(at) % every == every - 1)
-        if done is None: break
+    at, torn, early = [], 0, 0
+    while len(at) < kills or not torn and len(at) < kills + 20:                      # some kills come too late for a half-written one
+        done = kill_once(killed, text, steps, r, while_writing=len(at) % every == every - 1 or len(at) >= kills)
+        if done is None:                                                             # we were late, and the run ended first: it begins anew
+            early += 1; shutil.rmtree(killed)
+            if early > 20: raise RuntimeError('the run always ends before it can be killed; use more steps')
+            continue
         at.append(done[0]); torn += done[1]
         print(f'kill {len(at)}: last checkpoint {done[0]}' + (', one half-written' if done[1] else ''), flush=True)
     subprocess.run(command(killed, text, steps), cwd=root, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -37,7 +37,7 @@ def make_files(f):
     ids = list(range(16))
     for name, content in dict(ok=ids, high=[128]+ids[1:], low=[-1]+ids[1:], few=ids[:15], floats=[0.5]+ids[1:], words=['a']*16, huge=[2**70]+ids[1:], dict={'ids': ids}, bools=[True]*16).items():
         (f/f'{name}.json').write_text(json.dumps(content))
-    (f/'broken.json').write_text('[1, 2,'); (f/'binary.json').write_bytes(b'\xff\xfe\x00')
+    (f/'broken.json').write_text('[1, 2,'); (f/'binary.json').write_bytes(b'\xff\xfe\x00'); (f/'deep.json').write_text('['*100_000)
     (f/'empty_model').mkdir()
     (copy_model(f, 'no_index')/'model_index.json').unlink()
     (copy_model(f, 'no_weights')/'image_tokenizer/model.safetensors').unlink()
@@ -63,7 +63,7 @@ def make_files(f):
     model.save_pretrained(f/'long_words'); AutoTokenizer.from_pretrained(shipped/'llm').save_pretrained(f/'long_words')
     model.get_input_embeddings().weight.data.mul_(-1); model.save_pretrained(f/'stranger'); tokenizer.save_pretrained(f/'stranger')
     wordless = copy_model(f, 'wordless'); shutil.rmtree(wordless/'llm'); shutil.copytree(f/'own', wordless/'llm')
-    (f/'not.yaml').write_text('a: [1'); (f/'odd.yaml').write_text('colour: red'); (f/'list.yaml').write_text('- 1')
+    (f/'not.yaml').write_text('a: [1'); (f/'odd.yaml').write_text('colour: red'); (f/'list.yaml').write_text('- 1'); (f/'numbers.yaml').write_text('1: 2\ncolour: red')
     (f/'read_only').mkdir(); (f/'read_only').chmod(0o500)
     (f/'held/checkpoints/step-00000010').mkdir(parents=True)
     (f/'pictures').mkdir(); good.save(f/'pictures/a.png'); (f/'pictures/b.png').write_text('broken')
@@ -82,6 +82,8 @@ cases = {  # name: (arguments, exit code, what the line must contain)
     'caption of blanks': (('generate', '   ', *O, *D), 2, 'caption is empty'),
     'caption of 10,000 words': (('generate', 'seven '*10_000, *O, *D), 2, 'too long'),
     'no caption': (('generate', *O), 2, "Missing argument 'caption'"),
+    'caption not UTF-8': (('generate', '\udce9', *O, *D), 2, 'the caption is not UTF-8'),
+    'size of zero': (('generate', 'a six', '--size', '0', '0', *O, *D), 2, '--size'),
     'num-images 0': (('generate', 'a six', '--num-images', '0', *O), 2, '--num-images'),
     'num-images -1': (('generate', 'a six', '--num-images', '-1', *O), 2, '--num-images'),
     'num-images many': (('generate', 'a six', '--num-images', 'many', *O), 2, '--num-images'),
@@ -112,6 +114,7 @@ cases = {  # name: (arguments, exit code, what the line must contain)
     'ids beyond 64 bits': (('decode', '{f}/huge.json', *O, *D), 1, 'huge.json'),
     'ids file broken': (('decode', '{f}/broken.json', *O), 1, 'broken.json: cannot be read as JSON'),
     'ids file binary': (('decode', '{f}/binary.json', *O), 1, 'binary.json: cannot be read as JSON'),
+    'ids file nested without end': (('decode', '{f}/deep.json', *O), 1, 'deep.json: cannot be read as JSON'),
     'ids file missing': (('decode', '{f}/none.json', *O), 1, 'none.json: no such file'),
     'out in a missing folder': (('generate', 'a six', '--out', '{f}/no/x.png'), 1, 'does not exist'),
     'out is a folder': (('generate', 'a six', '--out', '{f}'), 1, 'is a folder'),
@@ -126,6 +129,7 @@ cases = {  # name: (arguments, exit code, what the line must contain)
     'config not YAML': (('train-tokenizer', '--config', '{f}/not.yaml', '--out', '{f}/run'), 1, 'not.yaml: not YAML'),
     'config is a list': (('train-tokenizer', '--config', '{f}/list.yaml', '--out', '{f}/run'), 1, 'needs the sections'),
     'config of other settings': (('pretrain-llm', '--config', '{f}/odd.yaml', '--out', '{f}/run'), 2, 'unknown settings colour'),
+    'config of numbers and words': (('pretrain-llm', '--config', '{f}/numbers.yaml', '--out', '{f}/run'), 2, 'unknown settings 1, colour'),
     'override of nothing': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'training.stepz=3'), 2, 'stepz'),
     'override of no section': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'data.name.x=3'), 2, 'not a section'),
     'override of the wrong type': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'training.steps=abc'), 2, "steps='abc'"),
@@ -175,6 +179,20 @@ cases = {  # name: (arguments, exit code, what the line must contain)
     'own words and adapters': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', 'llm.own_words=true', 'llm.train=lora'), 2, "own_words=True with train='lora'"),
     'a weight below nothing': (('train-decoder', '--config', 'configs/emoji-decoder.yaml', '--out', '{f}/run', 'decoder.ssim=-1'), 2, 'decoder.ssim=-1'),
     'to keep more than all': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', 'llm.keep=1.5'), 2, 'llm.keep=1.5'),
+    'a rate that is no number': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'training.lr=.nan'), 2, 'training.lr=nan: needs 0 or more'),
+    'a rate without end': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'training.lr=.inf'), 2, 'and finite'),
+    'betas that are words': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'training.betas=[a, b]'), 2, 'training.betas='),
+    'a tracker without a name': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'training.trackers=[1]'), 2, 'training.trackers=[1]'),
+    'held out without a number': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'data.held_out=.nan'), 2, 'data.held_out=nan'),
+    'a seed below zero': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'data.seed=-1'), 2, 'data.seed=-1'),
+    'a stream, strictly': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.name=hub', 'data.path=x', 'data.streaming=true', '--strict'), 2, 'leave strict out'),
+    'a vocabulary that is a number': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'vocabulary=5'), 2, 'vocabulary=5: needs to be text'),
+    'an image tokenizer that is nothing': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', 'image_tokenizer='), 2, 'image_tokenizer=None: needs to be text'),
+    'a crop of twice': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.crop=2'), 2, 'data.crop=2.0: needs'),
+    'a width of words': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'llm.hidden_size=x'), 2, 'no LLaMA can have this shape'),
+    'a width that no heads share': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'llm.hidden_size=33'), 2, 'not a multiple of the number of attention heads'),
+    'no heads': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'llm.num_attention_heads=0'), 2, 'no LLaMA can have this shape'),
+    'generation of a number': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', 'generation=5'), 2, 'generation=5: needs to be a section'),
     'no such optimizer': (('pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', '{f}/run', 'training.optimizer=sgd'), 2, "training.optimizer='sgd': use adamw or muon"),
     'ids that are not there': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', f'image_tokenizer={shipped}/image_tokenizer', 'llm.pretrained={f}/own', 'data.name=ids', 'data.folder={f}/nothing', 'data.copies=0'), 1, 'no ids here'),
     'ids to train a tokenizer': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'data.name=ids', 'data.folder={f}/nothing'), 2, 'only train-llm learns from ids'),
@@ -215,8 +233,6 @@ def test_a_missing_model_of_the_hub_is_one_line(tmp_path):
     done = v2flow('encode', tmp_path/'x.png', '--model', 'nobody/nothing')
     assert done.returncode == 1 and 'nobody/nothing: no such folder' in done.stderr and done.stderr.count('\n') == 1, done.stderr
 
-def test_help_is_quick_and_complete():
-    import time
-    began = time.time(); done = v2flow('--help'); seconds = time.time() - began
-    assert done.returncode == 0 and seconds < 2, seconds             # within one on an idle machine
+def test_help_is_complete():                                          # that it is quick: see test_structure
+    done = v2flow('--help'); assert done.returncode == 0
     for command in 'demo generate reconstruct encode decode caption pretrain-llm train-tokenizer train-llm evaluate app'.split(): assert command in done.stdout

@@ -333,7 +333,7 @@ def test_some_of_none_and_of_broken_rows():
 
 def test_one_of_several_processes_leaves_at_once_with_its_exit_code(tmp_path):
     "All is written and every exit handler has run, but Python is not taken down around gloo's threads; exit codes of failures stay"
-    code = ("import atexit, os, sys, torch.distributed as dist\nfrom v2flow_nbdev import cli\nclass Loud:\n    def __del__(self): os.write(2, b'taken down')\n"
+    code = ("import atexit, os, sys, torch.distributed as dist\nfrom v2flow_nbdev import cli\nclass Loud:\n    def __del__(self, write=os.write): write(2, b'taken down')\n"
             "dist.init_process_group('gloo', init_method='file://' + sys.argv[1], rank=0, world_size=1)\nsys.loud, sys.mesh = Loud(), dist.group.WORLD\natexit.register(print, 'handlers')\n"
             "def app(standalone_mode):\n    print('done')\n    {}\ncli.app = app\ncli.main()")
     for i, (end, exit_code) in enumerate({'return 0': 0, 'raise ValueError("x")': 2, 'raise OSError("x")': 1, 'raise RuntimeError("x")': 1, 'raise KeyboardInterrupt': 130,

@@ -185,6 +185,8 @@ def generate(
 ):
     "Text → image: one picture, or a sheet of several."
     check_picture(out)
+    if not caption.isascii() and any('\ud800' <= letter <= '\udfff' for letter in caption): raise typer.BadParameter('the caption is not UTF-8', param_hint='caption')
+    if size and min(size) < 1: raise typer.BadParameter(f"{size[0]} {size[1]}: needs two numbers of pixels above 0", param_hint='--size')
     pipe = load_pipe(model)
     height, width = size or (None, None)
     made = pipe(caption, num_images, guidance_scale=guidance_scale, generator=generator(seed), height=height, width=width)
@@ -223,7 +225,7 @@ def decode(
     check_picture(out)
     if not ids.is_file(): raise Unusable(f"{ids}: no such file")
     try: content = json.loads(ids.read_text(encoding='utf-8'))
-    except ValueError as e: raise Unusable(f"{ids}: cannot be read as JSON ({e})") from None
+    except (ValueError, RecursionError) as e: raise Unusable(f"{ids}: cannot be read as JSON ({e})") from None
     if not isinstance(content, list) or not all(type(i) is int for i in content): raise Unusable(f"{ids}: needs a JSON list of integers, like [3, 14, 15]")
     tok = load_tokenizer(model)
     try: image = tok.decode(torch.tensor([content], dtype=torch.int64), generator=generator(seed))
@@ -352,8 +354,11 @@ def read_config(path, overrides, sections, strict=False, needed=None):
         except yaml.YAMLError: raise typer.BadParameter(f"'{text}': the value is not YAML") from None
     config = {**{k: v for k,v in defaults.items() if k in sections}, **config}
     unknown, missing = set(config) - set(sections), set(needed or sections) - set(config)
-    if unknown: raise ValueError(f"{path}: unknown settings {', '.join(sorted(unknown))}; there are {', '.join(sections)}")
+    if unknown: raise ValueError(f"{path}: unknown settings {', '.join(sorted(map(str, unknown)))}; there are {', '.join(sections)}")
     if missing: raise ValueError(f"{path}: missing {', '.join(sorted(missing))}")
+    for name in {'vocabulary', 'words', 'image_tokenizer'} & set(config):
+        if not isinstance(config[name], str) or not config[name]: raise ValueError(f"{name}={config[name]!r}: needs to be text, such as the name of a folder")
+    if not isinstance(config.get('generation', {}), dict): raise ValueError(f"generation={config['generation']!r}: needs to be a section, such as {{guidance_scale: 2}}")
     if strict and isinstance(config['data'], dict): config['data']['strict'] = True
     return config
 
@@ -406,6 +411,9 @@ class DataConfig:
         if self.cache and (self.streaming or self.crop < 1 or self.flip or len(self.sizes) > 1): raise ValueError(f"cache={self.cache!r} with streaming, crop, flip or several sizes: a cache holds every picture once, as it is")
         if not all(isinstance(s, (list, tuple)) and [type(n) for n in s] == [int, int] for s in self.sizes): raise ValueError(f"sizes={list(self.sizes)}: needs a list of [height, width]")
         if self.strict and self.streaming: raise ValueError("strict=True with streaming=True: the rows of a stream are first read while they are trained on; leave strict out")
+        if not 0 < self.crop <= 1: raise ValueError(f"crop={self.crop}: needs to be above 0 and at most 1")
+        if not 0 <= self.seed < 2**32: raise ValueError(f"seed={self.seed}: needs to be 0 to 2^32 - 1")
+        if self.captions < 0 or self.copies < 0: raise ValueError(f"captions={self.captions}, copies={self.copies}: need 0 or more")
         for name in ('n', 'size', 'held_out'):
             if not 0 < getattr(self, name) < float('inf'): raise ValueError(f"{name}={getattr(self, name)}: needs to be above 0" + ' and finite'*(getattr(self, name) > 0))
 
@@ -624,7 +632,9 @@ def pretrain_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, re
     if not captions + lines: raise Unusable("the data have no captions, and there is no other text to learn from; give text.file")
     tokenizer = call(train_text_tokenizer, c['text_tokenizer'], 'text_tokenizer', texts=captions*more.caption_weight + lines)
     torch.manual_seed(training.seed)
-    model, rows = call(small_llama, c['llm'], 'llm', tokenizer=tokenizer), text_rows(tokenizer, captions + lines)
+    try: model, rows = call(small_llama, c['llm'], 'llm', tokenizer=tokenizer), text_rows(tokenizer, captions + lines)
+    except ValueError: raise
+    except Exception as e: raise ValueError(f"llm={c['llm']}: no LLaMA can have this shape ({e})") from None        # `transformers` says so in many ways
     if dry_run: return print(llm_plan(model.config, training, [], 0, round(sum(len(p) + len(t) for p,t in rows)/len(rows))))
     longest = min(model.config.max_position_embeddings, more.pack or 2**31)
     rows = [(p, t[:longest - len(p)]) for p,t in rows]

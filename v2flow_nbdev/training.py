@@ -59,10 +59,13 @@ class TrainConfig:
         for name in ('steps', 'batch_size', 'accumulate', 'keep_last'):
             if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)}: need at least 1")
         for name in ('evaluate_every', 'checkpoint_every', 'log_every', 'lr', 'weight_decay', 'num_workers', 'processes', 'seed'):
-            if getattr(self, name) < 0: raise ValueError(f"{name}={getattr(self, name)}: needs 0 or more")
+            if not 0 <= getattr(self, name) < math.inf: raise ValueError(f"{name}={getattr(self, name)}: needs 0 or more, and finite")
         for name in ('warmup', 'final_lr', 'ema_decay'):
             if not 0 <= getattr(self, name) <= 1: raise ValueError(f"{name}={getattr(self, name)}: needs 0 to 1")
-        if self.clip <= 0: raise ValueError(f"clip={self.clip}: needs more than 0")
+        if not self.clip > 0: raise ValueError(f"clip={self.clip}: needs more than 0")
+        if self.seed >= 2**40: raise ValueError(f"seed={self.seed}: use a number below 2^40")
+        if len(self.betas) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in self.betas): raise ValueError(f"betas={list(self.betas)}: needs two numbers from 0 to below 1")
+        if not all(isinstance(t, str) for t in self.trackers): raise ValueError(f"trackers={list(self.trackers)}: needs names, such as tensorboard")
         if self.optimizer not in ('adamw', 'muon'): raise ValueError(f"optimizer={self.optimizer!r}: use adamw or muon")
         if self.optimizer == 'muon' and self.fsdp: raise ValueError("optimizer='muon' with fsdp=True: Muon needs whole matrices; use adamw")
         if self.mixed_precision == 'False': self.mixed_precision = 'no'            # how YAML reads a bare `no`

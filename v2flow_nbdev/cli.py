@@ -916,7 +916,7 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
     "Train a language model to write and read ids."
     c = read_config(config, overrides, ['data', 'image_tokenizer', 'llm', 'generation', 'training'], strict)
     from v2flow_nbdev.training import TrainConfig, train
-    from v2flow_nbdev.vocabulary import config_from_dict, light_files, resolve_folder, table_checksum
+    from v2flow_nbdev.vocabulary import config_from_dict, light_files, resolve_folder, table_checksum, text_ids
     training, tuning, source = (config_from_dict(kind, c[n], n) for kind, n in ((TrainConfig, 'training'), (LLMConfig, 'llm'), (DataConfig, 'data')))
     if source.streaming: raise ValueError("data.streaming=true: ids are computed for rows that can be counted")
     check_out(out, resume or training.resume, dry_run)
@@ -952,7 +952,7 @@ def train_llm(config:Config, out:RunFolder=None, overrides:Overrides=None, resum
     if is_main_process(): say(f'perplexity of plain text before there are pictures: {before:.3g}')
     def scores(model):
         model = inner(model)
-        shown = [c for r in some(held_out, 10) for c in [next(iter(r['captions']), '') or 'a picture'] if len(tokenizer(c).input_ids) < room(model) - n] or ['a picture']
+        shown = [c for r in some(held_out, 10) for c in [next(iter(r['captions']), '') or 'a picture'] if len(text_ids(tokenizer, [c])[0]) < room(model) - n] or ['a picture']
         made = pipe(model)(shown, generator=torch.Generator().manual_seed(0)).images
         return dict(data_scores(source, pipe(model)), text_perplexity=text_perplexity(model, tokenizer, unseen_texts), text_perplexity_before=before, drawn=picture_sheet(made, shown, columns=5))
     joined = partial(pack, length=tuning.pack) if tuning.pack else collate

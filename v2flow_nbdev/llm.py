@@ -746,7 +746,7 @@ def write_images(
     grid = tuple(grid or words.grid)
     begin, n = words.begin(grid), math.prod(grid)
     if isinstance(captions, str) or not len(captions): raise ValueError(f"captions={captions!r}: need a list of at least one text")
-    check_counts(len(captions), 'pictures', generators=generator)
+    check_counts(len(captions), 'images', generators=generator)
     prompts = [[bos, *c, begin] for c in text_ids(tokenizer, captions)]
     longest, space = max(map(len, prompts)), room(model) - n - 1
     if longest > space: raise ValueError(f"a caption of {longest - 2} tokens is too long: this model takes {space - 2} beside a picture of {n}; shorten it")

@@ -14,7 +14,7 @@ from .data import as_image, check_counts, check_images, to_pil, to_tensor, write
 from .flow import constant_guidance
 from .llm import VisualWords, merge, write_captions, write_images
 from .tokenizer import V2Flow
-from .vocabulary import open_tensors, push_to_hub, read_json, resolve_folder, tensor_files, write_json
+from .vocabulary import load_text_tokenizer, open_tensors, push_to_hub, read_json, resolve_folder, tensor_files, weights_variant, write_json
 
 # %% ../nbs/10_pipeline.ipynb #77507f5b
 generation_defaults = dict(guidance_scale=2., temperature=1., top_k=None, top_p=None, min_p=None)  # of the language model; the flow's are in V2FlowConfig
@@ -29,12 +29,12 @@ def load_llm(
     folder:Path,  # a `transformers` folder
 ):                # the causal language model, float32, and its text tokenizer; `OSError` naming the folder if anything is missing or damaged
     "A language model, whole or not at all: `transformers` would make up weights that are missing"
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     for path in sorted(set(tensor_files(folder).values())):
         with open_tensors(path): pass
+    tokenizer = load_text_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        llm, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
+        llm, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, variant=weights_variant(folder), output_loading_info=True, trust_remote_code=False)
     except Exception as e: raise OSError(f"{folder}: not a whole language model ({type(e).__name__}: {' '.join(str(e).split())[:200]}); copy it again") from None
     lacking = sorted(found['missing_keys']) + sorted(str(k) for k in found['mismatched_keys'])
     if lacking: raise OSError(f"{folder}: weights are missing ({', '.join(lacking[:3])}, …); copy the model again")
@@ -67,7 +67,7 @@ class V2FlowPipeline:
         if ours != words.codebook or own not in words.grids:
             raise ValueError(f"the language model was taught the codebook {words.codebook} on grids of {', '.join(f'{h}×{w}' for h,w in words.grids)}, "
                              f"the image tokenizer has {ours} on {own[0]}×{own[1]}: they were not made for each other")
-        if tokenizer.convert_tokens_to_ids('<|v0|>') != words.first: raise ValueError("the text tokenizer does not know the language model's visual words: it is another model's")
+        words.check(tokenizer)
         unknown = set(defaults or {}) - set(generation_defaults)
         if unknown: raise ValueError(f"unknown defaults: {', '.join(sorted(unknown))}")
         self.image_tokenizer, self.llm, self.tokenizer = image_tokenizer, llm, tokenizer

@@ -417,6 +417,7 @@ class DataConfig:
         for name in ('n', 'size', 'held_out'):
             if not 0 < getattr(self, name) < float('inf'): raise ValueError(f"{name}={getattr(self, name)}: needs to be above 0" + ' and finite'*(getattr(self, name) > 0))
 
+# %% ../nbs/20_cli.ipynb #7ade3cc9
 @dataclass
 class DecoderConfig:
     "`decoder` of train-decoder"
@@ -428,6 +429,7 @@ class DecoderConfig:
         if self.ssim < 0: raise ValueError(f"ssim={self.ssim}: needs 0 or more")
         if self.save_dtype not in stored_dtypes: raise ValueError(f"save_dtype={self.save_dtype!r}: use {', '.join(stored_dtypes)}")
 
+# %% ../nbs/20_cli.ipynb #a61f8e2c
 @dataclass
 class LLMConfig:
     "The language model that learns to write and read ids: the section `llm` of train-llm"
@@ -466,6 +468,7 @@ class LLMConfig:
         if not all(isinstance(g, (list, tuple)) and [type(n) for n in g] == [int, int] for g in self.grids): raise ValueError(f"grids={list(self.grids)}: needs a list of [height, width]")
         if self.rank < 1 or self.pack < 0: raise ValueError(f"rank={self.rank}: needs at least 1" if self.rank < 1 else f"pack={self.pack}: needs 0 or more")
 
+# %% ../nbs/20_cli.ipynb #794f265d
 @dataclass
 class TextConfig:
     "More text to read than the captions: the section `text` of pretrain-llm"
@@ -479,6 +482,7 @@ class TextConfig:
         if self.save_dtype not in stored_dtypes: raise ValueError(f"save_dtype={self.save_dtype!r}: use {', '.join(stored_dtypes)}")
         if self.caption_weight < 1: raise ValueError(f"caption_weight={self.caption_weight}: needs at least 1")
 
+# %% ../nbs/20_cli.ipynb #54f33cc8
 def split_of(
     n:int,           # rows
     held_out:float,  # share (below 1) or number of rows to judge on
@@ -526,6 +530,7 @@ def moved_copies(rows, c):
     found = augment(rows, c.copies, c.degrees, c.shift, c.scale, c.shear, c.seed)
     return Subset(found, range(len(found)), rows.report) if hasattr(rows, 'report') else found
 
+# %% ../nbs/20_cli.ipynb #24a5f0b8
 def some(rows, n):
     "At most n of the rows that can be used, evenly spread; of a stream the first"
     if hasattr(rows, 'take'): return rows.take(n)

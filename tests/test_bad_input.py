@@ -100,7 +100,7 @@ cases = {  # name: (arguments, exit code, what the line must contain)
     'another vocabulary': (('encode', '{f}/good.png', '--model', '{f}/other_words'), 1, 'made for another vocabulary'),
     'another llm': (('caption', '{f}/good.png', '--model', '{f}/other_llm'), 1, 'not made for each other'),
     'llm incomplete': (('caption', '{f}/good.png', '--model', '{f}/partial_llm'), 1, 'weights are missing'),
-    'text tokenizer missing': (('caption', '{f}/good.png', '--model', '{f}/no_text_tokenizer'), 1, 'not a whole language model'),
+    'text tokenizer missing': (('caption', '{f}/good.png', '--model', '{f}/no_text_tokenizer'), 1, 'its text tokenizer cannot be loaded'),
     'index is a list': (('caption', '{f}/good.png', '--model', '{f}/odd_index'), 1, 'model_index.json: not a JSON object'),
     'words missing': (('encode', '{f}/good.png', '--model', '{f}/odd_words'), 1, 'vocabulary.json: not a JSON object'),
     'config does not fit': (('encode', '{f}/good.png', '--model', '{f}/odd_config'), 1, 'odd_config'),

@@ -241,6 +241,10 @@ def test_an_index_of_a_newer_version_says_so(tmp_path):
     (tmp_path/'m/model_index.json').write_text(json.dumps(index | dict(defaults=dict(index['defaults'], glow=1))))
     with pytest.raises(OSError, match='glow'): V2FlowPipeline.from_pretrained(tmp_path/'m')
 
+@pytest.mark.parametrize('defaults', [dict(guidance_scale='x'), dict(top_p=2.), dict(temperature=None), dict(top_k=0), dict(glow=1)])
+def test_wrong_defaults_are_found_when_a_pipeline_is_made(pipe, defaults):
+    with pytest.raises(ValueError): V2FlowPipeline(pipe.image_tokenizer, pipe.llm, pipe.tokenizer, defaults)
+
 def metric_calls():
     from v2flow_nbdev import metrics as m
     a, b, g = torch.zeros(4, 3, 16, 16), torch.zeros(1, 3, 16, 16), torch.zeros(4, 1, 16, 16)

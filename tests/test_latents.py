@@ -286,10 +286,15 @@ def share(folder):
     with pytest.raises((MemoryError, OSError)) as e: cache_latents(Broken(rows, odd), Fails(1, 2), Path(folder)/'broken', **how)              # an error in one ends both
     assert str(e.value) == ('too large' if dist.get_rank() else 'process 1 of 2 failed (MemoryError: too large)')
     assert cache_latents(Broken(rows, odd), PixelLatents(1, 2), Path(folder)/'broken', **how).report.left_out == named
-    dist.destroy_process_group()
+    from v2flow_nbdev.cli import leave
+    leave(0)                                                                     # as the command does
+
+def free_port():
+    import socket
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
 def test_two_processes_share_the_work(tmp_path):
-    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29517', 'WORLD_SIZE': '2', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()), 'WORLD_SIZE': '2', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
     code = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_latents import share; share(sys.argv[1])'
     running = [subprocess.Popen([sys.executable, '-c', code, tmp_path/'two'], env={**env, 'RANK': str(i)}, stderr=subprocess.PIPE, text=True) for i in range(2)]
     for p in running:

@@ -1,14 +1,14 @@
 "The table of any language model: the right rows, out of the right file, in little memory; and one clear line where that cannot be"
-import inspect, json, re, shutil, string, struct, subprocess, sys
+import inspect, json, re, shutil, string
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 import pytest, torch
+from benchmarks.table import E, V, large_model
 from conftest import shipped
 from v2flow_nbdev.llm import small_llama, train_text_tokenizer
-from v2flow_nbdev.vocabulary import (Vocabulary, config_from_dict, control_tokens, find_table, push_to_hub, read_json, read_rows, read_tensors, resolve_folder, table_checksum, text_ids,
+from v2flow_nbdev.vocabulary import (Vocabulary, open_tensors, config_from_dict, control_tokens, find_table, push_to_hub, read_json, read_rows, read_tensors, resolve_folder, table_checksum, text_ids,
                                      weights_variant, word_ids, write_json, write_tensors)
 
 texts = ['a handwritten seven', 'the digit seven, written by hand', 'a small nine']
@@ -502,58 +502,26 @@ def test_words_seen_beside_marks():
     assert vocab.seen_in((x for x in texts), t).words == vocab.seen_in({*texts}, t).words
 
 # memory
-def sparse_file(path, **tensors):
-    "A valid safetensors file of zeros that takes no room on the disk"
-    header, at = {}, 0
-    for name, shape in tensors.items():
-        size = 2*shape[0]*shape[1]
-        header[name.replace('__', '.')] = dict(dtype='BF16', shape=shape, data_offsets=[at, at := at + size])
-    front = json.dumps(header).encode()
-    with open(path, 'wb') as f: f.write(struct.pack('<Q', len(front)) + front); f.truncate(8 + len(front) + at)
-    return {name: path.name for name in header}
-
-def large_tokenizer(size):
-    "As many words as a LLaMA has, merged from letters"
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    letters = string.ascii_letters[:32]
-    words = [''.join(w) for n in (1, 2, 3) for w in product(letters, repeat=n)][:size - 3]
-    bpe = Tokenizer(models.BPE({w: i for i,w in enumerate(['<unk>', '<s>', '</s>'] + words)}, [(w[:-1], w[-1]) for w in words if len(w) > 1], unk_token='<unk>'))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token='<unk>', bos_token='<s>', eos_token='</s>')
-
-measure = '''
-import sys
-from pathlib import Path
-from v2flow_nbdev.vocabulary import Vocabulary, find_table, load_text_tokenizer, read_tensors, word_ids
-def peak():                                                                  # of this process alone: ru_maxrss begins with its parent's
-    return 1024*int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])
-def plain(folder):
-    path, name = find_table(Path(folder))
-    return read_tensors(path, [name])[name].float()[word_ids(load_text_tokenizer(folder))]
-small, large = sys.argv[1:]
-Vocabulary.from_pretrained(small)                                            # now everything is imported
-base = peak()
-for read in (lambda folder: Vocabulary.from_pretrained(folder).embeddings, plain):
-    rows = read(large); print(*rows.shape, (peak() - base)/(4*rows.numel())); del rows
-'''
-
-def test_memory_stays_near_the_table(llama, tmp_path, record_property):
-    "A table of 32,000 rows in bfloat16, other weights in its own file and another large file beside it"
-    if not Path('/proc/self/status').exists(): pytest.skip('peak memory is read from /proc')
-    V, E, rest = 32_000, 2048, [125_000, 2048]                               # 131 MB on disk, 262 MB in float32; 512 MB each
-    files = {**sparse_file(tmp_path/'one.safetensors', model__embed_tokens__weight=[V, E], model__layers__0__weight=rest),
-             **sparse_file(tmp_path/'two.safetensors', model__layers__1__weight=rest, lm_head__weight=[V, E])}
-    index(tmp_path, files); write_json(tmp_path/'config.json', dict(model_type='llama', vocab_size=V, hidden_size=E))
-    large_tokenizer(V).save_pretrained(tmp_path)
-    for _ in range(3):                                                       # what else the machine does can only add to a peak
-        done = subprocess.run([sys.executable, '-P', '-c', measure, llama[0], tmp_path], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        (*shape, ours), (*_, plain) = (map(float, line.split()) for line in done.stdout.splitlines())
-        if ours < 1.3: break
-    record_property('peak_over_table', ours); print(f'peak memory: {ours:.2f} × the table, read plainly {plain:.2f}')
-    assert shape == [V - 3, E] and 0.9 < ours < 1.3
-    assert plain > 1.8                                                       # so the gauge shows what it should
+def test_memory_stays_near_the_table(tmp_path, monkeypatch):
+    "Of a table of 32,000 rows, in a file with other weights and beside another: what is read is counted, for a peak of memory hangs on the machine"
+    large_model(tmp_path)
+    opened, read = [], []
+    class Slice:
+        def __init__(self, part): self.part = part
+        def __getitem__(self, rows): found = self.part[rows]; read.append(len(found)); return found
+        def __getattr__(self, name): return getattr(self.part, name)
+    class File:
+        def __init__(self, file): self.file = file
+        def get_slice(self, name): return Slice(self.file.get_slice(name))
+        def get_tensor(self, name): raise AssertionError(f'{name} was read as a whole')
+        def __getattr__(self, name): return getattr(self.file, name)
+    @contextmanager
+    def counted(path):
+        with open_tensors(path) as f: opened.append(path.name); yield File(f)
+    monkeypatch.setattr('v2flow_nbdev.vocabulary.open_tensors', counted)
+    vocab = Vocabulary.from_pretrained(tmp_path)
+    assert vocab.embeddings.shape == (V - 3, E) and set(opened) == {'one.safetensors'}
+    assert max(read) == 1024 and sum(read) == V and len(opened) >= len(read)         # a block at a time, the file mapped anew for each
 
 # neighbours
 

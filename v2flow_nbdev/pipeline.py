@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from .data import as_image, check_counts, check_images, to_pil, to_tensor, write_folder
 from .flow import constant_guidance
-from .llm import VisualWords, merge, write_captions, write_images
+from .llm import VisualProcessor, VisualWords, merge, write_captions, write_images
 from .tokenizer import V2Flow
 from .vocabulary import load_text_tokenizer, open_tensors, push_to_hub, read_json, resolve_folder, tensor_files, weights_variant, write_json
 
@@ -72,6 +72,8 @@ class V2FlowPipeline:
         if unknown: raise ValueError(f"unknown defaults: {', '.join(sorted(unknown))}")
         self.image_tokenizer, self.llm, self.tokenizer = image_tokenizer, llm, tokenizer
         self.defaults = {**generation_defaults, **(defaults or {})}
+        try: VisualProcessor(words, 0, **self.defaults)                             # a wrong value is found now, not at the first image
+        except TypeError: raise ValueError(f"defaults {', '.join(f'{k}={v!r}' for k,v in self.defaults.items())}: need numbers") from None
 
     @classmethod
     def from_pretrained(cls,

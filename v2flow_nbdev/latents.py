@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
-from .data import Report, at_least_float32_by, check_images, full_float32, no_autocast, sha256, to_pil, to_tensor, write_atomically, write_folder
+from .data import Report, as_image, at_least_float32_by, check_images, full_float32, no_autocast, sha256, to_pil, to_tensor, write_atomically, write_folder
 
 # %% ../nbs/01_latents.ipynb #ad36bebb
 def _check_latents(latents, channels):
@@ -410,7 +410,7 @@ class UsableRows:
     )->tuple:   # (image, (1, C, H, W), captions)
         "One row, whatever reading it raises"
         row = self.rows[k]
-        return to_tensor([row['image']], self.channels, self.size), row.get('captions', [])
+        return to_tensor([as_image(row['image'], f'row {k}')], self.channels, self.size), row.get('captions', [])
 
     def __getitem__(self, k):
         n = len(self.rows)

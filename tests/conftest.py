@@ -5,7 +5,7 @@ import pytest
 root = Path(__file__).parent.parent
 shipped = root/'data/checkpoints/digits'
 
-def v2flow(*args, cwd=root, timeout=900, threads=2):
+def v2flow(*args, cwd=root, timeout=900, threads=int(os.environ.get('OMP_NUM_THREADS', 2))):
     "Run the real command in a process of its own, on the CPU"
     command = Path(sys.executable).with_name('v2flow')
     return subprocess.run([command, *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=timeout, 

@@ -1,10 +1,10 @@
-.PHONY: help setup demo test check golden bench lab execute readme
+.PHONY: help setup demo test test-all check golden bench lab execute readme
 PYTHON ?= python3
 BIN := .venv/bin
 LONGEST := 13_emoji|20_cli
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/ready  ## Create .venv and install (nothing to do when it is up to date)
 
@@ -22,6 +22,9 @@ test: check  ## Everything: notebooks clean and in sync, every notebook run, the
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --file_re '$(LONGEST)'
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_file_re '^[_.]|$(LONGEST)'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+
+test-all: test  ## The same, and then the long tests: more sizes of the same ideas
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'long and not cuda' tests
 
 check: setup  ## Are the notebooks clean, and are library and README in step with them?
 	$(BIN)/python tests/check_notebooks.py

@@ -600,6 +600,7 @@ def test_a_fingerprint_that_meets_a_missing_file(tmp_path):
 class Stack:
     def __call__(self, batch): return torch.stack([r['latents'] for r in batch])
 
+@pytest.mark.long
 def test_loaders_with_workers_that_are_spawned(tmp_path):
     import pickle
     cached = cache_latents(rows, PixelLatents(1, 2), tmp_path, shard_rows=8, progress=False)

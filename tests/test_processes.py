@@ -60,7 +60,7 @@ def alone(tmp_path_factory):
     out = tmp_path_factory.mktemp('alone'); start(1, out, 32, 0)
     return out
 
-@pytest.mark.parametrize('fsdp', [False, True], ids=['copies', 'shards'])
+@pytest.mark.parametrize('fsdp', [pytest.param(False, marks=pytest.mark.long), True], ids=['copies', 'shards'])
 def test_two_processes_train_the_model_that_one_trains(alone, tmp_path, fsdp):
     start(2, tmp_path, 16, int(fsdp))
     logs = [[json.loads(l) for l in (f/'log.jsonl').read_text().splitlines()] for f in (alone, tmp_path)]

@@ -292,7 +292,7 @@ def typed_with(shell, name, folder, out, own, *more):
     given = ['data.copies=0'] if 'data.copies=1' not in commands[name] else []
     return shell(*[str(a).format(out=out, own=own) for a in commands[name]], '--out', out, 'data.name=image_folder', f'data.folder={folder}', *given, *more)
 
-@pytest.mark.parametrize('n', [1, 2])
+@pytest.mark.parametrize('n', [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize('name', commands)
 def test_a_folder_of_one_image_or_two(shell, own, tmp_path, name, n):
     "The usual first check of a training: to overfit a single picture"

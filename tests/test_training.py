@@ -96,6 +96,7 @@ def test_torch_compile_trains(tmp_path):
     plain, compiled = run(), run(compile=True)
     assert abs(plain.weight.item() - 3) < 0.3; torch.testing.assert_close(plain.weight, compiled.weight, atol=1e-4, rtol=1e-4)
 
+@pytest.mark.long
 def test_the_paper_recipe_is_the_base_preset_and_is_planned_without_building():
     import yaml
     from v2flow_nbdev.tokenizer import V2FlowConfig, costs
@@ -110,6 +111,7 @@ def test_the_paper_recipe_is_the_base_preset_and_is_planned_without_building():
     weights = sum(costs(shape)['parameters'].values())/1e6
     for part in ('16×16 tokens of 16,384 codes, among 32,000 words of width 4,096', f'{weights:,.2f} M weights', '1,000,000 steps'): assert part in done.stdout, done.stdout
 
+@pytest.mark.long
 def test_pooled_tokens_on_mixed_mosaics(text, tmp_path):
     "A quarter of the tokens, two shapes of pictures in one training, and both directions on a third shape"
     from v2flow_nbdev.data import mosaics, to_tensor
@@ -123,6 +125,7 @@ def test_pooled_tokens_on_mixed_mosaics(text, tmp_path):
     assert ids.shape == (3, 4*6) and tok.decode(ids, grid=(4, 6), n_iter=96).shape == images.shape      # 24 ids for 8×12 latents, one revealed at a time
     with pytest.raises(ValueError, match='need'): tok.decode(ids)                                      # its own grid is 4×4
 
+@pytest.mark.long
 def test_one_picture_many_times_is_learned():
     "Overfit four pictures: the first thing to try with any change of the model"
     from v2flow_nbdev.data import digits

@@ -1111,19 +1111,28 @@ def at_least_float32(x:torch.Tensor)->torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../nbs/00_data.ipynb #c364a10a
+_whole = dict(lock=threading.Lock(), inside=Counter(), before={})
+
 @contextmanager
 def full_float32(
     device:torch.device,  # of the tensors inside
 ):
-    "Products of float32 tensors inside are those of float32, whatever is outside: no autocast, no TF32, no bfloat16 in their place"
-    b = torch.backends
-    shortcuts = dict(cuda=(b.cuda.matmul, b.cudnn.conv), cpu=(b.mkldnn.matmul, b.mkldnn.conv)).get(device.type, ())
-    before = [(s, s.fp32_precision) for s in shortcuts if s.fp32_precision not in ('none', 'ieee')]
+    """Products of float32 tensors inside are those of float32, whatever is outside: no autocast, no TF32, no bfloat16 in their place. The switches
+    are the process' own; threads that are inside at the same time share one change of them"""
+    b, kind, w = torch.backends, device.type, _whole
+    with w['lock']:
+        w['inside'][kind] += 1
+        if w['inside'][kind] == 1:
+            shortcuts = dict(cuda=(b.cuda.matmul, b.cudnn.conv), cpu=(b.mkldnn.matmul, b.mkldnn.conv)).get(kind, ())
+            w['before'][kind] = [(s, s.fp32_precision) for s in shortcuts if s.fp32_precision not in ('none', 'ieee')]
+            for s, _ in w['before'][kind]: s.fp32_precision = 'ieee'
     try:
-        for s, _ in before: s.fp32_precision = 'ieee'
         with no_autocast(device): yield
     finally:
-        for s, precision in before: s.fp32_precision = precision
+        with w['lock']:
+            w['inside'][kind] -= 1
+            if not w['inside'][kind]:
+                for s, precision in w['before'].pop(kind): s.fp32_precision = precision
 
 def at_least_float32_by(
     change,  # what `nn.Module._apply` does to every tensor: a move, a cast

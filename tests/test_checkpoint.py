@@ -83,6 +83,7 @@ def test_encode_decode_caption_by_command(tmp_path):
     done = v2flow('caption', tmp_path/'back.png', '--model', shipped, '--json'); assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)['caption']
 
+@pytest.mark.long  # the golden test holds what it gives
 def test_the_emoji_model_does_what_its_pages_say():
     "Tables and scores agree; a part of them, measured again from the shipped files, agrees within what chance allows"
     from v2flow_nbdev.data import emoji
@@ -106,6 +107,7 @@ def test_the_emoji_model_does_what_its_pages_say():
     print(drawn, read)
     assert all(abs(v - committed[k]) < 0.4 for k,v in (drawn | read).items()), (drawn, read)    # three deviations of a share of 12
 
+@pytest.mark.long  # the golden test holds what it gives
 def test_the_shapes_model_draws_one_thing_as_it_is_told():
     "Its README and scores agree; and of captions of a single thing, drawn anew, few are wrong"
     from v2flow_nbdev.metrics import score_table

@@ -1,7 +1,7 @@
 .PHONY: help setup demo test test-all check golden bench lab execute readme
 PYTHON ?= python3
 BIN := .venv/bin
-LONGEST := 13_emoji|20_cli
+LONGEST := 54_emoji|81_cli
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,7 +35,7 @@ golden: setup  ## Every score of the three shipped models anew, against those th
 bench: setup  ## Ratios against the plain form: writes benchmarks/results.json (one group: ONLY=resampler)
 	$(BIN)/python -m benchmarks.bench $(ONLY)
 
-execute: setup  ## Run notebooks in fresh kernels and keep their outputs: all, or NB=05_flow
+execute: setup  ## Run notebooks in fresh kernels and keep their outputs: all, or NB=15_flow
 	$(BIN)/python tests/check_notebooks.py --execute $(NB)
 
 readme: setup  ## Write README.md anew from nbs/index.ipynb

@@ -17,14 +17,21 @@ Each run adds its curve to benchmarks/alignment.json; those already there are no
 import argparse, json, time
 from pathlib import Path
 import numpy as np, torch
-from v2flow_nbdev.data import augment, digit_captions, digits, write_atomically
-from v2flow_nbdev.llm import ImageTextRows, VisualWords, add_visual_words, collate, encode_dataset, first_id, image_to_text, starts, text_to_image, write_images
-from v2flow_nbdev.metrics import accuracy, digit_classifier
-from v2flow_nbdev.pipeline import load_llm
-from v2flow_nbdev.shapes import facts, judge, shapes
-from v2flow_nbdev.tokenizer import V2Flow
-from v2flow_nbdev.data import to_pil
-from v2flow_nbdev.training import TrainConfig, train
+from v2flow_nbdev.data.sources import augment, digit_captions, digits
+from v2flow_nbdev.base.files import write_atomically
+from v2flow_nbdev.language.sequences import ImageTextRows, image_to_text, text_to_image
+from v2flow_nbdev.language.visual_tokens import VisualWords, add_visual_words, starts
+from v2flow_nbdev.language.text_models import collate, first_id
+from v2flow_nbdev.data.cache import encode_dataset
+from v2flow_nbdev.language.generation import write_images
+from v2flow_nbdev.evaluation.judges import accuracy, digit_classifier
+from v2flow_nbdev.language.pipeline import load_llm
+from v2flow_nbdev.data.shapes import facts, shapes
+from v2flow_nbdev.data.judge import judge
+from v2flow_nbdev.models.tokenizer import V2Flow
+from v2flow_nbdev.base.images import to_pil
+from v2flow_nbdev.training.config import TrainConfig
+from v2flow_nbdev.training.loop import train
 
 here = Path(__file__).parent
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.plain import OneHotQuantizer, PlainV2Flow, resample_plain
-from v2flow_nbdev.quantizer import VectorQuantizer
-from v2flow_nbdev.resampler import resample
-from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
-from v2flow_nbdev.vocabulary import Vocabulary
+from v2flow_nbdev.models.quantizer import VectorQuantizer
+from v2flow_nbdev.models.resampler import resample
+from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
+from v2flow_nbdev.models.vocabulary import Vocabulary
 
 here = Path(__file__).resolve().parent
 cuda = torch.cuda.is_available()

@@ -11,9 +11,10 @@ import argparse, json, random
 from collections import Counter
 from pathlib import Path
 import torch
-from v2flow_nbdev.data import picture_sheet, to_pil, to_tensor, write_atomically
-from v2flow_nbdev.emoji import distance_scores, draw_captions, draw_split, emoji_judge, emoji_rows, emoji_sheet, nearest_scores, some_captions
-from v2flow_nbdev.pipeline import V2FlowPipeline
+from v2flow_nbdev.base.images import picture_sheet, to_pil, to_tensor
+from v2flow_nbdev.base.files import write_atomically
+from v2flow_nbdev.evaluation.emoji import distance_scores, draw_captions, draw_split, emoji_judge, emoji_rows, emoji_sheet, nearest_scores, some_captions
+from v2flow_nbdev.language.pipeline import V2FlowPipeline
 
 def open_all(folder): return V2FlowPipeline.from_pretrained(folder), emoji_judge(folder), emoji_rows()
 

@@ -13,7 +13,7 @@ server = """
 import gc, json, os, sys
 import accelerate, torch, transformers, sklearn.datasets, torch.distributed.fsdp, torch.utils.tensorboard
 from transformers import AutoTokenizer, LlamaForCausalLM
-import v2flow_nbdev.cli, v2flow_nbdev.metrics, v2flow_nbdev.training
+import v2flow_nbdev.apps.cli, v2flow_nbdev.evaluation.metrics, v2flow_nbdev.training.loop
 gc.freeze()
 def tiny():
     import torch.distributed as dist
@@ -21,8 +21,8 @@ def tiny():
     sys.mesh = dist.group.WORLD
     late([], 1, print)
     for _ in range(3): dist.all_gather_object([None]*2, dist.get_rank()); dist.all_reduce(torch.ones(4))
-    v2flow_nbdev.cli.leave(0)
-def late(*args, report=v2flow_nbdev.training.report_lost):
+    v2flow_nbdev.apps.cli.leave(0)
+def late(*args, report=v2flow_nbdev.training.loop.report_lost):
     for task in os.listdir('/proc/self/task'):
         with open(f'/proc/self/task/{task}/comm') as f:
             if 'gloo' in f.read(): os.sched_setscheduler(int(task), os.SCHED_IDLE, os.sched_param(0))
@@ -35,9 +35,9 @@ for line in sys.stdin:
             os.environ.update(call['env'], RANK=str(rank), LOCAL_RANK=str(rank))
             for fd, path in enumerate((os.devnull, os.devnull, f"{call['err']}-{rank}")): os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), fd)
             sys.argv = ['v2flow', *call['args']]
-            if call['late']: v2flow_nbdev.training.report_lost = late
+            if call['late']: v2flow_nbdev.training.loop.report_lost = late
             if call['tiny']: tiny()
-            v2flow_nbdev.cli.main()                                                # its SystemExit goes all the way
+            v2flow_nbdev.apps.cli.main()                                                # its SystemExit goes all the way
         children.append(child)
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children]), flush=True)
 """
@@ -49,7 +49,7 @@ def arguments(out, trackers):
 
 def launched(out, cores, trackers, environment):
     "Exit codes of one run under torchrun (its own, which is 1 if that of any process is not 0), and what it printed"
-    command = ['taskset', '-c', ','.join(map(str, sorted(set().union(*cores)))), sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'v2flow_nbdev.cli', *arguments(out, trackers)]
+    command = ['taskset', '-c', ','.join(map(str, sorted(set().union(*cores)))), sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'v2flow_nbdev.apps.cli', *arguments(out, trackers)]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     return [done.returncode], done.stderr
 

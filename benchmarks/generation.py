@@ -20,11 +20,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from benchmarks import bench
-from v2flow_nbdev.data import write_atomically
-from v2flow_nbdev.llm import VisualProcessor, VisualWords, add_visual_words, first_id, left_pad, small_llama, train_text_tokenizer, write_images
-from v2flow_nbdev.resampler import gumbel
-from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
-from v2flow_nbdev.vocabulary import Vocabulary
+from v2flow_nbdev.base.files import write_atomically
+from v2flow_nbdev.language.generation import VisualProcessor, left_pad, write_images
+from v2flow_nbdev.language.visual_tokens import VisualWords, add_visual_words
+from v2flow_nbdev.language.text_models import first_id, small_llama, train_text_tokenizer
+from v2flow_nbdev.models.resampler import gumbel
+from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
+from v2flow_nbdev.models.vocabulary import Vocabulary
 
 here = Path(__file__).resolve().parent
 

@@ -2,7 +2,7 @@
 
     v2flow pretrain-llm --config configs/digits-text.yaml --out runs/digits-text
     python benchmarks/grids.py train       every model, about 40 min on 2 cores; goes on where it was stopped
-    python benchmarks/grids.py measure     benchmarks/grids.json; 07_tokenizer draws it"""
+    python benchmarks/grids.py measure     benchmarks/grids.json; 17_tokenizer draws it"""
 import json, subprocess, sys
 from pathlib import Path
 
@@ -30,9 +30,10 @@ def train():
 
 def measure():
     import torch
-    from v2flow_nbdev.data import Pictures, mosaics
-    from v2flow_nbdev.metrics import psnr
-    from v2flow_nbdev.tokenizer import V2Flow
+    from v2flow_nbdev.data.batches import Pictures
+    from v2flow_nbdev.data.sources import mosaics
+    from v2flow_nbdev.evaluation.metrics import psnr
+    from v2flow_nbdev.models.tokenizer import V2Flow
     rows = []
     for name, (_, sizes) in families.items():
         images = [r['image'] for r in mosaics('test', 300 if name == 'digits' else 100, tiles[name])]

@@ -5,12 +5,12 @@ losses and weights with those of a run that was left alone.
 import argparse, json, os, random, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 import torch
-from v2flow_nbdev.vocabulary import read_tensors
+from v2flow_nbdev.base.files import read_tensors
 
 root = Path(__file__).parent.parent
 
 def command(out, text, steps):
-    return [sys.executable, '-m', 'v2flow_nbdev.cli', 'train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', str(out), '--resume', f'vocabulary={text}', 'data.copies=0', 'tokenizer.codebook_size=64',
+    return [sys.executable, '-m', 'v2flow_nbdev.apps.cli', 'train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', str(out), '--resume', f'vocabulary={text}', 'data.copies=0', 'tokenizer.codebook_size=64',
             f'training.steps={steps}', 'training.batch_size=16', 'training.evaluate_every=0.5', 'training.checkpoint_every=2', 'training.log_every=1', 'training.trackers=[]']
 
 def steps_done(out):
@@ -58,7 +58,7 @@ if __name__ == '__main__':
     os.environ['CUDA_VISIBLE_DEVICES'] = ''
     with tempfile.TemporaryDirectory() as tmp:
         text = Path(tmp)/'text'
-        subprocess.run([sys.executable, '-m', 'v2flow_nbdev.cli', 'pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', text, 'training.steps=20'], cwd=root, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run([sys.executable, '-m', 'v2flow_nbdev.apps.cli', 'pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', text, 'training.steps=20'], cwd=root, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         found = session(args.kills, args.steps, args.seed, Path(tmp), text/'model')
     print(json.dumps(found))
     Path(__file__).with_name('kills.json').write_text(json.dumps(found) + '\n')

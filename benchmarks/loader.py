@@ -5,8 +5,11 @@
 Weights are untrained: speed does not depend on them. Both ways take turns in one process, and times are medians over the turns"""
 import os, statistics, tempfile, time
 import torch
-from v2flow_nbdev.data import mosaics, to_tensor
-from v2flow_nbdev.latents import AutoencoderLatents, PixelLatents, cache_latents, small_autoencoder
+from v2flow_nbdev.data.sources import mosaics
+from v2flow_nbdev.base.images import to_tensor
+from v2flow_nbdev.models.latents import AutoencoderLatents, PixelLatents
+from v2flow_nbdev.data.cache import cache_latents
+from v2flow_nbdev.models.autoencoder import small_autoencoder
 
 def bench_cache(
     rows,               # captioned images, of one size

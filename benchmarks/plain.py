@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from functools import partial
-from v2flow_nbdev.data import draw
-from v2flow_nbdev.flow import euler, logit_normal_times, rf_path
-from v2flow_nbdev.masked import Block, MaskedTransformer, at_latents, code_grid, grid_positions, random_orders, reveal, sample_mask_ratio, take
-from v2flow_nbdev.quantizer import VectorQuantizer
-from v2flow_nbdev.resampler import VocabularyResampler
-from v2flow_nbdev.tokenizer import V2Flow, V2FlowOutput
+from v2flow_nbdev.base.random import draw
+from v2flow_nbdev.models.flow import euler, logit_normal_times, rf_path
+from v2flow_nbdev.models.masked import Block, MaskedTransformer, at_latents, code_grid, grid_positions, random_orders, reveal, sample_mask_ratio, take
+from v2flow_nbdev.models.quantizer import VectorQuantizer
+from v2flow_nbdev.models.resampler import VocabularyResampler
+from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowOutput
 
 def resample_plain(
     features,      # (..., D)

@@ -41,7 +41,9 @@ def large_model(folder):
 measure = '''
 import sys
 from pathlib import Path
-from v2flow_nbdev.vocabulary import Vocabulary, find_table, load_text_tokenizer, read_tensors, word_ids
+from v2flow_nbdev.models.vocabulary import Vocabulary, load_text_tokenizer, word_ids
+from v2flow_nbdev.base.tables import find_table
+from v2flow_nbdev.base.files import read_tensors
 def peak():                                                                  # of this process alone: ru_maxrss begins with its parent's
     return 1024*int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])
 def plain(folder):

@@ -1,15 +1,16 @@
 """How many tokens does an emoji need? Autoencoders of other grids, their latents replaced by the nearest of K k-means codes, and decoded: what
-a plain vector quantizer keeps of pictures that no autoencoder was trained on. Prints the table of `13_emoji`.
+a plain vector quantizer keeps of pictures that no autoencoder was trained on. Prints the table of `54_emoji`.
 
     v2flow train-autoencoder --config configs/emoji-autoencoder.yaml --out runs/f8 autoencoder.local=false training.steps=3000 autoencoder.channels=16 autoencoder.width=32 autoencoder.halvings=3 autoencoder.noise=0
     v2flow train-autoencoder --config configs/emoji-autoencoder.yaml --out runs/f4 autoencoder.local=false training.steps=3000 autoencoder.channels=4 autoencoder.noise=0.15
     python -m benchmarks.tokens runs/f8/model runs/f4/model runs/emoji-autoencoder/model"""
 import argparse
 import torch
-from v2flow_nbdev.data import emoji, to_tensor
-from v2flow_nbdev.emoji import nearest_codes, plain_codes
-from v2flow_nbdev.latents import AutoencoderLatents
-from v2flow_nbdev.metrics import psnr, ssim
+from v2flow_nbdev.data.sources import emoji
+from v2flow_nbdev.base.images import to_tensor
+from v2flow_nbdev.evaluation.emoji import nearest_codes, plain_codes
+from v2flow_nbdev.models.latents import AutoencoderLatents
+from v2flow_nbdev.evaluation.metrics import psnr, ssim
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

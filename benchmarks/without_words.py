@@ -1,6 +1,6 @@
 """The emoji tokenizer's codes once more, without words: the resampler's mixture of word embeddings becomes a plain linear layer of the same
 width, and all else stays: data, quantizer, losses, steps. It ends when the codes are settled, for afterwards they do not change. With these
-codes `13_emoji` compares its visual vocabulary.
+codes `54_emoji` compares its visual vocabulary.
 
     python -m benchmarks.without_words [--config configs/emoji-tokenizer.yaml] [--out runs/emoji-without-words] [training.batch_size=…]"""
 import argparse
@@ -9,13 +9,16 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoTokenizer
-from v2flow_nbdev.cli import DataConfig, all_captions, load_data, open_latents, read_config, some, tokenizer_data
-from v2flow_nbdev.data import Pictures
-from v2flow_nbdev.metrics import tokenizer_scores
-from v2flow_nbdev.resampler import VocabularyResampler
-from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
-from v2flow_nbdev.training import TrainConfig, train
-from v2flow_nbdev.vocabulary import Vocabulary, config_from_dict, write_tensors
+from v2flow_nbdev.apps.cli import DataConfig, all_captions, load_data, open_latents, read_config, some, tokenizer_data
+from v2flow_nbdev.data.batches import Pictures
+from v2flow_nbdev.evaluation.metrics import tokenizer_scores
+from v2flow_nbdev.models.resampler import VocabularyResampler
+from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
+from v2flow_nbdev.training.config import TrainConfig
+from v2flow_nbdev.training.loop import train
+from v2flow_nbdev.models.vocabulary import Vocabulary
+from v2flow_nbdev.base.folders import config_from_dict
+from v2flow_nbdev.base.files import write_tensors
 
 class WithoutWords(VocabularyResampler):
     "The same features, read out into the space of the embeddings, but not through them"

@@ -8,11 +8,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 root = Path(__file__).parent.parent
+
+def notebooks():
+    "All of them, shelf by shelf"
+    return sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+
 tools = Path(sys.executable).parent
 
 def fault(path):
     "Why a notebook cannot be read at all, in a line that names it; None where it can"
-    name = f'nbs/{path.name}'
+    name = path.relative_to(root).as_posix()
     try: content = json.loads(text := path.read_text(encoding='utf-8'))
     except UnicodeDecodeError: return f'{name} is not UTF-8'
     except ValueError as e: return f'{name} holds a merge conflict: resolve it' if re.search('^(<<<<<<<|>>>>>>>)', text, re.M) else f'{name} is not JSON ({e})'
@@ -29,22 +34,23 @@ def readme():
     text = '\n\n'.join(''.join(c['source']).strip() for c in cells if c['cell_type'] == 'markdown')
     text = text.split('\n## The same, executed')[0].rstrip()
     text = text.replace('](../', '](')
-    return re.sub(r'\]\((\w+\.ipynb)', r'](nbs/\1', text) + '\n'
+    return re.sub(r'\]\(((?:\w+/)?\w+\.ipynb)', r'](nbs/\1', text) + '\n'
 
 def execute(names):
-    for path in sorted((root/'nbs').glob('*.ipynb')):
+    for path in notebooks():
         if names and path.stem not in names: continue
         read(path)
         print(path.stem, flush=True)
-        subprocess.run([tools/'jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', '--log-level', 'ERROR', path], check=True, cwd=root/'nbs')
+        subprocess.run([tools/'jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', '--log-level', 'ERROR', path], check=True, cwd=path.parent)
         content = json.loads(path.read_text(encoding='utf-8'))
         for output in (o for c in content['cells'] for o in c.get('outputs', [])):
             if 'image/png' in output.get('data', {}): output['data'].pop('image/jpeg', None)     # PIL pictures come twice; one is enough
+        content['metadata'].pop('widgets', None)
         path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
         subprocess.run([tools/'nbdev_clean', '--fname', path], check=True, cwd=root)
 
 def problems():
-    faults = [why for path in sorted((root/'nbs').glob('*.ipynb')) if (why := fault(path))]
+    faults = [why for path in notebooks() if (why := fault(path))]
     yield from faults
     if faults: return                                                                # the tools below would stop at the first of these, and not say which
     with TemporaryDirectory() as tmp:
@@ -53,17 +59,18 @@ def problems():
         for name in ('settings.ini', 'setup.py', 'README.md'): shutil.copy(root/name, copy/name)
         for tool in ('nbdev_clean', 'nbdev_export'): subprocess.run([tools/tool], check=True, cwd=copy, stdout=subprocess.DEVNULL)
         def differ(folder, pattern):
-            ours, theirs = ({p.name: p for p in (base/folder).glob(pattern)} for base in (root, copy))
+            ours, theirs = ({p.relative_to(base).as_posix(): p for p in (base/folder).rglob(pattern) if '.ipynb_checkpoints' not in p.parts} for base in (root, copy))
             return sorted(n for n in ours.keys() | theirs.keys() if n not in ours or n not in theirs or not filecmp.cmp(ours[n], theirs[n], shallow=False))
-        for name in differ('nbs', '*.ipynb'): yield f'nbs/{name} is not clean: run nbdev_clean'
-        for name in differ('v2flow_nbdev', '*.py'): yield f'v2flow_nbdev/{name} is not what the notebooks export: run nbdev_export'
-    for path in sorted((root/'nbs').glob('*.ipynb')):
+        for name in differ('nbs', '*.ipynb'): yield f'{name} is not clean: run nbdev_clean'
+        for name in differ('v2flow_nbdev', '*.py'): yield f'{name} is not what the notebooks export: run nbdev_export'
+    for path in notebooks():
+        name = path.relative_to(root).as_posix()
         cells = [c for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
         outputs = [o for c in cells for o in c['outputs']]
-        if cells and not outputs: yield f'nbs/{path.name} has no outputs: execute it'
-        if any(o['output_type'] == 'error' for o in outputs): yield f'nbs/{path.name} holds an error'
-        if any(o.get('name') == 'stderr' for o in outputs): yield f'nbs/{path.name} prints on stderr'
-        if path.stat().st_size > 300_000: yield f'nbs/{path.name} is {path.stat().st_size//1000} kB; keep it under 300'
+        if cells and not outputs: yield f'{name} has no outputs: execute it'
+        if any(o['output_type'] == 'error' for o in outputs): yield f'{name} holds an error'
+        if any(o.get('name') == 'stderr' for o in outputs): yield f'{name} prints on stderr'
+        if path.stat().st_size > 300_000: yield f'{name} is {path.stat().st_size//1000} kB; keep it under 300'
     if (root/'README.md').read_text(encoding='utf-8') != readme(): yield 'README.md is not what nbs/index.ipynb says: run make readme'
 
 if __name__ == '__main__':

@@ -17,7 +17,7 @@ class Shell:
 import gc, json, os, sys
 import accelerate, torch, transformers, PIL.Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-import v2flow_nbdev.cli, v2flow_nbdev.metrics, v2flow_nbdev.pipeline, v2flow_nbdev.shapes, v2flow_nbdev.training
+import v2flow_nbdev.apps.cli, v2flow_nbdev.evaluation.metrics, v2flow_nbdev.language.pipeline, v2flow_nbdev.data.shapes, v2flow_nbdev.training.loop
 gc.freeze()
 for line in sys.stdin:
     call = json.loads(line)
@@ -26,7 +26,7 @@ for line in sys.stdin:
         for fd, name in enumerate(('in', 'out', 'err')):
             os.dup2(os.open(call[name], os.O_RDONLY if fd == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
         sys.argv = ['v2flow', *call['args']]
-        try: v2flow_nbdev.cli.main()
+        try: v2flow_nbdev.apps.cli.main()
         except SystemExit as e: sys.stdout.flush(); sys.stderr.flush(); os._exit(e.code or 0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
@@ -44,7 +44,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope='session')
 def pipe():
-    from v2flow_nbdev.pipeline import V2FlowPipeline
+    from v2flow_nbdev.language.pipeline import V2FlowPipeline
     return V2FlowPipeline.from_pretrained(shipped)
 
 slow = ['test_training', 'test_bad_input', 'test_processes', 'test_latents', 'test_checkpoint']

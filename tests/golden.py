@@ -9,11 +9,12 @@ import json, subprocess, sys
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
-from v2flow_nbdev.data import digits, emoji, to_tensor
-from v2flow_nbdev.llm import write_captions, write_images
-from v2flow_nbdev.pipeline import V2FlowPipeline
-from v2flow_nbdev.shapes import shapes
-from v2flow_nbdev.vocabulary import write_tensors
+from v2flow_nbdev.data.sources import digits, emoji
+from v2flow_nbdev.base.images import to_tensor
+from v2flow_nbdev.language.generation import write_captions, write_images
+from v2flow_nbdev.language.pipeline import V2FlowPipeline
+from v2flow_nbdev.data.shapes import shapes
+from v2flow_nbdev.base.files import write_tensors
 
 root = Path(__file__).parent.parent
 place = Path(__file__).parent/'golden'

@@ -12,7 +12,7 @@ needs_browser = pytest.mark.skipif(not chromium, reason='no chromium here (Debia
 
 def v2flow_app(*args, folder, **kw):
     "The command, with a folder of its own for temporary files"
-    return subprocess.Popen([sys.executable, '-m', 'v2flow_nbdev.cli', 'app', *map(str, args)], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    return subprocess.Popen([sys.executable, '-m', 'v2flow_nbdev.apps.cli', 'app', *map(str, args)], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', 'TMPDIR': str(folder)}, **kw)
 
 def files_in(folder): return [p for p in Path(folder).rglob('*') if p.is_file()]
@@ -86,7 +86,7 @@ def test_a_caption_becomes_pictures(user):
 
 @needs_browser
 def test_a_picture_becomes_tokens_and_words(user, server, tmp_path):
-    from v2flow_nbdev.data import digits
+    from v2flow_nbdev.data.sources import digits
     digits('test')[0]['image'].resize((200, 120)).save(tmp_path/'digit.png')
     page = user()
     upload(page, tmp_path/'digit.png')

@@ -14,9 +14,9 @@ def copy_model(folder, name):
 def own_llm(folder):
     "A language model of one block without visual words, in whose words the shipped image tokenizer speaks"
     import torch
-    from v2flow_nbdev.data import digit_captions
-    from v2flow_nbdev.llm import small_llama, train_text_tokenizer
-    from v2flow_nbdev.vocabulary import Vocabulary
+    from v2flow_nbdev.data.sources import digit_captions
+    from v2flow_nbdev.language.text_models import small_llama, train_text_tokenizer
+    from v2flow_nbdev.models.vocabulary import Vocabulary
     words, tokenizer = Vocabulary.load(shipped/'image_tokenizer'), train_text_tokenizer([c for d in range(10) for c in digit_captions(d)])    # as in configs/digits-text.yaml
     torch.manual_seed(0)
     model = small_llama(tokenizer, 128, 1, 2, 32)
@@ -29,7 +29,7 @@ def make_files(f):
     import torch
     from PIL import Image
     from safetensors.torch import load_file, save_file
-    from v2flow_nbdev.vocabulary import Vocabulary
+    from v2flow_nbdev.models.vocabulary import Vocabulary
     good = Image.new('L', (20, 20), 128); good.save(f/'good.png')
     (f/'empty.png').touch(); (f/'text.png').write_text('not a picture')
     big = Image.effect_noise((64, 64), 50); big.save(f/'cut.png'); (f/'cut.png').write_bytes((f/'cut.png').read_bytes()[:500])

@@ -1,13 +1,13 @@
 "The benchmarks are fair and their table is what was measured: plain and ours compute the same, wherever no chance divides them"
 import json
 import pytest, torch
-import v2flow_nbdev.flow as flow
+import v2flow_nbdev.models.flow as flow
 from benchmarks import bench, generation, plain
-from v2flow_nbdev.llm import write_images
-from v2flow_nbdev.quantizer import VectorQuantizer
-from v2flow_nbdev.resampler import resample
-from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
-from v2flow_nbdev.vocabulary import Vocabulary
+from v2flow_nbdev.language.generation import write_images
+from v2flow_nbdev.models.quantizer import VectorQuantizer
+from v2flow_nbdev.models.resampler import resample
+from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
+from v2flow_nbdev.models.vocabulary import Vocabulary
 
 assert_close = torch.testing.assert_close
 def seed(n=0): return torch.Generator().manual_seed(n)

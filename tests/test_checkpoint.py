@@ -2,8 +2,10 @@
 import json
 import pytest, torch
 from conftest import root, shipped, v2flow
-from v2flow_nbdev.data import digits, to_tensor
-from v2flow_nbdev.metrics import digit_aims, digit_scores, pixels
+from v2flow_nbdev.data.sources import digits
+from v2flow_nbdev.base.images import to_tensor
+from v2flow_nbdev.evaluation.digits import digit_aims, digit_scores
+from v2flow_nbdev.evaluation.judges import pixels
 
 @pytest.fixture(scope='module')
 def committed(): return json.loads((shipped/'scores.json').read_text())
@@ -27,7 +29,7 @@ def test_committed_scores_reach_the_aims(committed):
     assert .7 <= c['variety'] <= 1.2 and c['codebook_usage'] >= .8 and c['caption_accuracy'] >= .93
 
 def test_readmes_tell_the_committed_scores(committed):
-    from v2flow_nbdev.metrics import score_table
+    from v2flow_nbdev.evaluation.metrics import score_table
     for line in score_table(committed).splitlines()[2:]:
         for readme in (shipped/'README.md', shipped.parents[2]/'README.md'): assert line in readme.read_text(encoding='utf-8'), (readme, line)
 
@@ -67,7 +69,7 @@ def test_another_seed_is_another_picture(pipe):
 
 def test_text_is_never_interrupted_by_a_picture(pipe):
     "Plain `generate` on plain text, by someone who has never heard of visual words"
-    from v2flow_nbdev.llm import VisualWords
+    from v2flow_nbdev.language.visual_tokens import VisualWords
     batch = pipe.tokenizer(['<s> a', '<s> the digit'], return_tensors='pt', padding=True, padding_side='left', add_special_tokens=False)
     out = pipe.llm.generate(**{k: batch[k] for k in ('input_ids', 'attention_mask')}, max_new_tokens=30, do_sample=True, pad_token_id=pipe.tokenizer.pad_token_id)
     assert out.max() < VisualWords.of(pipe.llm).first
@@ -86,10 +88,10 @@ def test_encode_decode_caption_by_command(tmp_path):
 @pytest.mark.long  # the golden test holds what it gives
 def test_the_emoji_model_does_what_its_pages_say():
     "Tables and scores agree; a part of them, measured again from the shipped files, agrees within what chance allows"
-    from v2flow_nbdev.data import emoji
-    from v2flow_nbdev.emoji import drawing_scores, emoji_aims, emoji_judge, emoji_rows, reading_scores
-    from v2flow_nbdev.metrics import psnr, score_table
-    from v2flow_nbdev.pipeline import V2FlowPipeline
+    from v2flow_nbdev.data.sources import emoji
+    from v2flow_nbdev.evaluation.emoji import drawing_scores, emoji_aims, emoji_judge, emoji_rows, reading_scores
+    from v2flow_nbdev.evaluation.metrics import psnr, score_table
+    from v2flow_nbdev.language.pipeline import V2FlowPipeline
     folder = root/'data/checkpoints/emoji'
     sizes = [p.stat().st_size for p in folder.rglob('*') if p.is_file()]
     assert sum(sizes) <= 24*2**20 and max(sizes) < 15*2**20
@@ -110,9 +112,11 @@ def test_the_emoji_model_does_what_its_pages_say():
 @pytest.mark.long  # the golden test holds what it gives
 def test_the_shapes_model_draws_one_thing_as_it_is_told():
     "Its README and scores agree; and of captions of a single thing, drawn anew, few are wrong"
-    from v2flow_nbdev.metrics import score_table
-    from v2flow_nbdev.pipeline import V2FlowPipeline
-    from v2flow_nbdev.shapes import judge, read_caption, reconstruction_scores, shape_aims
+    from v2flow_nbdev.evaluation.metrics import score_table
+    from v2flow_nbdev.language.pipeline import V2FlowPipeline
+    from v2flow_nbdev.data.judge import judge
+    from v2flow_nbdev.data.shapes import read_caption
+    from v2flow_nbdev.evaluation.compositions import reconstruction_scores, shape_aims
     folder = root/'data/checkpoints/shapes'
     committed = json.loads((folder/'scores.json').read_text())
     for line in score_table(committed, shape_aims).splitlines()[2:]: assert line in (folder/'README.md').read_text(encoding='utf-8'), line

@@ -1,11 +1,15 @@
 "On a CUDA device: one bf16 step of both models, both directions, and the same forward as on the CPU. Needs no notebook tools"
 import copy, os
 import pytest, torch
-from v2flow_nbdev.llm import ImageTextRows, VisualWords, add_visual_words, collate, pack, small_llama, train_text_tokenizer, write_captions, write_images
-from v2flow_nbdev.resampler import resample, word_noise
-from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
-from v2flow_nbdev.training import TrainConfig, train
-from v2flow_nbdev.vocabulary import Vocabulary
+from v2flow_nbdev.language.sequences import ImageTextRows, pack
+from v2flow_nbdev.language.visual_tokens import VisualWords, add_visual_words
+from v2flow_nbdev.language.text_models import collate, small_llama, train_text_tokenizer
+from v2flow_nbdev.language.generation import write_captions, write_images
+from v2flow_nbdev.models.resampler import resample, word_noise
+from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
+from v2flow_nbdev.training.config import TrainConfig
+from v2flow_nbdev.training.loop import train
+from v2flow_nbdev.models.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.cuda
 texts = ['a handwritten seven', 'the digit 3', 'a two']

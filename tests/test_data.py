@@ -4,7 +4,10 @@ from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from conftest import v2flow
-from v2flow_nbdev.data import Pictures, PictureStream, hub, image_folder, names_sides, usable
+from v2flow_nbdev.data.batches import Pictures, PictureStream, names_sides
+from v2flow_nbdev.data.hub import hub
+from v2flow_nbdev.data.folders import image_folder
+from v2flow_nbdev.data.sources import usable
 
 colour = Image.new('RGB', (30, 20), (200, 30, 30))
 
@@ -77,7 +80,8 @@ def test_files_that_break_later_are_replaced_and_named(tmp_path):
     "Without the first reading, or when a file is damaged while the run goes on"
     from types import SimpleNamespace
     import torch
-    from v2flow_nbdev.training import TrainConfig, train
+    from v2flow_nbdev.training.config import TrainConfig
+    from v2flow_nbdev.training.loop import train
     for i in range(8): Image.new('RGB', (8, 8), (30*i, 0, 0)).save(tmp_path/f'{i}.png')
     (tmp_path/'3.png').write_text('gone')
     seen = []
@@ -121,7 +125,8 @@ def test_hub_rows_and_streams(parquet):
 def test_a_stream_can_be_trained_on_killed_and_resumed(parquet, tmp_path):
     from types import SimpleNamespace
     import torch
-    from v2flow_nbdev.training import TrainConfig, train
+    from v2flow_nbdev.training.config import TrainConfig
+    from v2flow_nbdev.training.loop import train
     class Mean(torch.nn.Module):
         def __init__(self): super().__init__(); self.m = torch.nn.Parameter(torch.zeros(3))
         def forward(self, images): return SimpleNamespace(loss=(images.mean((2, 3)) - self.m).square().mean())

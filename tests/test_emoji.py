@@ -86,12 +86,12 @@ def test_datasets_reads_it():
     assert isinstance(schema['image'], datasets.Image) and set(schema) == {'image', 'captions', 'emoji', 'name', 'base', 'tone', 'sex', 'look'}
 
 def test_loader(rows):
-    from v2flow_nbdev.data import emoji
+    from v2flow_nbdev.data.sources import emoji
     unseen, small = emoji('unseen_pictures'), emoji('unseen_pictures', size=32)
     assert [r['name'] for r in unseen] == [r['name'] for r in rows['unseen_pictures']]
     assert {r['image'].size for r in unseen} == {(64, 64)} and {r['image'].size for r in small} == {(32, 32)} and unseen[0]['image'].mode == 'RGB'
     with pytest.raises(ValueError, match='unseen_compositions'): emoji('test')
 
 def test_loader_says_where_the_pictures_are(tmp_path):
-    from v2flow_nbdev.data import emoji
+    from v2flow_nbdev.data.sources import emoji
     with pytest.raises(FileNotFoundError, match='draw.py'): emoji(folder=tmp_path)

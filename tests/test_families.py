@@ -4,11 +4,14 @@ from unittest.mock import patch
 import pytest, torch, transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from v2flow_nbdev.data import digit_captions
-from v2flow_nbdev.llm import (ImageTextRows, TargetLoss, VisualWords, add_visual_words, check_packs, code_ids, collate, first_id, image_to_text, last_id, named_ids, picture, text_perplexity,
-                              text_rows, text_to_image, train_text_tokenizer, write_captions, write_images, written_text)
-from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
-from v2flow_nbdev.vocabulary import Vocabulary, text_ids
+from v2flow_nbdev.data.sources import digit_captions
+from v2flow_nbdev.language.sequences import ImageTextRows, check_packs, code_ids, image_to_text, picture, text_to_image
+from v2flow_nbdev.language.adapters import TargetLoss
+from v2flow_nbdev.language.visual_tokens import VisualWords, add_visual_words, named_ids, text_perplexity
+from v2flow_nbdev.language.text_models import collate, first_id, last_id, text_rows, train_text_tokenizer
+from v2flow_nbdev.language.generation import write_captions, write_images, written_text
+from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
+from v2flow_nbdev.models.vocabulary import Vocabulary, text_ids
 
 texts = [c for d in range(10) for c in digit_captions(d)]
 bpe = json.loads(train_text_tokenizer(texts, 300).backend_tokenizer.to_str())['model']
@@ -229,7 +232,7 @@ def test_what_was_written_is_read_up_to_its_end():
     t.add_special_tokens({'pad_token': '!'}); said = 'no <|endoftext|> here!'
     assert written_text(t, [[*text_ids(t, [said])[0], e, bang]]) == [said]
     model, tokenizer, tok = plain('no bos'); words = add_visual_words(model, tokenizer, tok)
-    with patch('v2flow_nbdev.llm.generate', lambda model, tokenizer, batch, *a, **k: torch.cat((batch['input_ids'], torch.tensor([[*text_ids(tokenizer, ['a six'])[0], *[last_id(tokenizer)]*2, 0]])), 1)):
+    with patch('v2flow_nbdev.language.generation.generate', lambda model, tokenizer, batch, *a, **k: torch.cat((batch['input_ids'], torch.tensor([[*text_ids(tokenizer, ['a six'])[0], *[last_id(tokenizer)]*2, 0]])), 1)):
         assert write_captions(model, tokenizer, torch.zeros(1, 16).int()) == ['a six']
 
 def test_captions_and_ids_are_checked():

@@ -4,10 +4,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 import pytest, torch
 from conftest import root, shipped
-from v2flow_nbdev.latents import AutoencoderLatents, PixelLatents, small_autoencoder
-from v2flow_nbdev.pipeline import V2FlowPipeline
-from v2flow_nbdev.tokenizer import DecoderTraining, V2Flow, V2FlowConfig
-from v2flow_nbdev.vocabulary import Vocabulary
+from v2flow_nbdev.models.latents import AutoencoderLatents, PixelLatents
+from v2flow_nbdev.models.autoencoder import small_autoencoder
+from v2flow_nbdev.language.pipeline import V2FlowPipeline
+from v2flow_nbdev.models.tokenizer import DecoderTraining, V2Flow, V2FlowConfig
+from v2flow_nbdev.models.vocabulary import Vocabulary
 
 def autoencoder(scale=3., shift=0.2, seed=0):
     "Untrained, but with numbers that half precision rounds"
@@ -212,7 +213,8 @@ def test_images_of_several_sizes_are_brought_to_one(pipe):
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_a_pipeline_after_a_cast(pipe, tmp_path, dtype):
-    from v2flow_nbdev.data import digits, to_tensor
+    from v2flow_nbdev.data.sources import digits
+    from v2flow_nbdev.base.images import to_tensor
     x = to_tensor([r['image'] for r in digits('test')[:40]], 1)
     ids = pipe.image_tokenizer.encode(x)
     cast = V2FlowPipeline.from_pretrained(shipped).to(dtype)
@@ -246,10 +248,10 @@ def test_wrong_defaults_are_found_when_a_pipeline_is_made(pipe, defaults):
     with pytest.raises(ValueError): V2FlowPipeline(pipe.image_tokenizer, pipe.llm, pipe.tokenizer, defaults)
 
 def metric_calls():
-    from v2flow_nbdev import metrics as m
+    from v2flow_nbdev.evaluation import judges as j, metrics as m
     a, b, g = torch.zeros(4, 3, 16, 16), torch.zeros(1, 3, 16, 16), torch.zeros(4, 1, 16, 16)
     return dict(psnr=lambda: m.psnr(a, b), psnr_channels=lambda: m.psnr(a, g), ssim=lambda: m.ssim(a, b), fidelity=lambda: m.fidelity(a, b), lpips=lambda: m.lpips(a, a[:3], network=lambda x, y: x[:, 0, 0, 0]),
-                accuracy=lambda: m.accuracy(None, g, [1, 2, 3]), variety=lambda: m.variety(g, torch.zeros(3), g, torch.zeros(4)), nearest_real=lambda: m.nearest_real(a, a, [[0]]*3), nearest_is_right=lambda: m.nearest_is_right(a, a, [0]*3, [[0]]*4))
+                accuracy=lambda: j.accuracy(None, g, [1, 2, 3]), variety=lambda: j.variety(g, torch.zeros(3), g, torch.zeros(4)), nearest_real=lambda: j.nearest_real(a, a, [[0]]*3), nearest_is_right=lambda: j.nearest_is_right(a, a, [0]*3, [[0]]*4))
 
 @pytest.mark.parametrize('name', metric_calls())
 def test_scores_compare_as_many_of_one_as_of_the_other(name):

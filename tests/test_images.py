@@ -3,8 +3,14 @@ import csv, io, json, os, pickle, shutil, struct, sys, threading, warnings, zlib
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image, ImageCms, PngImagePlugin
-from v2flow_nbdev import data
-from v2flow_nbdev.data import Pictures, Report, Subset, as_image, check_writable, draw, hub, hub_row, image_folder, load_image, picture_sheet, read_image, to_pil, to_tensor
+from v2flow_nbdev.data import folders
+from v2flow_nbdev.data.batches import Pictures
+from v2flow_nbdev.base.files import Report, check_writable
+from v2flow_nbdev.data.sources import FewCaptions, Subset
+from v2flow_nbdev.base.images import as_image, load_image, picture_sheet, read_image, to_pil, to_tensor
+from v2flow_nbdev.base.random import draw
+from v2flow_nbdev.data.hub import HubRows, hub, hub_row
+from v2flow_nbdev.data.folders import image_folder
 
 r = np.random.RandomState(0)
 rgb = r.randint(0, 256, (6, 8, 3)).astype('uint8')
@@ -248,7 +254,7 @@ def test_lists_of_images():
     with pytest.raises(ValueError, match='4×8, 6×8'): to_tensor([a, b])
     assert to_tensor([a, b], 3, (5, 5)).shape == (2, 3, 5, 5)
     for f in (lambda: to_tensor([]), lambda: to_tensor([], size=(4, 4)), lambda: picture_sheet([]), lambda: Pictures([]).at([], (4, 4)), lambda: Pictures([]).collate([]), lambda: to_tensor(a), lambda: to_tensor('a.png'), lambda: to_tensor([a], size=(0, 4)),
-              lambda: picture_sheet([a, b], ['one']), lambda: picture_sheet([a], ['one', 'two']), lambda: Subset([1, 2], [0, 2]), lambda: data.FewCaptions([1], 0), lambda: to_pil(to_tensor([a])[0]), lambda: to_pil(to_tensor([a]).byte())):
+              lambda: picture_sheet([a, b], ['one']), lambda: picture_sheet([a], ['one', 'two']), lambda: Subset([1, 2], [0, 2]), lambda: FewCaptions([1], 0), lambda: to_pil(to_tensor([a])[0]), lambda: to_pil(to_tensor([a]).byte())):
         with pytest.raises(ValueError): f()
     import torch
     g = [torch.Generator() for _ in range(3)]
@@ -348,8 +354,8 @@ def test_a_copy_has_the_same_fingerprint_and_any_change_another(tmp_path, monkey
     for p in (tmp_path/'copy').rglob('*.png'): os.utime(p, (1, 1))
     assert image_folder(tmp_path/'copy').fingerprint == before == pickle.loads(pickle.dumps(first)).fingerprint
     (f/'broken.png').unlink(); assert image_folder(f, check=False).fingerprint == before                   # what is left out does not count
-    reads, true = [], data._file_bytes
-    monkeypatch.setattr(data, '_file_bytes', lambda p, n: reads.append(p) or true(p, n))
+    reads, true = [], folders.file_bytes
+    monkeypatch.setattr(folders, 'file_bytes', lambda p, n: reads.append(p) or true(p, n))
     rows = image_folder(f); rows.fingerprint; rows.fingerprint; assert len(reads) == 2                     # once each
     content, date = (f/'sub/b.png').read_bytes(), os.stat(f/'sub/b.png')
     bad = bytearray(content); bad[-5] ^= 1; (f/'sub/b.png').write_bytes(bytes(bad)); os.utime(f/'sub/b.png', ns=(date.st_atime_ns, date.st_mtime_ns + 10**9))
@@ -380,12 +386,12 @@ def test_rows_of_the_hub(tmp_path):
         def __getitem__(self, i):
             if i > 4: raise IndexError(i)
             raise RuntimeError('page is corrupt')
-    with pytest.raises(OSError, match='row 3: cannot be read'): data.HubRows(Torn(), 'i', '')[3]
+    with pytest.raises(OSError, match='row 3: cannot be read'): HubRows(Torn(), 'i', '')[3]
 
 def test_a_part_of_rows_that_have_no_fingerprint_has_none():
     "Else two data sets in memory would have one, and share a cache"
-    from v2flow_nbdev.latents import fingerprint
-    from v2flow_nbdev.data import FewCaptions
+    from v2flow_nbdev.data.cache import fingerprint
+    from v2flow_nbdev.data.sources import FewCaptions
     def rows(colour): return [dict(image=Image.new('RGB', (4, 4), colour), captions=['a', 'b'])]*3
     for part in (lambda r: Subset(Subset(r, [0, 1]), [1]), lambda r: FewCaptions(Subset(r, [0, 1]), 1), lambda r: Subset(FewCaptions(r, 1), [0])):
         assert fingerprint(part(rows('red'))) != fingerprint(part(rows('blue'))) and fingerprint(part(rows('red'))) == fingerprint(part(rows('red')))

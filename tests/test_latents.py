@@ -3,9 +3,11 @@ import json, logging, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from torch.nn.functional import mse_loss
-from v2flow_nbdev.data import mosaics, to_tensor
-from v2flow_nbdev.latents import (AutoencoderLatents, AutoencoderTraining, CachedLatents, PixelLatents, cache_latents, fingerprint, load_autoencoder,
-                                  shard_names, small_autoencoder)
+from v2flow_nbdev.data.sources import mosaics
+from v2flow_nbdev.base.images import to_tensor
+from v2flow_nbdev.models.latents import AutoencoderLatents, PixelLatents
+from v2flow_nbdev.models.autoencoder import AutoencoderTraining, load_autoencoder, small_autoencoder
+from v2flow_nbdev.data.cache import CachedLatents, cache_latents, fingerprint, shard_names
 
 kinds = ('AutoencoderDC', 'AutoencoderKL')
 weights = 'diffusion_pytorch_model.safetensors'
@@ -158,7 +160,8 @@ def test_checksum_tells_weights_and_scales_apart(saved):
     assert PixelLatents(3, 2).checksum != PixelLatents(1, 2).checksum != PixelLatents(1, 2, 0.1).checksum == PixelLatents(1, 2, 0.1).checksum
 
 def test_small_autoencoder_learns_with_the_projects_engine():
-    from v2flow_nbdev.training import TrainConfig, train
+    from v2flow_nbdev.training.config import TrainConfig
+    from v2flow_nbdev.training.loop import train
     x = to_tensor([r['image'] for r in mosaics('train', 64, (2, 2))], 3, (32, 32))
     state = torch.get_rng_state()
     model = small_autoencoder(8, width=16)
@@ -177,8 +180,9 @@ def contents(folder): return {p.name: p.read_bytes() for p in Path(folder).iterd
 
 killed = '''
 import os, signal, sys
-from v2flow_nbdev.data import mosaics
-from v2flow_nbdev.latents import PixelLatents, cache_latents
+from v2flow_nbdev.data.sources import mosaics
+from v2flow_nbdev.models.latents import PixelLatents
+from v2flow_nbdev.data.cache import cache_latents
 class Killed(PixelLatents):
     calls = 0
     def encode(self, images):
@@ -255,9 +259,10 @@ def test_sizes_and_dtypes(tmp_path):
 
 def test_training_from_the_cache_gives_the_same_numbers(tmp_path):
     "The tokenizer itself, through the loader of the project's engine, with and without worker processes"
-    from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
-    from v2flow_nbdev.training import TrainConfig, train
-    from v2flow_nbdev.vocabulary import Vocabulary
+    from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
+    from v2flow_nbdev.training.config import TrainConfig
+    from v2flow_nbdev.training.loop import train
+    from v2flow_nbdev.models.vocabulary import Vocabulary
     latents = PixelLatents(1, 2, -0.4, 1.7)
     cached = cache_latents(rows, latents, tmp_path, batch_size=5, shard_rows=6, progress=False)
     vocabulary = Vocabulary([str(i) for i in range(40)], torch.randn(40, 16, generator=torch.Generator().manual_seed(0)))
@@ -286,7 +291,7 @@ def share(folder):
     with pytest.raises((MemoryError, OSError)) as e: cache_latents(Broken(rows, odd), Fails(1, 2), Path(folder)/'broken', **how)              # an error in one ends both
     assert str(e.value) == ('too large' if dist.get_rank() else 'process 1 of 2 failed (MemoryError: too large)')
     assert cache_latents(Broken(rows, odd), PixelLatents(1, 2), Path(folder)/'broken', **how).report.left_out == named
-    from v2flow_nbdev.cli import leave
+    from v2flow_nbdev.apps.cli import leave
     leave(0)                                                                     # as the command does
 
 def free_port():
@@ -614,8 +619,9 @@ def test_loaders_with_workers_that_are_spawned(tmp_path):
 apart = '''
 import sys, time
 from pathlib import Path
-from v2flow_nbdev.data import mosaics
-from v2flow_nbdev.latents import PixelLatents, cache_latents
+from v2flow_nbdev.data.sources import mosaics
+from v2flow_nbdev.models.latents import PixelLatents
+from v2flow_nbdev.data.cache import cache_latents
 class Counts(PixelLatents):
     def encode(self, images):
         while not any('waiting for process' in Path(p).read_text() for p in sys.argv[3:]): time.sleep(0.01)      # the other one shall come in between
@@ -639,8 +645,8 @@ def test_of_two_runs_one_computes_and_both_read(tmp_path):
 
 def test_locks_of_the_dead_are_taken_over_and_those_of_the_living_are_not(tmp_path, monkeypatch, capfd):
     import platform
-    from v2flow_nbdev import latents as module
-    from v2flow_nbdev.latents import FolderLock
+    from v2flow_nbdev.base import locks as module
+    from v2flow_nbdev.base.locks import FolderLock
     make = lambda: cache_latents(rows, PixelLatents(1, 2), tmp_path)
     ended = subprocess.Popen([sys.executable, '-c', '']); ended.wait()
     (tmp_path/'.lock').write_text(f'{ended.pid} {platform.node()} token')
@@ -665,7 +671,7 @@ def test_locks_of_the_dead_are_taken_over_and_those_of_the_living_are_not(tmp_pa
 
 def test_no_file_of_a_run_that_is_at_work_is_removed(tmp_path):
     "The temporary files of another run are left alone until it is done"
-    from v2flow_nbdev.latents import FolderLock
+    from v2flow_nbdev.base.locks import FolderLock
     import threading
     lock, theirs = FolderLock(tmp_path), tmp_path/'.abcdefgh.safetensors'
     assert lock.take(); theirs.write_bytes(b'being written')

@@ -3,10 +3,14 @@ import copy, json
 import pytest, torch
 from conftest import Shell, shipped
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
-from v2flow_nbdev.data import digit_captions
-from v2flow_nbdev.llm import VisualWords, add_visual_words, check_packs, choose_trained, collate, merge, pack, text_to_image, train_text_tokenizer, write_captions, write_images
-from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
-from v2flow_nbdev.vocabulary import Vocabulary
+from v2flow_nbdev.data.sources import digit_captions
+from v2flow_nbdev.language.visual_tokens import VisualWords, add_visual_words
+from v2flow_nbdev.language.sequences import check_packs, pack, text_to_image
+from v2flow_nbdev.language.adapters import choose_trained, merge
+from v2flow_nbdev.language.text_models import collate, train_text_tokenizer
+from v2flow_nbdev.language.generation import write_captions, write_images
+from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
+from v2flow_nbdev.models.vocabulary import Vocabulary
 
 texts = [c for d in range(10) for c in digit_captions(d)]
 families = dict(llama=(LlamaConfig, {}), tied_llama=(LlamaConfig, dict(tie_word_embeddings=True)), qwen2=(Qwen2Config, dict(tie_word_embeddings=True)), qwen3=(Qwen3Config, dict(head_dim=16)),

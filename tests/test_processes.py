@@ -3,7 +3,7 @@ import json, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from conftest import root
-from v2flow_nbdev.quantizer import VectorQuantizer
+from v2flow_nbdev.models.quantizer import VectorQuantizer
 
 def learn(part, parts, folder, steps=12):
     "k-means, and `steps` updates on this part of each batch with and without revival; every process has random numbers of its own"
@@ -20,8 +20,8 @@ def learn(part, parts, folder, steps=12):
 
 def launch(parts, folder):
     environment = {**os.environ, 'WORLD_SIZE': str(parts), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    code = (f'import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\nimport torch.distributed as dist\nfrom test_processes import learn\nfrom v2flow_nbdev.quantizer import VectorQuantizer\n'
-            "import os; dist.init_process_group('gloo', init_method='file://' + sys.argv[1] + '/meeting', rank=int(os.environ['RANK']), world_size=int(os.environ['WORLD_SIZE']))\nlearn(dist.get_rank(), dist.get_world_size(), sys.argv[1])\nfrom v2flow_nbdev.cli import leave; leave(0)")
+    code = (f'import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\nimport torch.distributed as dist\nfrom test_processes import learn\nfrom v2flow_nbdev.models.quantizer import VectorQuantizer\n'
+            "import os; dist.init_process_group('gloo', init_method='file://' + sys.argv[1] + '/meeting', rank=int(os.environ['RANK']), world_size=int(os.environ['WORLD_SIZE']))\nlearn(dist.get_rank(), dist.get_world_size(), sys.argv[1])\nfrom v2flow_nbdev.apps.cli import leave; leave(0)")
     running = [subprocess.Popen([sys.executable, '-c', code, str(folder)], env={**environment, 'RANK': str(i)}, stderr=subprocess.PIPE, text=True) for i in range(parts)]
     for p in running:
         _, err = p.communicate(timeout=900)
@@ -36,10 +36,12 @@ def test_two_processes_learn_one_codebook(tmp_path):
 
 def train_here(out, batch_size, fsdp):
     "Ten steps of an image tokenizer in float64, with everything random switched on"
-    from v2flow_nbdev.data import digits, to_tensor
-    from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
-    from v2flow_nbdev.training import TrainConfig, train
-    from v2flow_nbdev.vocabulary import Vocabulary
+    from v2flow_nbdev.data.sources import digits
+    from v2flow_nbdev.base.images import to_tensor
+    from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
+    from v2flow_nbdev.training.config import TrainConfig
+    from v2flow_nbdev.training.loop import train
+    from v2flow_nbdev.models.vocabulary import Vocabulary
     x = to_tensor([r['image'] for r in digits('train')[:200]], 1).double()
     torch.manual_seed(0)
     config = V2FlowConfig(codebook_size=24, dim=32, depth=1, velocity_width=32, resampler_width=32, latent_shift=x.mean().item(), latent_scale=1/x.std().item(), quantize_from=0.2, settle_at=0.7, dead_below=0.5)
@@ -73,16 +75,16 @@ def test_two_processes_train_the_model_that_one_trains(alone, tmp_path, fsdp):
 
 def test_a_launcher_that_starts_fewer_than_asked_is_found_out(tmp_path):
     "On a machine without CUDA `accelerate launch` starts one process, whatever it was told"
-    command = [Path(sys.executable).with_name('accelerate'), 'launch', '--cpu', '--num_processes', '2', '-m', 'v2flow_nbdev.cli', 'pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', str(tmp_path/'run'), 'training.steps=20']
+    command = [Path(sys.executable).with_name('accelerate'), 'launch', '--cpu', '--num_processes', '2', '-m', 'v2flow_nbdev.apps.cli', 'pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', str(tmp_path/'run'), 'training.steps=20']
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=900, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
     assert done.returncode != 0 and '2 processes were asked for, but this one finds itself among 1' in done.stderr and not (tmp_path/'run/model').exists(), done.stderr
 
 def test_the_real_command_in_two_processes_shards_the_model_and_weighs_words(tmp_path):
     "A language model's batches differ in words; torchrun of two with half a batch each, the tied model sharded between them, gives the weights of one"
-    from v2flow_nbdev.vocabulary import read_tensors
+    from v2flow_nbdev.base.files import read_tensors
     def run(out, processes, batch_size):
         launch = [sys.executable, '-m'] if processes == 1 else [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '-m']
-        args = ['v2flow_nbdev.cli', 'pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', str(out), 'training.steps=20', f'training.batch_size={batch_size}', 'training.mixed_precision=no', f'training.processes={processes}', f'training.fsdp={"true" if processes > 1 else "false"}',
+        args = ['v2flow_nbdev.apps.cli', 'pretrain-llm', '--config', 'configs/digits-text.yaml', '--out', str(out), 'training.steps=20', f'training.batch_size={batch_size}', 'training.mixed_precision=no', f'training.processes={processes}', f'training.fsdp={"true" if processes > 1 else "false"}',
                 'llm.hidden_size=32', 'llm.num_hidden_layers=1', 'llm.intermediate_size=64', 'training.trackers=[]']
         done = subprocess.run(launch + args, capture_output=True, text=True, cwd=root, timeout=900, env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
         assert done.returncode == 0, done.stderr[-3000:]
@@ -93,17 +95,17 @@ def test_the_real_command_in_two_processes_shards_the_model_and_weighs_words(tmp
 
 def test_a_data_set_is_encoded_by_two_processes_and_a_language_model_learns_from_it_in_two(tmp_path):
     "The same files of ids as from one; then DDP over gloo from ids alone: the losses and the weights of one process with the whole batch"
-    from v2flow_nbdev.llm import EncodedImages, encode_dataset
-    from v2flow_nbdev.data import digits
-    from v2flow_nbdev.tokenizer import V2Flow
-    from v2flow_nbdev.vocabulary import read_tensors
+    from v2flow_nbdev.data.cache import EncodedImages, encode_dataset
+    from v2flow_nbdev.data.sources import digits
+    from v2flow_nbdev.models.tokenizer import V2Flow
+    from v2flow_nbdev.base.files import read_tensors
     from test_bad_input import own_llm
     own_llm(tmp_path/'text')
     tok = V2Flow.from_pretrained(root/'data/checkpoints/digits/image_tokenizer')
     shared = ['--config', 'configs/digits-llm.yaml', f'image_tokenizer={root}/data/checkpoints/digits/image_tokenizer', 'data.copies=0']
     def command(processes, *args):
         launch = [sys.executable, '-m'] if processes == 1 else [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '-m']
-        done = subprocess.run([*launch, 'v2flow_nbdev.cli', *map(str, args)], capture_output=True, text=True, cwd=root, timeout=900, env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
+        done = subprocess.run([*launch, 'v2flow_nbdev.apps.cli', *map(str, args)], capture_output=True, text=True, cwd=root, timeout=900, env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
         assert done.returncode == 0, done.stderr[-3000:]
     command(2, 'encode-dataset', '--out', tmp_path/'ids', *shared)
     alone = encode_dataset(digits('train'), tok, tmp_path/'alone', progress=False)
@@ -118,6 +120,6 @@ def test_a_data_set_is_encoded_by_two_processes_and_a_language_model_learns_from
     for name in one: torch.testing.assert_close(one[name], two[name], atol=1e-3, rtol=1e-2, msg=name)
 
 if __name__ == '__main__':
-    from v2flow_nbdev.cli import leave
+    from v2flow_nbdev.apps.cli import leave
     train_here(sys.argv[1], int(sys.argv[2]), bool(int(sys.argv[3])))
     leave(0)                                                                       # as the command does: gloo's threads are still there

@@ -5,15 +5,17 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
 from conftest import Shell, root, shipped
-from v2flow_nbdev import training
-from v2flow_nbdev.training import RunLog, TrainConfig, checkpoints, make_loader, train
+from v2flow_nbdev.training import checkpoints as saving, optimizers, processes
+from v2flow_nbdev.training.checkpoints import RunLog, checkpoints
+from v2flow_nbdev.training.config import TrainConfig
+from v2flow_nbdev.training.loop import make_loader, train
 
 config = TrainConfig(steps=4, batch_size=2, trackers=[], mixed_precision='no', lr=0.1)
 
 # ---- loaders under spawn
 
 def digits_folder(folder, n=6):
-    from v2flow_nbdev.data import digits
+    from v2flow_nbdev.data.sources import digits
     folder.mkdir()
     for i, r in enumerate(digits('test')[:n]): r['image'].save(folder/f'{r["captions"][0]} {i}.png')
     return folder
@@ -28,10 +30,14 @@ class Joined:
 def loaders(folder):
     "What the four trainings load: pictures of a folder; cached latents; ids as sequences, padded and packed; a stream"
     from transformers import AutoTokenizer
-    from v2flow_nbdev.cli import DataConfig, load_data, tokenizer_data
-    from v2flow_nbdev.data import FewCaptions, PictureStream, Subset
-    from v2flow_nbdev.latents import PixelLatents
-    from v2flow_nbdev.llm import EncodedImages, ImageTextRows, VisualWords, collate, pack
+    from v2flow_nbdev.apps.cli import DataConfig, load_data, tokenizer_data
+    from v2flow_nbdev.data.sources import FewCaptions, Subset
+    from v2flow_nbdev.data.batches import PictureStream
+    from v2flow_nbdev.models.latents import PixelLatents
+    from v2flow_nbdev.data.cache import EncodedImages
+    from v2flow_nbdev.language.sequences import ImageTextRows, pack
+    from v2flow_nbdev.language.visual_tokens import VisualWords
+    from v2flow_nbdev.language.text_models import collate
     source = DataConfig('image_folder', folder=str(folder/'pictures'), captions=1, crop=0.8, flip=True)
     rows, _ = load_data(source)
     shape = SimpleNamespace(image_channels=1, image_size=(8, 8))
@@ -50,9 +56,9 @@ def all_batches(folder, workers):
 def test_workers_are_sent_all_that_they_load_under_spawn(tmp_path):
     "Two workers that were spawned, as on macOS and Windows, give the batches that no worker gives"
     from datasets import Dataset, Image
-    from v2flow_nbdev.cli import DataConfig, load_data
-    from v2flow_nbdev.llm import encode_dataset
-    from v2flow_nbdev.tokenizer import V2Flow
+    from v2flow_nbdev.apps.cli import DataConfig, load_data
+    from v2flow_nbdev.data.cache import encode_dataset
+    from v2flow_nbdev.models.tokenizer import V2Flow
     files = sorted(digits_folder(tmp_path/'pictures').iterdir())
     Dataset.from_dict(dict(image=[str(f) for f in files], text=[f.stem for f in files])).cast_column('image', Image()).to_parquet(tmp_path/'digits.parquet')
     encode_dataset(load_data(DataConfig('image_folder', folder=str(tmp_path/'pictures')))[0], V2Flow.from_pretrained(shipped/'image_tokenizer'), tmp_path/'ids', progress=False)
@@ -124,22 +130,22 @@ def test_activation_checkpointing_works_or_is_refused_in_words():
 def test_autoencoders_compute_twice():
     "The same gradients from more forwards than before; an autoencoder of `diffusers` inside a model is found by its own name for it"
     import diffusers
-    from v2flow_nbdev.latents import AutoencoderTraining, small_autoencoder
+    from v2flow_nbdev.models.autoencoder import AutoencoderTraining, small_autoencoder
     model, images, forwards = AutoencoderTraining(small_autoencoder(4, 8)), torch.randn(2, 3, 16, 16), []
     for m in model.modules():
         if isinstance(m, torch.nn.Conv2d): m.register_forward_hook(lambda *a: forwards.append(1))
     def step():
         forwards.clear(); model.zero_grad(); model(images).loss.backward()
         return len(forwards), [p.grad.clone() for p in model.parameters()]
-    once, gradients = step(); training.compute_twice(model); twice, same = step()
+    once, gradients = step(); processes.compute_twice(model); twice, same = step()
     assert twice > once and all(torch.allclose(a, b, atol=1e-6) for a,b in zip(gradients, same))
     inside = torch.nn.Sequential(diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, layers_per_block=1))
-    training.compute_twice(inside); assert any(getattr(m, 'gradient_checkpointing', False) for m in inside.modules())
+    processes.compute_twice(inside); assert any(getattr(m, 'gradient_checkpointing', False) for m in inside.modules())
 
 # ---- launchers
 
 def test_a_launchers_command_line_is_believed_or_named(tmp_path, monkeypatch):
-    said = training.launcher_says
+    said = processes.launcher_says
     assert said(['bash', '-c', 'cd accelerate; launch --num_processes two']) == 0 and said([]) == 0
     assert said(['python', '/bin/accelerate', 'launch', '--num_processes', '2', 'x.py']) == said(['accelerate-launch', '--num-processes=2', 'x.py']) == said(['python', '-m', 'accelerate.commands.launch', '--num_processes=2']) == 2
     (tmp_path/'a b.yaml').write_text('num_processes: 3'); (tmp_path/'one.yaml').write_text('mixed_precision: bf16'); (tmp_path/'torn.yaml').write_text('a: [1'); (tmp_path/'word.yaml').write_text('num_processes: two')
@@ -150,11 +156,11 @@ def test_a_launchers_command_line_is_believed_or_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="num_processes='two' is not a number"): said(['python', '/bin/accelerate', 'launch', '--num_processes', 'two'])
     import psutil
     def denied(*a): raise psutil.AccessDenied()
-    monkeypatch.setattr(psutil.Process, 'cmdline', denied); assert training.processes_asked_for(TrainConfig(processes=3)) == 3
-    monkeypatch.setattr(psutil.Process, 'parent', lambda self: None); assert training.processes_asked_for(TrainConfig()) == 0
-    monkeypatch.setitem(sys.modules, 'psutil', None); assert training.processes_asked_for(TrainConfig(processes=2)) == 2
+    monkeypatch.setattr(psutil.Process, 'cmdline', denied); assert processes.processes_asked_for(TrainConfig(processes=3)) == 3
+    monkeypatch.setattr(psutil.Process, 'parent', lambda self: None); assert processes.processes_asked_for(TrainConfig()) == 0
+    monkeypatch.setitem(sys.modules, 'psutil', None); assert processes.processes_asked_for(TrainConfig(processes=2)) == 2
     monkeypatch.setenv('WORLD_SIZE', 'many')
-    with pytest.raises(ValueError, match="WORLD_SIZE='many'"): training.processes_asked_for(TrainConfig())
+    with pytest.raises(ValueError, match="WORLD_SIZE='many'"): processes.processes_asked_for(TrainConfig())
 
 # ---- other systems
 
@@ -166,26 +172,26 @@ def test_a_folder_that_cannot_be_opened_is_not_synced(tmp_path, monkeypatch):
         opened.append(flags & os.O_RDWR); return real(path, flags, *rest)
     (tmp_path/'x').write_text('x')
     monkeypatch.setattr(os, 'open', windows)
-    training.sync(tmp_path); training.sync(tmp_path/'x'); assert opened == [os.O_RDWR]
+    saving.sync(tmp_path); saving.sync(tmp_path/'x'); assert opened == [os.O_RDWR]
     def fails(code):
         def fsync(handle): raise OSError(code, os.strerror(code))
         return fsync
     import errno
     monkeypatch.setattr(os, 'open', real)
-    for code in (errno.EINVAL, errno.EBADF): monkeypatch.setattr(os, 'fsync', fails(code)); training.sync(tmp_path)
+    for code in (errno.EINVAL, errno.EBADF): monkeypatch.setattr(os, 'fsync', fails(code)); saving.sync(tmp_path)
     monkeypatch.setattr(os, 'fsync', fails(errno.EIO))
     for path in (tmp_path, tmp_path/'x'):
-        with pytest.raises(OSError): training.sync(path)                               # a disk that fails is no matter of systems
+        with pytest.raises(OSError): saving.sync(path)                               # a disk that fails is no matter of systems
 
 def test_torch_without_onednn(monkeypatch):
     monkeypatch.setattr(torch.ops, 'mkldnn', SimpleNamespace(), raising=False)
     assert training.multiplies_bf16('cpu') is False and training.multiplies_bf16('cuda') is True
-    assert training.orthogonal(torch.randn(1, 3, 3)).dtype == torch.float32
+    assert optimizers.orthogonal(torch.randn(1, 3, 3)).dtype == torch.float32
 
 def typed(*args, encoding=None, code=None, **how):
     "The command in a process of its own, with streams of this encoding"
     env = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(root), **(dict(PYTHONIOENCODING=encoding) if encoding else {})}
-    start = ['-c', code] if code else ['-m', 'v2flow_nbdev.cli']
+    start = ['-c', code] if code else ['-m', 'v2flow_nbdev.apps.cli']
     return subprocess.run([sys.executable, *start, *map(str, args)], capture_output=True, cwd=root, env=env, **how)
 
 @pytest.mark.parametrize('encoding', ['cp1252', 'ascii'])
@@ -196,13 +202,13 @@ def test_help_in_any_encoding(encoding):
 
 def test_results_with_names_that_no_encoding_has():
     "A file name that is not UTF-8 is printed with escapes, and JSON stays JSON; both streams"
-    code = "import sys; from v2flow_nbdev import cli; sys.argv[1:] = ['x']; cli.app = lambda **k: (cli.report(sys.argv[1] == 'j', dict(a='→ \\udce9'), '→ \\udce9'), cli.say('→ \\udce9')) and 0; cli.main()"
+    code = "import sys; from v2flow_nbdev.apps import cli; sys.argv[1:] = ['x']; cli.app = lambda **k: (cli.report(sys.argv[1] == 'j', dict(a='→ \\udce9'), '→ \\udce9'), cli.say('→ \\udce9')) and 0; cli.main()"
     for encoding in ('utf-8', 'ascii', 'cp1252'):
         done = typed(encoding=encoding, code=code); assert done.returncode == 0 and b'\\udce9' in done.stdout and b'\\udce9' in done.stderr, done.stderr
     done = typed(encoding='ascii', code=code.replace("['x']", "['j']")); assert json.loads(done.stdout) == dict(a='→ \udce9')
 
 def test_a_reader_that_has_enough_ends_the_command_quietly():
-    process = subprocess.Popen([sys.executable, '-c', "from v2flow_nbdev import cli; cli.app = lambda **k: [print(i) for i in range(10**5)] and 0; cli.main()"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=root, env={**os.environ, 'PYTHONPATH': str(root)})
+    process = subprocess.Popen([sys.executable, '-c', "from v2flow_nbdev.apps import cli; cli.app = lambda **k: [print(i) for i in range(10**5)] and 0; cli.main()"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=root, env={**os.environ, 'PYTHONPATH': str(root)})
     process.stdout.readline(); process.stdout.close()
     assert process.stderr.read() == b'' and process.wait() == 1
 
@@ -322,12 +328,12 @@ def test_images_of_one_colour_are_refused_in_words(shell, own, tmp_path):
 @pytest.mark.parametrize('n', [1, 2, 3, 10, 11])
 @pytest.mark.parametrize('held_out', [0.001, 0.1, 0.9, 1, 5, 10_000])
 def test_something_is_always_left_to_train_on_and_to_judge_on(n, held_out):
-    from v2flow_nbdev.cli import split_of
+    from v2flow_nbdev.apps.cli import split_of
     train, judged = map(list, split_of(n, held_out))
     assert train and judged and sorted({*train, *judged}) == list(range(n)) and (n == 1 or not {*train} & {*judged}) and len(judged) <= (n + 1)//2
 
 def test_some_of_none_and_of_broken_rows():
-    from v2flow_nbdev.cli import Unusable, some
+    from v2flow_nbdev.apps.cli import Unusable, some
     class Torn(list):
         def __getitem__(self, i):
             if list.__getitem__(self, i) is None: raise OSError('torn')
@@ -339,11 +345,11 @@ def test_some_of_none_and_of_broken_rows():
 
 def test_one_of_several_processes_leaves_at_once_with_its_exit_code(tmp_path):
     "All is written and every exit handler has run, but Python is not taken down around gloo's threads; exit codes of failures stay"
-    code = ("import atexit, os, sys, torch.distributed as dist\nfrom v2flow_nbdev import cli\nclass Loud:\n    def __del__(self, write=os.write): write(2, b'taken down')\n"
+    code = ("import atexit, os, sys, torch.distributed as dist\nfrom v2flow_nbdev.apps import cli\nclass Loud:\n    def __del__(self, write=os.write): write(2, b'taken down')\n"
             "dist.init_process_group('gloo', init_method='file://' + sys.argv[1], rank=0, world_size=1)\nsys.loud, sys.mesh = Loud(), dist.group.WORLD\natexit.register(print, 'handlers')\n"
             "def app(standalone_mode):\n    print('done')\n    {}\ncli.app = app\ncli.main()")
     for i, (end, exit_code) in enumerate({'return 0': 0, 'raise ValueError("x")': 2, 'raise OSError("x")': 1, 'raise RuntimeError("x")': 1, 'raise KeyboardInterrupt': 130,
-            'from v2flow_nbdev.training import Interrupted; raise Interrupted(15, 3, True)': 143}.items()):
+            'from v2flow_nbdev.training.processes import Interrupted; raise Interrupted(15, 3, True)': 143}.items()):
         done = typed(tmp_path/f'store-{i}', code=code.format(end))
         assert done.returncode == exit_code and done.stdout.decode().split() == ['done', 'handlers'] and b'taken down' not in done.stderr, done
         assert done.stderr.count(b'\n') == bool(exit_code), done.stderr

@@ -3,7 +3,7 @@ import json, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from conftest import Shell, root, v2flow
-from v2flow_nbdev.vocabulary import read_tensors
+from v2flow_nbdev.base.files import read_tensors
 
 @pytest.fixture(scope='module')
 def text(tmp_path_factory):
@@ -53,28 +53,32 @@ def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(text, tmp_path):
 def test_a_full_disk_ends_the_run_and_keeps_what_there_was(tmp_path, monkeypatch):
     import errno
     from types import SimpleNamespace
-    from v2flow_nbdev import training
+    from v2flow_nbdev.training import checkpoints
+    from v2flow_nbdev.training.config import TrainConfig
+    from v2flow_nbdev.training.loop import train
     class Flat(torch.nn.Module):
         def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.ones(3))
         def forward(self, x): return SimpleNamespace(loss=(self.w*x[:, None]).square().mean())
-    write, calls = training.write_tensors, []
+    write, calls = checkpoints.write_tensors, []
     def full(path, tensors):
         calls.append(path)
         if len(calls) == 8: path.write_bytes(b'half'); raise OSError(errno.ENOSPC, 'No space left on device')
         write(path, tensors)
-    monkeypatch.setattr(training, 'write_tensors', full)
-    config = training.TrainConfig(steps=20, batch_size=2, checkpoint_every=5, trackers=[], mixed_precision='no')
+    monkeypatch.setattr(checkpoints, 'write_tensors', full)
+    config = TrainConfig(steps=20, batch_size=2, checkpoint_every=5, trackers=[], mixed_precision='no')
     data = [dict(x=torch.tensor(float(i))) for i in range(5)]
-    with pytest.raises(OSError, match='the disk is full; the last whole one: step-00000010'): training.train(Flat(), data, config, out=tmp_path, progress=False)
+    with pytest.raises(OSError, match='the disk is full; the last whole one: step-00000010'): train(Flat(), data, config, out=tmp_path, progress=False)
     assert [p.name for p in sorted((tmp_path/'checkpoints').iterdir())] == ['step-00000005', 'step-00000010']
-    resumed = training.train(Flat(), data, config, out=tmp_path, resume=True, progress=False)
-    assert torch.equal(resumed.w, training.train(Flat(), data, config, progress=False).w)
+    resumed = train(Flat(), data, config, out=tmp_path, resume=True, progress=False)
+    assert torch.equal(resumed.w, train(Flat(), data, config, progress=False).w)
 
 def test_compiled_and_checkpointed_steps_are_the_same(tmp_path):
-    from v2flow_nbdev.data import digits, to_tensor
-    from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
-    from v2flow_nbdev.training import TrainConfig, train
-    from v2flow_nbdev.vocabulary import Vocabulary
+    from v2flow_nbdev.data.sources import digits
+    from v2flow_nbdev.base.images import to_tensor
+    from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
+    from v2flow_nbdev.training.config import TrainConfig
+    from v2flow_nbdev.training.loop import train
+    from v2flow_nbdev.models.vocabulary import Vocabulary
     x = to_tensor([r['image'] for r in digits('train')[:64]], 1)
     def run(**how):
         torch.manual_seed(0)
@@ -86,7 +90,8 @@ def test_compiled_and_checkpointed_steps_are_the_same(tmp_path):
 def test_torch_compile_trains(tmp_path):
     import shutil
     from types import SimpleNamespace
-    from v2flow_nbdev.training import TrainConfig, train
+    from v2flow_nbdev.training.config import TrainConfig
+    from v2flow_nbdev.training.loop import train
     if not shutil.which('g++'): pytest.skip('torch.compile needs a C++ compiler')
     class Line(torch.nn.Module):
         def __init__(self): super().__init__(); self.net = torch.nn.Linear(1, 1)
@@ -99,9 +104,10 @@ def test_torch_compile_trains(tmp_path):
 @pytest.mark.long
 def test_the_paper_recipe_is_the_base_preset_and_is_planned_without_building():
     import yaml
-    from v2flow_nbdev.tokenizer import V2FlowConfig, costs
-    from v2flow_nbdev.training import TrainConfig
-    from v2flow_nbdev.vocabulary import config_from_dict
+    from v2flow_nbdev.models.tokenizer import V2FlowConfig
+    from v2flow_nbdev.training.costs import costs
+    from v2flow_nbdev.training.config import TrainConfig
+    from v2flow_nbdev.base.folders import config_from_dict
     recipe = yaml.safe_load((root/'configs/imagenet-llama2.yaml').read_text())
     shape, training = config_from_dict(V2FlowConfig, recipe['tokenizer']), config_from_dict(TrainConfig, recipe['training'])
     assert shape == V2FlowConfig.base() and (shape.vocab_size, shape.vocab_dim, shape.codebook_size) == (32_000, 4096, 16_384)
@@ -114,8 +120,9 @@ def test_the_paper_recipe_is_the_base_preset_and_is_planned_without_building():
 @pytest.mark.long
 def test_pooled_tokens_on_mixed_mosaics(text, tmp_path):
     "A quarter of the tokens, two shapes of pictures in one training, and both directions on a third shape"
-    from v2flow_nbdev.data import mosaics, to_tensor
-    from v2flow_nbdev.tokenizer import V2Flow
+    from v2flow_nbdev.data.sources import mosaics
+    from v2flow_nbdev.base.images import to_tensor
+    from v2flow_nbdev.models.tokenizer import V2Flow
     done = v2flow('train-tokenizer', '--config', 'configs/mosaics-tokenizer.yaml', '--out', tmp_path, f'vocabulary={text}', 'data.n=40', 'data.tiles=[3, 3]', 'data.sizes=[[16, 16], [24, 8]]',
                   'tokenizer.image_size=[16, 16]', 'tokenizer.pool=2', 'tokenizer.codebook_size=16', 'training.steps=16', 'training.batch_size=8', 'training.evaluate_every=0')
     assert done.returncode == 0, done.stderr
@@ -128,11 +135,13 @@ def test_pooled_tokens_on_mixed_mosaics(text, tmp_path):
 @pytest.mark.long
 def test_one_picture_many_times_is_learned():
     "Overfit four pictures: the first thing to try with any change of the model"
-    from v2flow_nbdev.data import digits
-    from v2flow_nbdev.metrics import pixels, psnr
-    from v2flow_nbdev.tokenizer import V2Flow, V2FlowConfig
-    from v2flow_nbdev.training import TrainConfig, train
-    from v2flow_nbdev.vocabulary import Vocabulary
+    from v2flow_nbdev.data.sources import digits
+    from v2flow_nbdev.evaluation.judges import pixels
+    from v2flow_nbdev.evaluation.metrics import psnr
+    from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
+    from v2flow_nbdev.training.config import TrainConfig
+    from v2flow_nbdev.training.loop import train
+    from v2flow_nbdev.models.vocabulary import Vocabulary
     torch.manual_seed(0)
     x = pixels(digits('train')[:4])
     config = V2FlowConfig(codebook_size=32, dim=48, depth=1, velocity_width=64, latent_shift=x.mean().item(), latent_scale=1/x.std().item())
@@ -156,7 +165,7 @@ def test_image_folder_can_be_trained_on(text, tmp_path):
 
 def test_on_an_autoencoder_and_from_a_cache(text, tmp_path):
     "A small autoencoder on a drawn world, a tokenizer on its latents, from pictures and from the cache; the model carries its autoencoder along"
-    from v2flow_nbdev.shapes import shapes
+    from v2flow_nbdev.data.shapes import shapes
     shell, data = Shell(), ['data.name=shapes', 'data.n=80', 'data.size=32', 'data.copies=0']
     done = shell('train-autoencoder', '--config', 'configs/emoji-autoencoder.yaml', '--out', tmp_path/'ae', *data, 'autoencoder.width=8', 'autoencoder.channels=4', 'autoencoder.halvings=3', 'autoencoder.local=false', 'training.steps=20', 'training.batch_size=8', 'training.evaluate_every=0')
     assert done.returncode == 0, done.stderr
@@ -169,8 +178,8 @@ def test_on_an_autoencoder_and_from_a_cache(text, tmp_path):
     for a, b in zip(*runs):
         for k in ('loss', 'flow_loss', 'code_loss'): assert abs(a[k] - b[k]) < 1e-4, (a, b)
     (tmp_path/'cached/model').rename(tmp_path/'moved'); shutil.rmtree(tmp_path/'ae')
-    from v2flow_nbdev.data import to_tensor
-    from v2flow_nbdev.tokenizer import V2Flow
+    from v2flow_nbdev.base.images import to_tensor
+    from v2flow_nbdev.models.tokenizer import V2Flow
     tok, images = V2Flow.from_pretrained(tmp_path/'moved'), to_tensor([r['image'] for r in shapes('test', 3, 32)[:3]])
     ids = tok.encode(images)
     assert ids.shape == (3, 16) and tok.decode(ids).shape == images.shape and torch.equal(ids, tok.encode(latents=tok.to_latents(images)))

@@ -7,9 +7,11 @@ from unittest.mock import patch
 import pytest, torch
 from benchmarks.table import E, V, large_model
 from conftest import shipped
-from v2flow_nbdev.llm import small_llama, train_text_tokenizer
-from v2flow_nbdev.vocabulary import (Vocabulary, open_tensors, config_from_dict, control_tokens, find_table, push_to_hub, read_json, read_rows, read_tensors, resolve_folder, table_checksum, text_ids,
-                                     weights_variant, word_ids, write_json, write_tensors)
+from v2flow_nbdev.language.text_models import small_llama, train_text_tokenizer
+from v2flow_nbdev.models.vocabulary import Vocabulary, control_tokens, text_ids, word_ids
+from v2flow_nbdev.base.files import open_tensors, read_json, read_tensors, write_json, write_tensors
+from v2flow_nbdev.base.folders import config_from_dict, push_to_hub, resolve_folder, weights_variant
+from v2flow_nbdev.base.tables import find_table, read_rows, table_checksum
 
 texts = ['a handwritten seven', 'the digit seven, written by hand', 'a small nine']
 small = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
@@ -518,7 +520,7 @@ def test_memory_stays_near_the_table(tmp_path, monkeypatch):
     @contextmanager
     def counted(path):
         with open_tensors(path) as f: opened.append(path.name); yield File(f)
-    monkeypatch.setattr('v2flow_nbdev.vocabulary.open_tensors', counted)
+    monkeypatch.setattr('v2flow_nbdev.base.tables.open_tensors', counted)
     vocab = Vocabulary.from_pretrained(tmp_path)
     assert vocab.embeddings.shape == (V - 3, E) and set(opened) == {'one.safetensors'}
     assert max(read) == 1024 and sum(read) == V and len(opened) >= len(read)         # a block at a time, the file mapped anew for each

@@ -35,8 +35,8 @@ def prose(n):
 
 def captions():
     "What the other data sets say of their pictures"
-    from v2flow_nbdev.data import digit_captions
-    from v2flow_nbdev.shapes import shapes
+    from v2flow_nbdev.data.sources import digit_captions
+    from v2flow_nbdev.data.shapes import shapes
     drawn = shapes('train', 4000, 32)
     return sorted({c for d in range(10) for c in digit_captions(d)} | {c for i in range(len(drawn)) for c in drawn[i]['captions'][:3]})
 

@@ -11,7 +11,7 @@ weights, the data, the order of batches, the captions drawn.
 For digits: the shipped tokenizer. For shapes: one of 64 tokens, which costs a language model a quarter of the shipped one's 256:
 
     v2flow pretrain-llm --config configs/shapes-text.yaml --out runs/shapes64-text llm.hidden_size=160 llm.num_attention_heads=5 llm.intermediate_size=448 llm.max_length=192 training.steps=600 training.lr=1.5e-3
-    v2flow train-tokenizer --config configs/shapes-tokenizer.yaml --out runs/shapes64-tokenizer vocabulary=runs/shapes64-text/model tokenizer.patch=4 tokenizer.codebook_size=512 training.steps=2000 training.batch_size=64
+    v2flow train-tokenizer --config configs/shapes-tokenizer.yaml --out runs/shapes64-tokenizer vocabulary=runs/shapes64-text/model tokenizer.patch_size=4 tokenizer.codebook_size=512 training.steps=2000 training.batch_size=64
 
 Each run adds its curve to benchmarks/alignment.json; those already there are not run again."""
 import argparse, json, time
@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np, torch
 from v2flow_nbdev.data.sources import augment, digit_captions, digits
 from v2flow_nbdev.base.files import write_atomically
-from v2flow_nbdev.language.sequences import ImageTextRows, image_to_text, text_to_image
-from v2flow_nbdev.language.visual_tokens import VisualWords, add_visual_words, starts
+from v2flow_nbdev.language.sequences import ImageTextSequences, image_to_text, text_to_image
+from v2flow_nbdev.language.visual_tokens import VisualTokens, add_visual_tokens, starts
 from v2flow_nbdev.language.text_models import collate, first_id
 from v2flow_nbdev.data.cache import encode_dataset
-from v2flow_nbdev.language.generation import write_images
+from v2flow_nbdev.language.generation import generate_image_ids
 from v2flow_nbdev.evaluation.judges import accuracy, digit_classifier
 from v2flow_nbdev.language.pipeline import load_llm
 from v2flow_nbdev.data.shapes import facts, shapes
@@ -42,9 +42,11 @@ def rows_of(name):
 
 def pairs(rows, ids, tokenizer, words):
     "One fixed sequence per held-out picture and direction"
-    tokens = [tokenizer(r['captions'][i % len(r['captions'])], add_special_tokens=False).input_ids for i,r in enumerate(rows)]
+    tokens = [tokenizer(r['captions'][i % len(r['captions'])], add_special_tokens=False).input_ids for i,
+              r in enumerate(rows)]
     bos, eos = first_id(tokenizer), tokenizer.eos_token_id
-    return [text_to_image(words, bos, c, x) for c,x in zip(tokens, ids)], [image_to_text(words, bos, x, c + [eos]) for c,x in zip(tokens, ids)]
+    return [text_to_image(words, bos, c, x) for c,x in zip(tokens, ids)], [image_to_text(words, bos, x, c + [eos])
+        for c,x in zip(tokens, ids)]
 
 @torch.no_grad()
 def mean_loss(model, sequences):
@@ -56,13 +58,14 @@ def mean_loss(model, sequences):
     return total/count
 
 def drawn_right(name, model, tokenizer, tok, rows, seed=0):
-    "Share of pictures from held-out captions that show what was asked: the digit; the mean over the judge's five answers"
+    """Share of pictures from held-out captions that show what was asked: the digit; the mean over the judge's five
+    answers"""
     g = torch.Generator().manual_seed(seed)
     if name == 'digits':
         labels = [d for d in range(10) for _ in range(20)]
         captions = [digit_captions(d)[i % len(digit_captions(d))] for i,d in enumerate(labels)]
     else: captions = [r['captions'][i % len(r['captions'])] for i,r in enumerate(rows[:100])]
-    images = tok.decode(write_images(model, tokenizer, captions, generator=g), generator=g)
+    images = tok.decode(generate_image_ids(model, tokenizer, captions, generator=g), generator=g)
     if name == 'digits': return accuracy(digit_classifier(), images, labels)
     answers = [judge(im, facts(r['scene'])) for im,r in zip(to_pil(images), rows)]
     return float(np.mean([[a[k] for k in ('number', 'colour', 'shape', 'size', 'relation')] for a in answers]))
@@ -70,17 +73,21 @@ def drawn_right(name, model, tokenizer, tok, rows, seed=0):
 def one_run(name, start, seed, args, tok, train_ids, held_out, held_ids):
     "Train once; scores before the first step and at each of `--points` parts of the run"
     llm, tokenizer = load_llm(Path(args.llm))
-    words = add_visual_words(llm, tokenizer, tok, start, seed=seed)
+    words = add_visual_tokens(llm, tokenizer, tok, start, seed=seed)
     writes, reads = pairs(held_out, held_ids, tokenizer, words)
     curve, began = [], time.time()
     def scores(model):
         model.eval()
-        curve.append(dict(write_loss=mean_loss(model, writes), read_loss=mean_loss(model, reads), accuracy=drawn_right(name, model, tokenizer, tok, held_out)))
+        curve.append(dict(write_loss=mean_loss(model, writes), read_loss=mean_loss(model, reads),
+                          accuracy=drawn_right(name, model, tokenizer, tok, held_out)))
         return curve[-1]
     scores(llm)
-    train(llm, ImageTextRows(train_ids, tokenizer, words), TrainConfig(steps=args.steps, batch_size=args.batch_size, lr=args.lr, ema_decay=0.98, seed=seed, trackers=(), evaluate_every=1/args.points),
+    train(llm, ImageTextSequences(train_ids, tokenizer, words),
+          TrainConfig(steps=args.steps, batch_size=args.batch_size, lr=args.lr, ema_decay=0.98, seed=seed, trackers=(),
+                      evaluate_every=1/args.points),
           collate, scores, progress=False)
-    steps = [0] + [s for s in range(1, args.steps + 1) if s % max(1, round(args.steps/args.points)) == 0 or s == args.steps]
+    steps = [0] + [s for s in range(1, args.steps + 1) if s % max(1, round(args.steps/args.points)) == 0
+                   or s == args.steps]
     return dict(data=name, start=start, seed=seed, steps=steps, seconds=round(time.time() - began), curve=curve)
 
 def plot(found, out):
@@ -90,7 +97,8 @@ def plot(found, out):
     names = [n for n in ('digits', 'shapes') if any(r['data'] == n for r in found)]
     fig, axes = plt.subplots(len(names), 3, figsize=(10, 2.7*len(names)), dpi=80, squeeze=False)
     for line, name in zip(axes, names):
-        for ax, key, title in zip(line, ('write_loss', 'read_loss', 'accuracy'), ('loss, caption → image', 'loss, image → caption', 'pictures drawn right')):
+        for ax, key, title in zip(line, ('write_loss', 'read_loss', 'accuracy'),
+                                  ('loss, caption → image', 'loss, image → caption', 'pictures drawn right')):
             for start, colour in zip(starts, ('tab:red', 'tab:blue', 'tab:green', 'tab:gray')):
                 runs = [r for r in found if (r['data'], r['start']) == (name, start)]
                 if not runs: continue
@@ -105,8 +113,11 @@ def plot(found, out):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('what', choices=['digits', 'shapes', 'plot']); p.add_argument('--llm'); p.add_argument('--tokenizer')
-    p.add_argument('--steps', type=int, default=480); p.add_argument('--batch-size', type=int, default=64); p.add_argument('--lr', type=float, default=1e-3)
-    p.add_argument('--points', type=int, default=8); p.add_argument('--seeds', type=int, default=3); p.add_argument('--cache', default='runs/alignment'); p.add_argument('--results', default=str(here/'alignment.json'))
+    p.add_argument('--steps', type=int, default=480)
+    p.add_argument('--batch-size', type=int, default=64); p.add_argument('--lr', type=float, default=1e-3)
+    p.add_argument('--points', type=int, default=8)
+    p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--cache', default='runs/alignment'); p.add_argument('--results', default=str(here/'alignment.json'))
     args = p.parse_args()
     results = Path(args.results)
     found = json.loads(results.read_text()) if results.exists() else []
@@ -122,6 +133,8 @@ def main():
             run = one_run(args.what, start, seed, args, tok, train_ids, held_out, held_ids)
             found.append(run)
             with write_atomically(results) as tmp: tmp.write_text(json.dumps(found) + '\n')
-            print(f"{args.what} {start:>8} seed {seed}: loss {run['curve'][-1]['write_loss']:.3f} / {run['curve'][-1]['read_loss']:.3f}, right {run['curve'][-1]['accuracy']:.3f} ({run['seconds']} s)", flush=True)
+            print(f"{args.what} {start:>8} seed {seed}: loss {run['curve'][-1]['write_loss']:.3f} / "
+                  f"{run['curve'][-1]['read_loss']:.3f}, right {run['curve'][-1]['accuracy']:.3f} ({run['seconds']} s)",
+                  flush=True)
 
 if __name__ == '__main__': main()

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from benchmarks.plain import OneHotQuantizer, PlainV2Flow, resample_plain
+from benchmarks.plain import OneHotQuantizer, PlainTraining, PlainV2Flow, resample_plain
 from v2flow_nbdev.models.quantizer import VectorQuantizer
 from v2flow_nbdev.models.resampler import resample
 from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
+from v2flow_nbdev.models.tokenizer_training import TokenizerTraining, TokenizerTrainingConfig
 from v2flow_nbdev.models.vocabulary import Vocabulary
 
 here = Path(__file__).resolve().parent
@@ -38,7 +39,8 @@ def resampler_case(side, dtype='float32', words=32_000, tokens=1024, train=True)
     "Features (tokens, 512) → mixtures of `words` rows (tokens, 1024); in training with Gumbel noise, and backward"
     torch.manual_seed(0)
     def new(*shape): return torch.randn(shape, device=device).to(getattr(torch, dtype))
-    x, weight, bias, vocab, grad = new(tokens, features), new(words, features)*3/features**0.5, new(words)*0, new(words, width), new(tokens, width)
+    x, weight, bias, vocab, grad = new(tokens, features), new(words, features)*3/features**0.5, new(words)*0, new(words,
+        width), new(tokens, width)
     for t in (x, weight, bias): t.requires_grad_(train)
     f = resample_plain if side == 'plain' else resample
     def run(n=tokens):
@@ -49,7 +51,8 @@ def resampler_case(side, dtype='float32', words=32_000, tokens=1024, train=True)
         "Bytes that the forward keeps for backward, beyond weights and table"
         seen = {}
         def pack(t): seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = f(x, weight, bias, vocab, noise=float(train))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = f(x, weight, bias, vocab, noise=float(train))
         for t in (weight, bias, vocab): seen.pop(t.untyped_storage().data_ptr(), None)
         return sum(seen.values())
     return Case(run, lambda: run(16), weight.nbytes + bias.nbytes if train else 0, dict(kept=kept))
@@ -68,40 +71,49 @@ def model(side, words=32_000, compiled=False, **changes):
     "`base` over a vocabulary of `words` random rows of 1,024 numbers; 0 words: it can only decode"
     torch.manual_seed(0)
     config = V2FlowConfig.base(vocab_size=8, vocab_dim=width, codebook_size=codes, **changes)
-    tok = (PlainV2Flow if side == 'plain' else V2Flow)(config, Vocabulary(['']*words, torch.randn(words, width)) if words else None).to(device)
+    tok = (PlainV2Flow if side == 'plain' else V2Flow)(config, Vocabulary(['']*words, torch.randn(words, width))
+                                                       if words else None).to(device)
     tok.quantizer.initialised.fill_(True)
     if compiled: tok.masked.compile(); tok.velocity.compile()
     return tok
 
 def step_case(side, batch=4, words=32_000, compiled=False, **changes):
-    "Forward, backward and the codebook's update at progress 0, in bf16 autocast; every gradient is dropped as soon as it is there, and there is no optimizer"
-    tok = model(side, words, compiled, **changes).train()
+    """Forward, backward and the codebook's update at progress 0, in bf16 autocast; every gradient is dropped as soon
+    as it is there, and there is no optimizer"""
+    lesson = (PlainTraining if side == 'plain' else TokenizerTraining)(model(side, words, compiled, **changes),
+        TokenizerTrainingConfig(aux_decoder_width=512)).to(device).train()
     z = torch.randn(batch, 32, 16, 16, device=device)
-    for p in tok.parameters(): p.register_post_accumulate_grad_hook(lambda p: setattr(p, 'grad', None))
+    for p in lesson.parameters(): p.register_post_accumulate_grad_hook(lambda p: setattr(p, 'grad', None))
     def run(n=batch):
-        with torch.autocast(device, torch.bfloat16): loss = tok(latents=z[:n], generator=torch.Generator().manual_seed(mask_seed)).loss
+        with torch.autocast(device, torch.bfloat16):
+            loss = lesson(latents=z[:n], generator=torch.Generator().manual_seed(mask_seed)).loss
         loss.backward()
-        tok.after_step()
+        lesson.after_step()
     def flops():
-        "Of the whole batch, all of whose parts grow with it; the resampler's second look at its logits is no work of the model's"
+        """Of the whole batch, all of whose parts grow with it; the resampler's second look at its logits is no work
+        of the model's"""
         with FlopCounterMode(display=False) as counter: run(1)
         counted = {str(op): n for op, n in counter.get_flop_counts()['Global'].items() if 'backward' not in str(op)}
-        # for these two backward is twice the forward; the counter adds attention's recomputation, and overlooks a convolution's groups
+        # for these two backward is twice the forward; the counter adds attention's recomputation, and overlooks a
+        # convolution's groups
         total = sum(n*(3 if 'attention' in op or 'convolution' in op else 1) for op, n in counted.items())
         return batch*(total - 2*z[0, 0].numel()*words*features)
     return Case(run, lambda: run(1), more=dict(flops=flops, rate=matmul_rate))
 
 def decode_case(side, compiled=False, **changes):
-    "The ids of one picture → its latents, 4 rounds of 20 steps, guidance 3, weights in bf16; any square number of tokens"
+    """The ids of one picture → its latents, 4 rounds of 20 steps, guidance 3, weights in bf16; any square number of
+    tokens"""
     tok = model(side, 0, compiled, **changes).bfloat16().eval()
     def run(tokens=256, **how):
         n, g = int(tokens**0.5), torch.Generator().manual_seed(0)
-        tok.decode_latents(torch.randint(codes, (1, tokens), device=device), (n, n), **dict(n_iter=4, n_steps=20, guidance_scale=3., generator=g) | how)
+        tok.decode_latents(torch.randint(codes, (1, tokens), device=device), (n, n),
+                           **dict(n_iter=4, n_steps=20, guidance_scale=3., generator=g) | how)
     return Case(run, lambda: run(16, n_steps=2))
 
 def encode_case(side, words=32_000):
     "The latents of one picture → its ids, weights in bf16"
-    tok = model(side, words, dim=64, depth=1, heads=1, velocity_width=64, velocity_depth=1).bfloat16().eval()    # the decoder takes no part
+    # the decoder takes no part
+    tok = model(side, words, dim=64, depth=1, heads=1, velocity_width=64, velocity_depth=1).bfloat16().eval()
     def run(tokens=256): tok.encode(latents=torch.randn(1, 32, int(tokens**0.5), int(tokens**0.5), device=device))
     return Case(run, lambda: run(16))
 
@@ -156,8 +168,10 @@ class Pair:
 
     def __enter__(self):
         env = os.environ | ({} if cuda else dict(OMP_NUM_THREADS='1'))
-        self.workers = {side: subprocess.Popen([sys.executable, '-m', 'benchmarks.bench', 'worker', self.case, side, json.dumps(self.options)],
-                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=here.parent, env=env) for side in sides}
+        self.workers = {side: subprocess.Popen([sys.executable, '-m', 'benchmarks.bench', 'worker', self.case, side,
+                                                json.dumps(self.options)],
+                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=here.parent, env=env)
+                        for side in sides}
         for side in sides: self.answer(side)
         return self
 
@@ -181,7 +195,8 @@ class Pair:
         for _ in range(runs):
             for side in sides: got[side].append(self.ask(side, **what))
             if time.perf_counter() - start > seconds: break
-        return tuple({side: statistics.median(one[i] for one in got[side]) if got[side][0][i] is not None else None for side in sides} for i in range(2))
+        return tuple({side: statistics.median(one[i] for one in got[side]) if got[side][0][i] is not None else None
+                      for side in sides} for i in range(2))
 
 def row(name, metric, plain, ours):
     "One row of the results, to four digits"
@@ -198,13 +213,16 @@ def rows(name, times, memory=None):
 
 def resampler():
     for kind, dtype in (('fp32', 'float32'), ('bf16', 'bfloat16')):
-        with Pair(resampler_case, dtype=dtype) as pair: yield from rows(f'resampler, forward and backward, {kind}', *pair.turns(7))
+        with Pair(resampler_case, dtype=dtype) as pair:
+            yield from rows(f'resampler, forward and backward, {kind}', *pair.turns(7))
     with Pair(resampler_case, train=False) as pair: yield from rows('resampler, inference, fp32', *pair.turns(7))
     kept = {}
     for words in (32_000, 128_256):
         with Pair(resampler_case, words=words) as pair: kept[words] = {side: pair.ask(side, 'kept') for side in sides}
-        yield row(f'resampler, kept for backward, {words:,} words', 'memory, MB', *(kept[words][side]/1e6 for side in sides))
-    yield row('resampler, kept at 128,256 over kept at 32,000 words', 'quotient', *(kept[128_256][side]/kept[32_000][side] for side in sides))
+        yield row(f'resampler, kept for backward, {words:,} words', 'memory, MB',
+                  *(kept[words][side]/1e6 for side in sides))
+    yield row('resampler, kept at 128,256 over kept at 32,000 words', 'quotient',
+              *(kept[128_256][side]/kept[32_000][side] for side in sides))
 
 def quantizer():
     with Pair(quantizer_case) as pair: yield from rows('quantizer, forward and update, fp32', *pair.turns(11))
@@ -221,14 +239,16 @@ def step(compiled=False):
         yield row(name, 'arithmetic reached', *(flops/times[side]/rates[side] for side in sides))
 
 def decode(compiled=False):
-    with Pair(decode_case, compiled=compiled) as pair: yield from rows('decode, bf16' + ', compiled'*compiled, pair.turns(5, 50)[0])
+    with Pair(decode_case, compiled=compiled) as pair:
+        yield from rows('decode, bf16' + ', compiled'*compiled, pair.turns(5, 50)[0])
 
 sizes, tables = (64, 256, 1024), (8_000, 32_000, 128_256)
 
 def slope(name, against, all_times, at):
     "The steepest piece of a curve in log–log"
     def steepest(side):
-        log = [torch.tensor(v).log().item() for v in [t[side] for t in all_times]], [torch.tensor(float(v)).log().item() for v in at]
+        log = [torch.tensor(v).log().item()
+               for v in [t[side] for t in all_times]], [torch.tensor(float(v)).log().item() for v in at]
         return max((log[0][i+1] - log[0][i])/(log[1][i+1] - log[1][i]) for i in range(len(at) - 1))
     return row(f'growth of {name} with {against}', 'largest slope', *map(steepest, sides))
 
@@ -258,7 +278,7 @@ groups = {f.__name__: f for f in (resampler, quantizer, step, decode, growth, *[
 
 def at_most(limit, of='ratio'): return lambda r: r[of] <= limit
 
-aims = {  # (name, metric): what the project aims at, and whether a row reaches it
+targets = {  # (name, metric): what the project aims at, and whether a row reaches it
     ('resampler, forward and backward, fp32', 'time, ms'): ('≤ 0.8 ×', at_most(0.8)),
     ('resampler, forward and backward, fp32', 'memory, MB'): ('≥ 5 × less', at_most(1/5)),
     ('resampler, forward and backward, bf16', 'time, ms'): ('≤ 0.55 ×', at_most(0.55)),
@@ -272,17 +292,20 @@ aims = {  # (name, metric): what the project aims at, and whether a row reaches 
     ('training step, bf16', 'memory, MB'): ('≥ 2 × less', at_most(1/2)),
     ('training step, bf16', 'arithmetic reached'): ('ours ≥ 0.4', lambda r: r['ours'] >= 0.4),
     ('decode, bf16', 'time, ms'): ('≥ 2 × faster', at_most(1/2)),
-    **{(f'growth of {what}', 'largest slope'): ('ours ≤ 2', at_most(2, 'ours')) for what in ('encode with tokens', 'encode with words', 'decode with tokens')}}
+    **{(f'growth of {what}', 'largest slope'): ('ours ≤ 2', at_most(2, 'ours')) for what in ('encode with tokens',
+        'encode with words', 'decode with tokens')}}
 
 def table(results):
     "The results as a table in Markdown"
     def number(x): return f'{x:,.0f}' if x >= 100 else f'{x:.3g}'
     lines = ['| what | metric | plain | ours | ours/plain | aim | reached? |', '|---|---|--:|--:|--:|---|---|']
     for r in results:
-        aim, reached = aims.get((r['name'], r['metric']), ('', None))
-        times = next((f" ({1/r['ratio']:.1f} × {word})" for start, word in (('time', 'faster'), ('memory', 'less')) if r['metric'].startswith(start) and r['ratio'] < 1), '')
+        aim, reached = targets.get((r['name'], r['metric']), ('', None))
+        times = next((f" ({1/r['ratio']:.1f} × {word})" for start, word in (('time', 'faster'), ('memory', 'less'))
+                      if r['metric'].startswith(start) and r['ratio'] < 1), '')
         said = '' if reached is None else 'yes' if reached(r) else '**no**'
-        lines.append(f"| {r['name']} | {r['metric']} | {number(r['plain'])} | {number(r['ours'])} | {number(r['ratio'])}{times} | {aim} | {said} |")
+        lines.append(f"| {r['name']} | {r['metric']} | {number(r['plain'])} | {number(r['ours'])} | "
+                     f"{number(r['ratio'])}{times} | {aim} | {said} |")
     return '\n'.join(lines)
 
 def machine():
@@ -292,18 +315,23 @@ def machine():
     except OSError: info = ''
     name, flags = (re.search(rf'^{key}\s*:\s*(.+)', info, re.M) for key in ('model name', 'flags'))
     known = [f for f in ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16') if flags and f in flags[1].split()]
-    return f"{name[1] if name else platform.machine()} ({', '.join(known) or 'no flags known'}), one of {os.cpu_count()} cores, torch {torch.__version__}"
+    return (f"{name[1] if name else platform.machine()} ({', '.join(known) or 'no flags known'}), one of "
+            f"{os.cpu_count()} cores, torch {torch.__version__}")
 
 def write(results):
     "`results.json`, its table between the marks in `README.md`, and the plot of growth"
-    (here/f'results{suffix}.json').write_text(json.dumps(results, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    (here/f'results{suffix}.json').write_text(json.dumps(results, indent=1, ensure_ascii=False) + '\n',
+                                              encoding='utf-8')
     readme = (here/'README.md').read_text(encoding='utf-8')
     before, rest = readme.split(f'<!-- table{suffix} -->\n')
     old, after = rest.split(f'<!-- end of table{suffix} -->')
-    if 'Measured' in old and machine() not in old: print(f'other groups than those of this run may come from another machine; this one: {machine()}')
+    if 'Measured' in old and machine() not in old:
+        print(f'other groups than those of this run may come from another machine; this one: {machine()}')
     new = f'Measured on: {machine()}.\n\n{table(results)}\n'
-    (here/'README.md').write_text(f'{before}<!-- table{suffix} -->\n{new}<!-- end of table{suffix} -->{after}', encoding='utf-8')
-    if all(f'decode, {n:,} tokens, 10 steps' in {r['name'] for r in results} for n in sizes): draw_growth({r['name']: r for r in results})
+    (here/'README.md').write_text(f'{before}<!-- table{suffix} -->\n{new}<!-- end of table{suffix} -->{after}',
+                                  encoding='utf-8')
+    if all(f'decode, {n:,} tokens, 10 steps' in {r['name'] for r in results} for n in sizes):
+        draw_growth({r['name']: r for r in results})
 
 def draw_growth(named):
     "Time against tokens and against words, both axes logarithmic"
@@ -312,8 +340,10 @@ def draw_growth(named):
     import matplotlib.pyplot as plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), dpi=80, sharey=True)
     def curve(axes, at, names, label, colour):
-        for side, style in (('ours', 'o-'), ('plain', 'o:')): axes.plot(at, [named[n][side] for n in names], style, color=colour, ms=4, label=f'{label}, {side}')
-        axes.plot(at, [named[names[0]]['ours']*(n/at[0])**2 for n in at], '--', color='grey', lw=1, label='slope 2' if colour == 'C1' else None)
+        for side, style in (('ours', 'o-'), ('plain', 'o:')):
+            axes.plot(at, [named[n][side] for n in names], style, color=colour, ms=4, label=f'{label}, {side}')
+        axes.plot(at, [named[names[0]]['ours']*(n/at[0])**2 for n in at], '--', color='grey', lw=1, label='slope 2'
+                  if colour == 'C1' else None)
     curve(left, sizes, [f'decode, {n:,} tokens, 10 steps' for n in sizes], 'decode', 'C0')
     curve(left, sizes, [f'encode, {n:,} tokens, 32,000 words' for n in sizes], 'encode', 'C1')
     curve(right, tables, [f'encode, 256 tokens, {v:,} words' for v in tables], 'encode', 'C1')
@@ -326,7 +356,8 @@ def draw_growth(named):
 
 def main(wanted):
     "Run the groups named, or all; rows of the others stay"
-    if unknown := set(wanted) - set(groups): raise SystemExit(f"bench: no group {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
+    if unknown := set(wanted) - set(groups):
+        raise SystemExit(f"bench: no group {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
     path, new = here/f'results{suffix}.json', {}
     old = {(r['name'], r['metric']): r for r in json.loads(path.read_text(encoding='utf-8'))} if path.exists() else {}
     for name in wanted or groups:

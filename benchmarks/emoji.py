@@ -11,12 +11,12 @@ import argparse, json, random
 from collections import Counter
 from pathlib import Path
 import torch
-from v2flow_nbdev.base.images import picture_sheet, to_pil, to_tensor
+from v2flow_nbdev.base.images import image_grid, to_pil, to_tensor
 from v2flow_nbdev.base.files import write_atomically
-from v2flow_nbdev.evaluation.emoji import distance_scores, draw_captions, draw_split, emoji_judge, emoji_rows, emoji_sheet, nearest_scores, some_captions
+from v2flow_nbdev.evaluation.emoji import distance_scores, generate_emoji, generate_split, emoji_judge, emoji_examples, emoji_sheet, retrieval_scores, some_captions
 from v2flow_nbdev.language.pipeline import V2FlowPipeline
 
-def open_all(folder): return V2FlowPipeline.from_pretrained(folder), emoji_judge(folder), emoji_rows()
+def open_all(folder): return V2FlowPipeline.from_pretrained(folder), emoji_judge(folder), emoji_examples()
 
 def pictures(rows): return to_tensor([r['image'] for r in rows], 3)
 
@@ -28,17 +28,20 @@ def save(image, path):
 def write_pages(folder, out, seed=0):
     "Samples, reconstructions and failures; what is shown is drawn at random and not by hand"
     pipe, judge, rows = open_all(folder)
-    for split, name in (('train', 'seen'), ('unseen_compositions', 'unseen')): save(emoji_sheet(pipe, judge, split, seed=seed), out/f'{name}.png')
+    for split, name in (('train', 'seen'), ('unseen_compositions', 'unseen')):
+        save(emoji_sheet(pipe, judge, split, seed=seed), out/f'{name}.png')
     unseen = [r['image'] for r in rows if r['split'] == 'unseen_pictures'][3::17]
-    save(picture_sheet(unseen + pipe.reconstruct(unseen, generator=torch.Generator().manual_seed(seed)), columns=len(unseen), side=64), out/'reconstructions.png')
+    save(image_grid(unseen + pipe.reconstruct(unseen, generator=torch.Generator().manual_seed(seed)),
+                    columns=len(unseen), side=64), out/'reconstructions.png')
     real, wrong = pictures(rows), []
     for split, n in (('train', 160), ('unseen_compositions', 96)):
-        made, captions, numbers = draw_split(pipe, split, n, seed + 7)
-        right = nearest_scores(made, numbers, rows, real, judge)['features']
-        wrong += [(image, caption, rows[i]['image']) for image, caption, i, ok in zip(to_pil(made), captions, numbers, right) if not ok]
+        made, captions, numbers = generate_split(pipe, split, n, seed + 7)
+        right = retrieval_scores(made, numbers, rows, real, judge)['features']
+        wrong += [(image, caption, rows[i]['image']) for image, caption, i, ok in zip(to_pil(made), captions, numbers,
+            right) if not ok]
     random.Random(seed).shuffle(wrong)
     made, captions, meant = zip(*wrong[:10])
-    save(picture_sheet([*made, *meant], [*captions, *['']*len(meant)], columns=len(made), side=96), out/'failures.png')
+    save(image_grid([*made, *meant], [*captions, *['']*len(meant)], columns=len(made), side=96), out/'failures.png')
 
 def plot_curves(folder, out):
     "The trainings of a checkpoint, from its logs"
@@ -46,23 +49,30 @@ def plot_curves(folder, out):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     def log(name): return [json.loads(line) for line in (folder/f'{name}-log.jsonl').read_text().splitlines()]
-    def over_all():                                    # scores over all rows that the language model has seen, in its three logs
+    def over_all():  # scores over all rows that the language model has seen, in its three logs
         seen = 0
         for name, rows in (('llm', 16), ('llm-rare', 16), ('llm-long', 128)):
             lines = log(name)
             yield from ({**line, 'step': (seen + rows*line['step'])/1000} for line in lines)
             seen += rows*lines[-1]['step']
     drawn = ['seen_pixels_accuracy', 'unseen_pixels_accuracy']
-    panels = [[('autoencoder: mean squared error', log('autoencoder'), ['loss']), ('unseen pictures, PSNR in dB', log('autoencoder'), ['psnr_db'])],
-              [('text: loss', log('text'), ['loss']), ('perplexity of unseen text', log('text'), ['text_perplexity_held_out'])],
-              [('tokenizer: losses of flow and codes', log('tokenizer'), ['flow_loss', 'code_loss']), ('unseen pictures, PSNR in dB', log('tokenizer'), ['psnr_db'])],
-              [('decoder-long: loss', log('decoder-long'), ['loss']), ('unseen pictures, SSIM', log('decoder-long'), ['ssim'])],
+    panels = [[('autoencoder: mean squared error', log('autoencoder'), ['loss']),
+               ('unseen pictures, PSNR in dB', log('autoencoder'), ['psnr_db'])],
+              [('text: loss', log('text'), ['loss']), ('perplexity of unseen text', log('text'),
+                                                       ['text_perplexity_held_out'])],
+              [('tokenizer: losses of flow and codes', log('tokenizer'), ['flow_loss', 'code_loss']),
+               ('unseen pictures, PSNR in dB', log('tokenizer'), ['psnr_db'])],
+              [('decoder-long: loss', log('decoder-long'), ['loss']), ('unseen pictures, SSIM', log('decoder-long'),
+                  ['ssim'])],
               [('llm and llm-on: loss', log('llm'), ['loss']), ('nearest is right, in pixels', log('llm'), drawn)],
-              [('llm-long: loss, captions count more', log('llm-long'), ['loss']), ('the same over all thousands of rows', list(over_all()), drawn)]]
+              [('llm-long: loss, captions count more', log('llm-long'), ['loss']),
+               ('the same over all thousands of rows', list(over_all()), drawn)]]
     figure, axes = plt.subplots(2, 6, figsize=(17, 4.2), dpi=80, layout='constrained')
     for column, pair in zip(axes.T, panels):
         for axis, (title, lines, keys), style in zip(column, pair, ('-', 'o-')):
-            for key in keys: axis.plot(*zip(*[(line['step'], line[key]) for line in lines if key in line]), style, ms=3, lw=1, label=key)
+            for key in keys:
+                axis.plot(*zip(*[(line['step'], line[key]) for line in lines if key in line]), style, ms=3, lw=1,
+                          label=key)
             if len(keys) > 1: axis.legend(fontsize=6)
             axis.set_title(title, fontsize=8); axis.tick_params(labelsize=7)
             if title.startswith(('perplexity', 'autoencoder', 'tokenizer')): axis.set_yscale('log')
@@ -77,7 +87,8 @@ def id_figures(folder, same=0.02):
     rows = [r for r in rows if r['split'] == 'train']
     x, tok = pictures(rows), pipe.image_tokenizer
     ids = torch.cat([tok.encode(part) for part in x.split(64)]).unflatten(1, tok.config.grid)           # (N, h, w)
-    squares = x.unflatten(2, (ids.shape[1], -1)).unflatten(4, (ids.shape[2], -1)).permute(0, 2, 4, 1, 3, 5).flatten(3)   # (N, h, w, numbers of a square)
+    # (N, h, w, numbers of a square)
+    squares = x.unflatten(2, (ids.shape[1], -1)).unflatten(4, (ids.shape[2], -1)).permute(0, 2, 4, 1, 3, 5).flatten(3)
     relatives = {}
     for i,r in enumerate(rows): relatives.setdefault(r['base'], []).append(i)
     shares = []
@@ -89,7 +100,9 @@ def id_figures(folder, same=0.02):
     flat = squares.unflatten(3, (3, -1))
     flat = (flat.amax(-1) - flat.amin(-1)).amax(-1) < same
     share = torch.bincount(ids[flat], minlength=tok.config.codebook_size)/flat.sum()
-    print(f'ids equal where relatives are equal in pixels: {torch.stack(shares).nanmean():.1%}\nsquares of one colour: {flat.float().mean():.1%}, bits in their ids: {-torch.special.xlogy(share, share).sum()/torch.log(torch.tensor(2.)):.1f}')
+    print(f'ids equal where relatives are equal in pixels: {torch.stack(shares).nanmean():.1%}\nsquares of one colour: '
+          f'{flat.float().mean():.1%}, bits in their ids: '
+          f'{-torch.special.xlogy(share, share).sum()/torch.log(torch.tensor(2.)):.1f}')
 
 def compare_settings(folder, settings, n=160):
     "Captions of the training split, drawn in several ways"
@@ -98,21 +111,25 @@ def compare_settings(folder, settings, n=160):
     asked = some_captions([rows[i] for i in train], n, seed=3)
     print('| how | right in pixels | in features | empty | Fréchet ratio |\n|---|--:|--:|--:|--:|')
     for way in settings or [{}]:
-        made = draw_captions(lambda *args, **more: pipe(*args, **more, **way), [c for _,c in asked], seed=1)
-        right = nearest_scores(made, [train[i] for i,_ in asked], rows, real, judge)
+        made = generate_emoji(lambda *args, **more: pipe(*args, **more, **way), [c for _,c in asked], seed=1)
+        right = retrieval_scores(made, [train[i] for i,_ in asked], rows, real, judge)
         empty = ((made > 0.9).all(1).float().mean((1, 2)) > 0.97).float().mean()
-        print(f"| {', '.join(f'{k}={v:g}' for k,v in way.items()) or 'as it is'} | {right['pixels'].float().mean():.1%} | {right['features'].float().mean():.1%} | {empty:.1%} | {distance_scores(judge, made, real)['frechet_ratio']:.1f} |", flush=True)
+        print(f"| {', '.join(f'{k}={v:g}' for k,v in way.items()) or 'as it is'} | "
+              f"{right['pixels'].float().mean():.1%} | {right['features'].float().mean():.1%} | {empty:.1%} | "
+              f"{distance_scores(judge, made, real)['frechet_ratio']:.1f} |", flush=True)
 
 def family_figures(folder, n=384):
     "Is it those without relatives that come out wrong?"
     pipe, judge, rows = open_all(folder)
-    made, _, numbers = draw_split(pipe, 'train', n, seed=21)
-    right, sizes = nearest_scores(made, numbers, rows, pictures(rows), judge), Counter(r['base'] for r in rows if r['split'] == 'train')
+    made, _, numbers = generate_split(pipe, 'train', n, seed=21)
+    right, sizes = retrieval_scores(made, numbers, rows, pictures(rows), judge), Counter(r['base'] for r in rows
+        if r['split'] == 'train')
     print('| pictures of the same base in training | drawn | right in pixels | in features |\n|---|--:|--:|--:|')
     for low, high in ((1, 1), (2, 6), (7, 20), (21, 10**6)):
         mine = torch.tensor([low <= sizes[rows[i]['base']] <= high for i in numbers])
         name = low if low == high else f'{low} and more' if high == 10**6 else f'{low} to {high}'
-        print(f"| {name} | {mine.sum()} | {right['pixels'][mine].float().mean():.0%} | {right['features'][mine].float().mean():.0%} |")
+        print(f"| {name} | {mine.sum()} | {right['pixels'][mine].float().mean():.0%} | "
+              f"{right['features'][mine].float().mean():.0%} |")
 
 def setting(text):
     "guidance_scale=1.5,temperature=1 → numbers by name"
@@ -123,7 +140,8 @@ def setting(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=['pages', 'curves', 'ids', 'families', 'settings'])
-    parser.add_argument('settings', nargs='*', type=setting, help="of the pipeline's call, as in guidance_scale=1.5,temperature=1")
+    parser.add_argument('settings', nargs='*', type=setting,
+                        help="of the pipeline's call, as in guidance_scale=1.5,temperature=1")
     parser.add_argument('--model', type=Path, default=Path('data/checkpoints/emoji'))
     parser.add_argument('--out', type=Path, help='where pictures go; the folder of the model')
     args = parser.parse_args()

@@ -17,8 +17,11 @@ def runs():
     for name, (alone, _) in families.items():
         config = root/'configs'/('mosaics-tokenizer.yaml' if name == 'mosaics' else 'digits-sizes-tokenizer.yaml')
         yield f'{name}-mixed', config, []
-        for size in alone: yield f'{name}-{size[0]}x{size[1]}', config, [f'data.sizes={[list(size)]}', f'tokenizer.image_size={list(size)}']
-        pooled = [f'data.sizes={[list(s) for s in alone]}'] if name == 'digits' else []        # two of its widths cannot be pooled
+        for size in alone:
+            yield f'{name}-{size[0]}x{size[1]}', config, [f'data.sizes={[list(size)]}',
+                                                          f'tokenizer.image_size={list(size)}']
+        # two of its widths cannot be pooled
+        pooled = [f'data.sizes={[list(s) for s in alone]}'] if name == 'digits' else []
         yield f'{name}-pooled', config, ['tokenizer.pool=2', *pooled]
 
 def train():
@@ -26,28 +29,31 @@ def train():
         out = root/'runs'/folder
         if (out/'model').exists(): continue
         print(folder, flush=True)
-        subprocess.run([Path(sys.executable).with_name('v2flow'), 'train-tokenizer', '--config', config, '--out', out, '--resume', *overrides], check=True, cwd=root)
+        subprocess.run([Path(sys.executable).with_name('v2flow'), 'train-tokenizer', '--config', config, '--out', out,
+                        '--resume', *overrides], check=True, cwd=root)
 
 def measure():
     import torch
-    from v2flow_nbdev.data.batches import Pictures
+    from v2flow_nbdev.data.batches import ImageBatches
     from v2flow_nbdev.data.sources import mosaics
     from v2flow_nbdev.evaluation.metrics import psnr
     from v2flow_nbdev.models.tokenizer import V2Flow
     rows = []
     for name, (_, sizes) in families.items():
         images = [r['image'] for r in mosaics('test', 300 if name == 'digits' else 100, tiles[name])]
-        pictures = Pictures(images, 1, sizes, corner=True)
+        pictures = ImageBatches(images, 1, sizes, corner=True)
         for folder, _, _ in runs():
             if not folder.startswith(name): continue
             tok, kind = V2Flow.from_pretrained(root/'runs'/folder/'model'), folder.removeprefix(name + '-')
-            side = tok.config.patch*tok.config.pool
-            here = [s for s in sizes if not (s[0] % side or s[1] % side)] if kind in ('mixed', 'pooled') else [tuple(map(int, kind.split('x')))]
+            side = tok.config.patch_size*tok.config.pool
+            here = [s for s in sizes if not (s[0] % side or s[1] % side)] if kind in ('mixed',
+                'pooled') else [tuple(map(int, kind.split('x')))]
             for size in here:
                 x = pictures.at(images, size)
                 grid = size[0]//side, size[1]//side
                 back = tok.decode(tok.encode(x), grid, generator=torch.Generator().manual_seed(0))
-                rows.append(dict(family=name, model=kind if kind in ('mixed', 'pooled') else 'alone', size=size, tokens=grid[0]*grid[1], psnr_db=round(psnr(back, x).mean().item(), 2)))
+                rows.append(dict(family=name, model=kind if kind in ('mixed', 'pooled') else 'alone', size=size,
+                                 tokens=grid[0]*grid[1], psnr_db=round(psnr(back, x).mean().item(), 2)))
                 print(rows[-1], flush=True)
     (root/'benchmarks/grids.json').write_text(json.dumps(rows, indent=1) + '\n')
 

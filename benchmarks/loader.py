@@ -1,4 +1,4 @@
-"""Pictures a second through a training run's loader, encoded anew in every epoch and from the cache of latents; one core, one thread.
+"""Images a second through a training run's loader, encoded anew in every epoch and from the cache of latents; one core, one thread.
 
     python -m benchmarks.loader            prints a table; about a minute
 
@@ -16,11 +16,15 @@ def bench_cache(
     latents,            # `PixelLatents` or `AutoencoderLatents`
     batch_size:int=32,  # pictures per batch
     turns:int=5,        # epochs of each kind
-)->dict:                # pictures a second: from images, from the cache, and when the cache is made; with the largest difference of the latents
+    # pictures a second: from images, from the cache, and when the cache is made; with the largest difference of the
+    # latents
+)->dict:
     "One epoch of shuffled batches of latents, through `DataLoader`, from images and from the cache"
     def stack(batch): return torch.stack([r['latents'] for r in batch])
     def encode(batch): return latents.encode(to_tensor([r['image'] for r in batch], latents.image_channels))
-    def epoch(data, collate): return list(torch.utils.data.DataLoader(data, batch_size, shuffle=True, collate_fn=collate, generator=torch.Generator().manual_seed(0)))
+    def epoch(data, collate):
+        return list(torch.utils.data.DataLoader(data, batch_size, shuffle=True, collate_fn=collate,
+                                                generator=torch.Generator().manual_seed(0)))
     def seconds(f):
         start = time.perf_counter()
         out = f()
@@ -39,10 +43,13 @@ def main():
     torch.set_num_threads(1)
     if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     rows = mosaics('train', 256, (8, 8))                       # 64×64
-    cases = {'`PixelLatents(3, 8)`': PixelLatents(3, 8), '`small_autoencoder()`': AutoencoderLatents(small_autoencoder())}
-    print('| latents, of 64×64 pixels | from images, pictures/s | from the cache, pictures/s | times faster | making the cache, pictures/s | largest difference |\n|---|--:|--:|--:|--:|--:|')
+    cases = {'`PixelLatents(3, 8)`': PixelLatents(3, 8),
+             '`small_autoencoder()`': AutoencoderLatents(small_autoencoder())}
+    print('| latents, of 64×64 pixels | from images, pictures/s | from the cache, pictures/s | times faster | making '
+          'the cache, pictures/s | largest difference |\n|---|--:|--:|--:|--:|--:|')
     for name, latents in cases.items():
         r = bench_cache(rows, latents)
-        print(f"| {name} | {r['images']:,.0f} | {r['cache']:,.0f} | {r['cache']/r['images']:.1f} | {r['making']:,.0f} | {r['apart']:.0e} |", flush=True)
+        print(f"| {name} | {r['images']:,.0f} | {r['cache']:,.0f} | {r['cache']/r['images']:.1f} | {r['making']:,.0f} "
+              f"| {r['apart']:.0e} |", flush=True)
 
 if __name__ == '__main__': main()

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from functools import partial
-from v2flow_nbdev.base.random import draw
+from v2flow_nbdev.base.random import random_tensor
 from v2flow_nbdev.models.flow import euler, logit_normal_times, rf_path
-from v2flow_nbdev.models.masked import Block, MaskedTransformer, at_latents, code_grid, grid_positions, random_orders, reveal, sample_mask_ratio, take
+from v2flow_nbdev.models.masked import Block, MaskedTransformer, at_latents, code_grid, grid_positions, random_orders, reveal, sample_mask_ratio, gather_tokens
 from v2flow_nbdev.models.quantizer import VectorQuantizer
 from v2flow_nbdev.models.resampler import VocabularyResampler
-from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowOutput
+from v2flow_nbdev.models.tokenizer import V2Flow
+from v2flow_nbdev.models.tokenizer_training import TokenizerTraining, V2FlowOutput
 
 def resample_plain(
     features,      # (..., D)
@@ -31,7 +32,8 @@ class PlainResampler(VocabularyResampler):
         return resample_plain(self.tokens(latents), self.readout.weight, self.readout.bias, vocab, tau, noise)
 
 class OneHotQuantizer(VectorQuantizer):
-    "Codes, counts and sums by products with a one-hot matrix; every code is normalised anew. It needs a codebook to begin with"
+    """Codes, counts and sums by products with a one-hot matrix; every code is normalised anew. It needs a codebook
+    to begin with"""
     def ids(self, x): return (F.normalize(x.float(), dim=-1) @ self.codebook.float().T).argmax(-1)
 
     def forward(self, x):
@@ -59,7 +61,8 @@ class DropoutBlock(Block):
     def forward(self, x):
         p = 0.1 if self.training else 0.
         q,k,v = rearrange(self.qkv(self.norm1(x)), 'b n (s h d) -> s b h n d', s=3, h=self.heads)
-        x = x + F.dropout(self.proj(rearrange(F.scaled_dot_product_attention(q,k,v, dropout_p=p), 'b h n d -> b n (h d)')), p)
+        x = x + F.dropout(self.proj(rearrange(F.scaled_dot_product_attention(q,k,v, dropout_p=p),
+                                              'b h n d -> b n (h d)')), p)
         return x + self.mlp(self.norm2(x))
 
 class EverywhereTransformer(MaskedTransformer):
@@ -69,9 +72,9 @@ class EverywhereTransformer(MaskedTransformer):
         def positions(grid): return grid_positions(*grid, self.dim, self.main, codes.device).to(dtype)
         pos, slots, code = positions(grid), positions(code_grid(codes.shape[1], grid)), self.code_in(codes.to(dtype))
         if drop is not None: code = torch.where(drop[:,None,None], self.null_code.to(code.dtype), code)
-        seen = self.latent_in(take(latents.to(dtype), visible)) + pos[visible] + self.is_latent
+        seen = self.latent_in(gather_tokens(latents.to(dtype), visible)) + pos[visible] + self.is_latent
         memory = self.encoder(torch.cat([code + slots + self.is_code, seen], 1))
-        holes = self.mask_token + pos[hidden] + take(at_latents(code, grid), hidden)
+        holes = self.mask_token + pos[hidden] + gather_tokens(at_latents(code, grid), hidden)
         return self.decoder(torch.cat([memory, holes], 1))[:, -latents.shape[1]:]
 
 def masked_flow_loss_plain(
@@ -85,12 +88,12 @@ def masked_flow_loss_plain(
     n_hidden = max(1, round(n*sample_mask_ratio(mask_ratio_min, generator=generator)))
     orders = random_orders(b, n, generator, z.device)
     visible, hidden = orders[:, n_hidden:], orders[:, :n_hidden]
-    drop = draw(torch.rand, (b,), generator, z.device) < code_dropout
+    drop = random_tensor(torch.rand, (b,), generator, z.device) < code_dropout
     cond = masked(codes, z, visible, hidden, grid, drop)                                      # (B, N, D)
-    x1 = take(z, torch.cat([visible, hidden], 1))                                             # (B, N, C)
+    x1 = gather_tokens(z, torch.cat([visible, hidden], 1))                                             # (B, N, C)
     mask = (torch.arange(n, device=z.device) >= n - n_hidden).float().repeat(n_draws*b)       # 1: hidden
     x1, cond = x1.flatten(0,1).repeat(n_draws, 1), cond.flatten(0,1).repeat(n_draws, 1)
-    x0 = draw(torch.randn, x1.shape, generator, z.device)
+    x0 = random_tensor(torch.randn, x1.shape, generator, z.device)
     t = logit_normal_times(len(x1), generator=generator, device=z.device)
     xt, v = rf_path(x0, x1, t)
     return ((velocity(xt, t, cond).float() - v).square().mean(-1)*mask).sum()/mask.sum()
@@ -99,29 +102,20 @@ class PlainV2Flow(V2Flow):
     "V²Flow with the five plain choices; its weights load into `V2Flow` and back"
     def __init__(self, config, vocabulary=None):
         super().__init__(config, vocabulary)
-        plain = {VocabularyResampler: PlainResampler, VectorQuantizer: OneHotQuantizer, MaskedTransformer: EverywhereTransformer}
-        for part in self.children(): part.__class__ = plain.get(type(part), type(part))       # same tensors, other methods
+        plain = {VocabularyResampler: PlainResampler, VectorQuantizer: OneHotQuantizer,
+                 MaskedTransformer: EverywhereTransformer}
+        for part in self.children(): part.__class__ = plain.get(type(part), type(part))  # same tensors, other methods
         for part in self.masked.modules():
             if type(part) is Block: part.__class__ = DropoutBlock
 
     def mixtures(self, latents, tau, noise=0., seed=0): return self.resampler(latents, self.vocab, tau, noise)
 
-    def forward(self, images=None, latents=None, generator=None):
-        "A training step's forward before the codes are settled"
-        c, latents = self.config, self.to_latents(images) if latents is None else latents
-        grid, z = tuple(latents.shape[2:]), rearrange(latents, 'b c h w -> b (h w) c')
-        tau, noise = (self.tau, self.noise) if self.training else (c.tau, 0.)
-        if noise: draw(partial(torch.randint, 2**31), (1,), generator)                        # the library's seed: both sides draw the same mask
-        codes, ids, commitment_loss = self.quantizer(self.mixtures(latents, tau, noise))
-        code_loss = F.mse_loss(self.sketch(self.spread(codes), grid).float(), z)
-        flow = masked_flow_loss_plain(self.masked, self.velocity, self.spread(codes), z, grid, c.mask_ratio_min, c.code_dropout, c.n_draws, generator)
-        return V2FlowOutput(flow + code_loss + commitment_loss, flow, code_loss, commitment_loss, ids)
-
     @torch.no_grad()
     def decode_latents(self, ids, grid=None, n_iter=4, n_steps=20, guidance_scale=3., temperature=1., generator=None):
-        "In every round the velocity of all positions, of which this round's are kept; once for the codes, once for the null condition"
+        """In every round the velocity of all positions, of which this round's are kept; once for the codes, once for
+        the null condition"""
         (b, n), grid = ids.shape, tuple(grid or self.config.grid)
-        codes = self.spread(self.quantizer.codebook[ids].float())
+        codes = self.scale_codes(self.quantizer.codebook[ids].float())
 
         def draw_latents(z, visible, hidden, k):
             everybody = torch.ones(b, dtype=torch.bool, device=self.device)
@@ -129,8 +123,25 @@ class PlainV2Flow(V2Flow):
             def guided(x, t):
                 v_cond, v_null = self.velocity(x, t, cond).float(), self.velocity(x, t, null).float()
                 return v_null + guidance_scale*(v_cond - v_null)
-            x0 = temperature*draw(torch.randn, (b*n, z.shape[-1]), generator, self.device)
+            x0 = temperature*random_tensor(torch.randn, (b*n, z.shape[-1]), generator, self.device)
             return euler(guided, x0, n_steps).unflatten(0, (b, n))[:, visible.shape[1]:][:, :k]
 
         z = torch.zeros(b, n, self.config.channels, device=self.device)
-        return rearrange(reveal(draw_latents, z, random_orders(b, n, generator, self.device), n_iter), 'b (h w) c -> b c h w', h=grid[0])
+        return rearrange(reveal(draw_latents, z, random_orders(b, n, generator, self.device), n_iter),
+                         'b (h w) c -> b c h w', h=grid[0])
+
+class PlainTraining(TokenizerTraining):
+    "A training step's forward before the codes are frozen, over a `PlainV2Flow`"
+    def forward(self, images=None, latents=None, generator=None):
+        tok, c = self.tok, self.config
+        latents = tok.to_latents(images) if latents is None else latents
+        grid, z = tuple(latents.shape[2:]), rearrange(latents, 'b c h w -> b (h w) c')
+        tau, noise = (self.tau, self.noise) if self.training else (tok.config.tau, 0.)
+        # the library's seed: both sides draw the same mask
+        if noise: random_tensor(partial(torch.randint, 2**31), (1,), generator)
+        codes, ids, commitment = tok.quantizer(tok.mixtures(latents, tau, noise))
+        codes = tok.scale_codes(codes)
+        aux = F.mse_loss(self.aux_decoder(codes, grid).float(), z)
+        flow = masked_flow_loss_plain(tok.masked, tok.velocity, codes, z, grid, c.mask_ratio_min, c.code_dropout,
+                                      c.n_draws, generator)
+        return V2FlowOutput(flow + aux + commitment, flow, aux, commitment, ids)

@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-V, E, rest = 32_000, 2048, [125_000, 2048]                                   # 131 MB on disk, 262 MB in float32; 512 MB each
+V, E, rest = 32_000, 2048, [125_000, 2048]  # 131 MB on disk, 262 MB in float32; 512 MB each
 
 def sparse_file(path, **tensors):
     "A valid safetensors file of zeros that takes no room on the disk"
@@ -25,7 +25,8 @@ def large_tokenizer(size):
     from transformers import PreTrainedTokenizerFast
     letters = string.ascii_letters[:32]
     words = [''.join(w) for n in (1, 2, 3) for w in product(letters, repeat=n)][:size - 3]
-    bpe = Tokenizer(models.BPE({w: i for i,w in enumerate(['<unk>', '<s>', '</s>'] + words)}, [(w[:-1], w[-1]) for w in words if len(w) > 1], unk_token='<unk>'))
+    bpe = Tokenizer(models.BPE({w: i for i,w in enumerate(['<unk>', '<s>', '</s>'] + words)},
+                               [(w[:-1], w[-1]) for w in words if len(w) > 1], unk_token='<unk>'))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token='<unk>', bos_token='<s>', eos_token='</s>')
 
@@ -41,14 +42,14 @@ def large_model(folder):
 measure = '''
 import sys
 from pathlib import Path
-from v2flow_nbdev.models.vocabulary import Vocabulary, load_text_tokenizer, word_ids
+from v2flow_nbdev.models.vocabulary import Vocabulary, load_text_tokenizer, text_token_ids
 from v2flow_nbdev.base.tables import find_table
 from v2flow_nbdev.base.files import read_tensors
 def peak():                                                                  # of this process alone: ru_maxrss begins with its parent's
     return 1024*int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])
 def plain(folder):
     path, name = find_table(Path(folder))
-    return read_tensors(path, [name])[name].float()[word_ids(load_text_tokenizer(folder))]
+    return read_tensors(path, [name])[name].float()[text_token_ids(load_text_tokenizer(folder))]
 small, large = sys.argv[1:]
 Vocabulary.from_pretrained(small)                                            # now everything is imported
 base = peak()

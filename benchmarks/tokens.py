@@ -18,7 +18,8 @@ def main():
     parser.add_argument('--codes', type=int, nargs='+', default=[256, 512, 1024, 2048])
     args = parser.parse_args()
     seen, unseen = (to_tensor([r['image'] for r in emoji(split)], 3) for split in ('train', 'unseen_pictures'))
-    print('| tokens, numbers in each | codes | bits a picture | variance lost | PSNR | SSIM |\n|---|--:|--:|--:|--:|--:|')
+    print('| tokens, numbers in each | codes | bits a picture | variance lost | PSNR | SSIM '
+          '|\n|---|--:|--:|--:|--:|--:|')
     for folder in args.autoencoders:
         latents = AutoencoderLatents.from_pretrained(folder)
         z_seen, z = (torch.cat([latents.encode(part) for part in x.split(64)]) for x in (seen[::2], unseen))
@@ -26,6 +27,7 @@ def main():
             kept = nearest_codes(z, plain_codes(z_seen, k))
             back = torch.cat([latents.decode(part) for part in kept.split(64)])
             lost, n = ((kept - z).square().mean()/z.var()).item(), z.shape[2]*z.shape[3]
-            print(f'| {n}, {z.shape[1]} | {k:,} | {n*(k - 1).bit_length():,} | {lost:.2f} | {psnr(back, unseen).mean():.1f} dB | {ssim(back, unseen).mean():.3f} |', flush=True)
+            print(f'| {n}, {z.shape[1]} | {k:,} | {n*(k - 1).bit_length():,} | {lost:.2f} | '
+                  f'{psnr(back, unseen).mean():.1f} dB | {ssim(back, unseen).mean():.3f} |', flush=True)
 
 if __name__ == '__main__': main()

@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoTokenizer
-from v2flow_nbdev.apps.cli import DataConfig, all_captions, load_data, open_latents, read_config, some, tokenizer_data
-from v2flow_nbdev.data.batches import Pictures
+from v2flow_nbdev.apps.cli import read_recipe
+from v2flow_nbdev.data.batches import ImageBatches
 from v2flow_nbdev.evaluation.metrics import tokenizer_scores
 from v2flow_nbdev.models.resampler import VocabularyResampler
-from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
-from v2flow_nbdev.training.config import TrainConfig
+from v2flow_nbdev.models.tokenizer import V2Flow
+from v2flow_nbdev.models.tokenizer_training import TokenizerTraining
 from v2flow_nbdev.training.loop import train
+from v2flow_nbdev.training.recipes import all_captions, load_data, usable_sample as some
+from v2flow_nbdev.training.tokenizer_recipes import TokenizerRecipe, open_latents, tokenizer_data
 from v2flow_nbdev.models.vocabulary import Vocabulary
-from v2flow_nbdev.base.folders import config_from_dict
 from v2flow_nbdev.base.files import write_tensors
 
 class WithoutWords(VocabularyResampler):
@@ -26,7 +27,8 @@ class WithoutWords(VocabularyResampler):
         super().__init__(channels, 1, width, depth, pool)
         self.readout = nn.Linear(width, dim)
 
-    def forward(self, latents, vocab, tau=1., noise=0., seed=0, allowed=None, part=0): return self.readout(self.tokens(latents))
+    def forward(self, latents, vocab, tau=1., noise=0., seed=0, allowed=None, part=0):
+        return self.readout(self.tokens(latents))
 
 class Settled(Exception): "The codes are final"
 
@@ -36,23 +38,31 @@ def main():
     parser.add_argument('--out', type=Path, default=Path('runs/emoji-without-words'))
     parser.add_argument('overrides', nargs='*')
     args = parser.parse_args()
-    c = read_config(args.config, args.overrides, ['data', 'vocabulary', 'words', 'tokenizer', 'training'])
-    training, shape, source = (config_from_dict(kind, c[n], n) for kind, n in ((TrainConfig, 'training'), (V2FlowConfig, 'tokenizer'), (DataConfig, 'data')))
+    recipe = read_recipe(args.config, args.overrides, TokenizerRecipe)
+    training, shape, source = recipe.training, recipe.tokenizer, recipe.data
     rows, held_out = load_data(source)
-    view = Pictures(some(rows, 1500), shape.image_channels, [shape.image_size])
-    images, unseen = (view.at([r['image'] for r in r_], shape.image_size) for r_ in (some(rows, 1500), some(held_out, 300)))
-    latents, shape = open_latents(shape, images, c['tokenizer'])
+    view = ImageBatches(some(rows, 1500), shape.image_channels, [shape.image_size])
+    images, unseen = (view.at([r['image'] for r in r_], shape.image_size) for r_ in (some(rows, 1500),
+        some(held_out, 300)))
+    latents, shape = open_latents(shape, images)
     data, collate = tokenizer_data(source, shape, latents, rows)
     torch.manual_seed(training.seed)
-    words = Vocabulary.from_pretrained(c['vocabulary'])
-    if c['words'] == 'seen': words = words.seen_in(all_captions(rows), AutoTokenizer.from_pretrained(c['vocabulary']))
+    words = Vocabulary.from_pretrained(recipe.vocabulary)
+    if recipe.tokens == 'seen':
+        words = words.seen_in(all_captions(rows), AutoTokenizer.from_pretrained(recipe.vocabulary))
     model = V2Flow(shape, words, latents)
-    model.resampler = WithoutWords(shape.channels, model.config.vocab_dim, shape.resampler_width, shape.resampler_depth, shape.pool)
+    model.resampler = WithoutWords(shape.channels, model.config.vocab_dim, shape.resampler_width, shape.resampler_depth,
+                                   shape.pool)
+    lesson = TokenizerTraining(model, recipe.tokenizer_training)
     def settled(m):
+        m = m.tok
         write_tensors(args.out/'codes.safetensors', dict(codes=m.quantizer.codebook.half()))
-        print({k: v for k,v in tokenizer_scores(m, unseen, images).items() if isinstance(v, float)}, args.out/'codes.safetensors', flush=True)
+        print({k: v for k,v in tokenizer_scores(m, unseen, images).items() if isinstance(v, float)},
+              args.out/'codes.safetensors', flush=True)
         raise Settled
-    try: train(model, data, replace(training, evaluate_every=shape.settle_at), collate, settled, args.out, resume=True)
+    try:
+        train(lesson, data, replace(training, evaluate_every=recipe.tokenizer_training.freeze_codes_at), collate,
+              settled, args.out, resume=True)
     except Settled: pass
 
 if __name__ == '__main__': main()

@@ -20,8 +20,11 @@ def fault(path):
     name = path.relative_to(root).as_posix()
     try: content = json.loads(text := path.read_text(encoding='utf-8'))
     except UnicodeDecodeError: return f'{name} is not UTF-8'
-    except ValueError as e: return f'{name} holds a merge conflict: resolve it' if re.search('^(<<<<<<<|>>>>>>>)', text, re.M) else f'{name} is not JSON ({e})'
-    if not isinstance(content, dict) or not isinstance(content.get('cells'), list): return f'{name} is no notebook: it has no cells'
+    except ValueError as e:
+        return f'{name} holds a merge conflict: resolve it' if re.search('^(<<<<<<<|>>>>>>>)', text,
+            re.M) else f'{name} is not JSON ({e})'
+    if not isinstance(content, dict) or not isinstance(content.get('cells'), list):
+        return f'{name} is no notebook: it has no cells'
 
 def read(path):
     "The content of a notebook; ends the program with a line if it cannot be read"
@@ -41,10 +44,12 @@ def execute(names):
         if names and path.stem not in names: continue
         read(path)
         print(path.stem, flush=True)
-        subprocess.run([tools/'jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', '--log-level', 'ERROR', path], check=True, cwd=path.parent)
+        subprocess.run([tools/'jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', '--log-level',
+                        'ERROR', path], check=True, cwd=path.parent)
         content = json.loads(path.read_text(encoding='utf-8'))
         for output in (o for c in content['cells'] for o in c.get('outputs', [])):
-            if 'image/png' in output.get('data', {}): output['data'].pop('image/jpeg', None)     # PIL pictures come twice; one is enough
+            # PIL pictures come twice; one is enough
+            if 'image/png' in output.get('data', {}): output['data'].pop('image/jpeg', None)
         content['metadata'].pop('widgets', None)
         path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
         subprocess.run([tools/'nbdev_clean', '--fname', path], check=True, cwd=root)
@@ -52,15 +57,19 @@ def execute(names):
 def problems():
     faults = [why for path in notebooks() if (why := fault(path))]
     yield from faults
-    if faults: return                                                                # the tools below would stop at the first of these, and not say which
+    if faults: return  # the tools below would stop at the first of these, and not say which
     with TemporaryDirectory() as tmp:
         copy = Path(tmp)/'copy'; copy.mkdir()
-        for name in ('nbs', 'v2flow_nbdev'): shutil.copytree(root/name, copy/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+        for name in ('nbs', 'v2flow_nbdev'):
+            shutil.copytree(root/name, copy/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
         for name in ('settings.ini', 'setup.py', 'README.md'): shutil.copy(root/name, copy/name)
-        for tool in ('nbdev_clean', 'nbdev_export'): subprocess.run([tools/tool], check=True, cwd=copy, stdout=subprocess.DEVNULL)
+        for tool in ('nbdev_clean', 'nbdev_export'):
+            subprocess.run([tools/tool], check=True, cwd=copy, stdout=subprocess.DEVNULL)
         def differ(folder, pattern):
-            ours, theirs = ({p.relative_to(base).as_posix(): p for p in (base/folder).rglob(pattern) if '.ipynb_checkpoints' not in p.parts} for base in (root, copy))
-            return sorted(n for n in ours.keys() | theirs.keys() if n not in ours or n not in theirs or not filecmp.cmp(ours[n], theirs[n], shallow=False))
+            ours, theirs = ({p.relative_to(base).as_posix(): p for p in (base/folder).rglob(pattern)
+                             if '.ipynb_checkpoints' not in p.parts} for base in (root, copy))
+            return sorted(n for n in ours.keys() | theirs.keys() if n not in ours or n not in theirs
+                          or not filecmp.cmp(ours[n], theirs[n], shallow=False))
         for name in differ('nbs', '*.ipynb'): yield f'{name} is not clean: run nbdev_clean'
         for name in differ('v2flow_nbdev', '*.py'): yield f'{name} is not what the notebooks export: run nbdev_export'
     for path in notebooks():
@@ -71,7 +80,8 @@ def problems():
         if any(o['output_type'] == 'error' for o in outputs): yield f'{name} holds an error'
         if any(o.get('name') == 'stderr' for o in outputs): yield f'{name} prints on stderr'
         if path.stat().st_size > 300_000: yield f'{name} is {path.stat().st_size//1000} kB; keep it under 300'
-    if (root/'README.md').read_text(encoding='utf-8') != readme(): yield 'README.md is not what nbs/index.ipynb says: run make readme'
+    if (root/'README.md').read_text(encoding='utf-8') != readme():
+        yield 'README.md is not what nbs/index.ipynb says: run make readme'
 
 if __name__ == '__main__':
     if sys.argv[1:2] == ['--execute']: execute(sys.argv[2:])

@@ -31,12 +31,16 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
     def __init__(self):
-        self.server = subprocess.Popen([sys.executable, '-c', self.code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'})
+        self.server = subprocess.Popen([sys.executable, '-c', self.code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES': '',
+                                                       'OMP_NUM_THREADS': '1'})
 
     def __call__(self, *args, cwd=root):
         with tempfile.TemporaryDirectory() as folder:
             out, err = (Path(folder)/n for n in ('out', 'err'))
-            self.server.stdin.write(json.dumps(dict(args=[str(a) for a in args], cwd=str(cwd), out=str(out), err=str(err), **{'in': os.devnull})) + '\n'); self.server.stdin.flush()
+            self.server.stdin.write(json.dumps(dict(args=[str(a) for a in args], cwd=str(cwd), out=str(out),
+                                                    err=str(err), **{'in': os.devnull})) + '\n')
+            self.server.stdin.flush()
             code = int(self.server.stdout.readline())
             return subprocess.CompletedProcess(args, code, out.read_text(), err.read_text())
 
@@ -51,7 +55,8 @@ slow = ['test_training', 'test_bad_input', 'test_processes', 'test_latents', 'te
 
 def pytest_collection_modifyitems(items):
     import torch
-    items.sort(key=lambda i: slow.index(i.path.stem) if i.path.stem in slow else len(slow))      # the longest first: two workers then end together
+    # the longest first: two workers then end together
+    items.sort(key=lambda i: slow.index(i.path.stem) if i.path.stem in slow else len(slow))
     if not torch.cuda.is_available():
         for item in items:
             if 'cuda' in item.keywords: item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from v2flow_nbdev.data.sources import digits, emoji
 from v2flow_nbdev.base.images import to_tensor
-from v2flow_nbdev.language.generation import write_captions, write_images
+from v2flow_nbdev.language.generation import generate_captions, generate_image_ids
 from v2flow_nbdev.language.pipeline import V2FlowPipeline
 from v2flow_nbdev.data.shapes import shapes
 from v2flow_nbdev.base.files import write_tensors
@@ -23,47 +23,61 @@ seeds = dict(digits=0, shapes=0, emoji=0)            # of the sampled tokens
 
 def held_out(name):
     "16 images that the model was never trained on, (16, C, H, W)"
-    rows = dict(digits=lambda: digits('test')[:16], shapes=lambda: list(shapes('test', 16, 32, 0)), emoji=lambda: emoji('unseen_pictures')[:16])[name]()
+    rows = dict(digits=lambda: digits('test')[:16], shapes=lambda: list(shapes('test', 16, 32, 0)),
+                emoji=lambda: emoji('unseen_pictures')[:16])[name]()
     return to_tensor([r['image'] for r in rows], 1 if name == 'digits' else 3)
 
 def prompts(name):
     "8 captions; those of the shapes and the emoji name compositions that were held out"
-    if name == 'digits': return ['a handwritten seven', 'the digit 3', 'a bright 6 on black', 'an eight', 'number 0', 'a scan of the digit two', 'this is the number 9', 'the figure four']
-    rows = shapes('compositions', 8, 32, 0) if name == 'shapes' else emoji('unseen_compositions')[::len(emoji('unseen_compositions'))//8][:8]
+    if name == 'digits':
+        return ['a handwritten seven', 'the digit 3', 'a bright 6 on black', 'an eight', 'number 0',
+                'a scan of the digit two', 'this is the number 9', 'the figure four']
+    rows = shapes('compositions', 8, 32,
+        0) if name == 'shapes' else emoji('unseen_compositions')[::len(emoji('unseen_compositions'))//8][:8]
     return [rows[i]['captions'][0] for i in range(8)]
 
 def ids_of(pipe, name): return pipe.image_tokenizer.encode(held_out(name))
 
-def pixels_of(pipe, name, ids): return pipe.image_tokenizer.decode(ids[:decoded[name]], generator=torch.Generator().manual_seed(0))
+def pixels_of(pipe, name, ids):
+    return pipe.image_tokenizer.decode(ids[:decoded[name]], generator=torch.Generator().manual_seed(0))
 
 def tokens_of(pipe, name, sampled):
     d = {k: v for k, v in pipe.defaults.items() if k != 'temperature'}
-    how = dict(temperature=pipe.defaults['temperature'], generator=[torch.Generator().manual_seed(seeds[name] + i) for i in range(8)]) if sampled else dict(temperature=0.)
-    return write_images(pipe.llm, pipe.tokenizer, prompts(name), **{**d, **how})
+    how = dict(temperature=pipe.defaults['temperature'], generator=[torch.Generator().manual_seed(seeds[name] + i)
+        for i in range(8)]) if sampled else dict(temperature=0.)
+    return generate_image_ids(pipe.llm, pipe.tokenizer, prompts(name), **{**d, **how})
 
-def captions_of(pipe, ids): return write_captions(pipe.llm, pipe.tokenizer, ids[:8])
+def captions_of(pipe, ids): return generate_captions(pipe.llm, pipe.tokenizer, ids[:8])
 
 def load(name): return V2FlowPipeline.from_pretrained(root/'data/checkpoints'/name)
 
 def write(name):
     pipe = load(name)
     ids = ids_of(pipe, name)
-    write_tensors(place/f'{name}.safetensors', dict(ids=ids.short(), pixels=pixels_of(pipe, name, ids), greedy=tokens_of(pipe, name, False).short(), sampled=tokens_of(pipe, name, True).short()))
-    (place/f'{name}.json').write_text(json.dumps(dict(prompts=prompts(name), captions=captions_of(pipe, ids)), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    write_tensors(place/f'{name}.safetensors', dict(ids=ids.short(), pixels=pixels_of(pipe, name, ids),
+                                                    greedy=tokens_of(pipe, name, False).short(),
+                                                    sampled=tokens_of(pipe, name, True).short()))
+    (place/f'{name}.json').write_text(json.dumps(dict(prompts=prompts(name), captions=captions_of(pipe, ids)), indent=1,
+                                                 ensure_ascii=False) + '\n', encoding='utf-8')
 
 def read(name):
     "(tensors, {prompts, captions})"
     tensors = load_file(place/f'{name}.safetensors')
-    return {n: t.long() if t.dtype == torch.int16 else t for n, t in tensors.items()}, json.loads((place/f'{name}.json').read_text(encoding='utf-8'))
+    return {n: t.long() if t.dtype == torch.int16 else t for n,
+            t in tensors.items()}, json.loads((place/f'{name}.json').read_text(encoding='utf-8'))
 
 def measured_anew(score): return not score.startswith(('seconds', 'memory'))
 
 def check_scores(name):
-    "Every score but seconds and memory; 1e-3 is the noise of another CPU's rounding, by which a few of some thousand images come out otherwise"
+    """Every score but seconds and memory; 1e-3 is the noise of another CPU's rounding, by which a few of some
+    thousand images come out otherwise"""
     committed = json.loads((root/'data/checkpoints'/name/'scores.json').read_text())
     names = json.loads((place/'names.json').read_text())
-    now = json.loads(subprocess.run([Path(sys.executable).with_name('v2flow'), 'evaluate', '--data', name, '--model', root/'data/checkpoints'/name, '--json'], check=True, capture_output=True, text=True, cwd=root).stdout)
-    different = {n: (v, now.get(names.get(n, n))) for n, v in committed.items() if measured_anew(n) and not abs(now.get(names.get(n, n), float('nan')) - v) <= 1e-3*max(1, abs(v))}
+    now = json.loads(subprocess.run([Path(sys.executable).with_name('v2flow'), 'evaluate', '--data', name, '--model',
+                                     root/'data/checkpoints'/name, '--json'], check=True, capture_output=True,
+                                     text=True, cwd=root).stdout)
+    different = {n: (v, now.get(names.get(n, n))) for n, v in committed.items() if measured_anew(n)
+                 and not abs(now.get(names.get(n, n), float('nan')) - v) <= 1e-3*max(1, abs(v))}
     for n, (before, after) in different.items(): print(f'{name}: {n} was {before}, is {after}')
     return not different
 

@@ -1,4 +1,5 @@
-"The page as a user meets it: the real command, a real browser, two people at once, wrong input, and nothing left behind"
+("The page as a user meets it: the real command, a real browser, two people at once, wrong input, and nothing left "
+ "behind")
 import base64, http.client, io, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
@@ -12,8 +13,10 @@ needs_browser = pytest.mark.skipif(not chromium, reason='no chromium here (Debia
 
 def v2flow_app(*args, folder, **kw):
     "The command, with a folder of its own for temporary files"
-    return subprocess.Popen([sys.executable, '-m', 'v2flow_nbdev.apps.cli', 'app', *map(str, args)], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', 'TMPDIR': str(folder)}, **kw)
+    return subprocess.Popen([sys.executable, '-m', 'v2flow_nbdev.apps.cli', 'app', *map(str, args)], cwd=root,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1',
+                                 'TMPDIR': str(folder)}, **kw)
 
 def files_in(folder): return [p for p in Path(folder).rglob('*') if p.is_file()]
 
@@ -27,7 +30,8 @@ def server(tmp_path_factory):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, '', ''), err
-    assert not files_in(folder) and not list(folder.glob('v2flow-app-*'))          # Ctrl-C is the normal end, and takes everything with it
+    # Ctrl-C is the normal end, and takes everything with it
+    assert not files_in(folder) and not list(folder.glob('v2flow-app-*'))
 
 @pytest.fixture(scope='module')
 def browser():
@@ -53,13 +57,15 @@ def user(server, browser):
     assert {u for u in asked if not u.startswith((f'http://127.0.0.1:{port}/', 'data:', 'blob:'))} == set()
 
 def draw(page, caption, **settings):
-    for label, value in settings.items(): page.get_by_label(f'number input for {label.capitalize()}').locator('visible=true').fill(str(value))
+    for label, value in settings.items():
+        page.get_by_label(f'number input for {label.capitalize()}').locator('visible=true').fill(str(value))
     page.fill('#v2-caption textarea', caption)
     page.click('#v2-draw')
 
 def until(page, where, text, seconds=60):
     "Wait for a text, and give the whole of what is there"
-    page.wait_for_function('([where, text]) => document.querySelector(where)?.innerText.includes(text)', arg=[where, text], timeout=1000*seconds)
+    page.wait_for_function('([where, text]) => document.querySelector(where)?.innerText.includes(text)',
+                           arg=[where, text], timeout=1000*seconds)
     return page.inner_text(where)
 
 def pictures(page, where='#v2-drawn'):
@@ -75,12 +81,13 @@ def upload(page, file):
 @needs_browser
 def test_a_caption_becomes_pictures(user):
     page = user()
-    draw(page, 'a handwritten seven', pictures=3)
+    draw(page, 'a handwritten seven', images=3)
     assert until(page, '#v2-drawing-status', 'each') == '“a handwritten seven”: 3 pictures, 16 words each.'
     made = pictures(page)
     assert len(made) == 3 and all(i.size == (8, 8) and spread(i) > 100 for i in made)
     assert not page.locator('footer').locator('visible=true').count()
-    page.click('[role=tab]:has-text("Picture → words")'); page.click('#v2-last')     # and the first of them goes on to the other tab
+    # and the first of them goes on to the other tab
+    page.click('[role=tab]:has-text("Picture → words")'); page.click('#v2-last')
     until(page, '#v2-reading-status', '16 tokens')
     assert spread(pictures(page, '#v2-answer')[0]) > 100
 
@@ -92,24 +99,30 @@ def test_a_picture_becomes_tokens_and_words(user, server, tmp_path):
     upload(page, tmp_path/'digit.png')
     until(page, '#v2-reading-status', '16 tokens')
     cells = page.locator('.v2-cell')
-    assert cells.count() == 16 and spread(pictures(page, '#v2-answer')[0]) > 100 and len(page.inner_text('#v2-answer blockquote')) > 10
+    assert cells.count() == 16 and spread(pictures(page,
+                                                   '#v2-answer')[
+                                                       0]) > 100 and len(page.inner_text('#v2-answer blockquote')) > 10
     def shown(): return [i for i in range(16) if cells.nth(i).locator('.v2-card').is_visible()]
     assert shown() == [10]                                                         # one is chosen from the first
     cells.nth(2).hover(); assert shown() == [2, 10]
     cells.nth(5).click(); page.mouse.move(5, 5); assert shown() == [5]
     text = cells.nth(5).locator('.v2-card').inner_text()
-    assert 'row 2, column 2' in text and 'The resampler reads it as' in text and re.search(r'␣\w+', text) and '%' in text
+    assert 'row 2, column 2' in text and 'The resampler reads it as' in text and re.search(r'␣\w+',
+        text) and '%' in text
     assert not files_in(server[1])                                                 # the upload never was a file
 
 @needs_browser
 def test_wrong_input_is_answered_in_sentences(user, server, tmp_path):
     page = user()
-    for caption, why in (('', 'The caption is empty'), ('seven '*100, 'The caption has 600 characters; this page takes 500'), ('7 '*200, 'tokens is too long')):
+    for caption, why in (('', 'The caption is empty'),
+                         ('seven '*100, 'The caption has 600 characters; this page takes 500'),
+                         ('7 '*200, 'tokens is too long')):
         draw(page, caption)
         assert why in until(page, '#v2-drawing-status .v2-error', why) and not pictures(page)
     whole = io.BytesIO(); Image.effect_noise((64, 64), 50).save(whole, 'PNG')
     Image.new('1', (20_000, 20_000)).save(tmp_path/'bomb.png')
-    for name, content, why in (('broken.png', whole.getvalue()[:500], 'damaged or truncated'), ('text.png', b'not a picture', 'not an image'), ('empty.png', b'', 'the file is empty'),
+    for name, content, why in (('broken.png', whole.getvalue()[:500], 'damaged or truncated'),
+                               ('text.png', b'not a picture', 'not an image'), ('empty.png', b'', 'the file is empty'),
                                ('big.png', bytes(21*2**20), 'larger than 20 MB'), ('bomb.png', None, 'far too large')):
         if content is not None: (tmp_path/name).write_bytes(content)
         upload(page, tmp_path/name)
@@ -118,18 +131,19 @@ def test_wrong_input_is_answered_in_sentences(user, server, tmp_path):
 
 @needs_browser
 def test_two_at_once_a_third_waits_and_all_can_stop(user):
-    slow = dict(pictures=16, rounds=16, steps=100)
+    slow = dict(images=16, rounds=16, steps=100)
     first, second, third = user(), user(), user()
     draw(first, 'the digit 3', **slow); until(first, '#v2-drawing-status', 'Revealing')
-    draw(second, 'a six', pictures=1); until(second, '#v2-drawing-status', '1 picture,')
-    assert 'Revealing' in first.inner_text('#v2-drawing-status') and len(pictures(first)) == 16       # still at it, and what there is can be seen
+    draw(second, 'a six', images=1); until(second, '#v2-drawing-status', '1 picture,')
+    # still at it, and what there is can be seen
+    assert 'Revealing' in first.inner_text('#v2-drawing-status') and len(pictures(first)) == 16
     draw(second, 'the digit 8', **slow); until(second, '#v2-drawing-status', 'Revealing')
-    draw(third, 'a two', pictures=1); assert 'Waiting' in until(third, '#v2-drawing-status', 'Waiting')
+    draw(third, 'a two', images=1); assert 'Waiting' in until(third, '#v2-drawing-status', 'Waiting')
     first.click('#v2-stop-drawing'); until(first, '#v2-drawing-status', 'Stopped.')
     until(third, '#v2-drawing-status', '1 picture,')                               # its place was free at once:
     assert 'Revealing' in second.inner_text('#v2-drawing-status')                  # the other is still at its work
     second.close()                                                                 # whoever leaves stops too
-    draw(first, 'a one', pictures=1); until(first, '#v2-drawing-status', '“a one”: 1 picture,')
+    draw(first, 'a one', images=1); until(first, '#v2-drawing-status', '“a one”: 1 picture,')
 
 def test_the_server_takes_no_files_and_no_floods(server):
     def post(path, headers, body=b''):
@@ -144,7 +158,9 @@ def test_the_server_takes_no_files_and_no_floods(server):
     assert not files_in(server[1])
 
 def test_a_port_that_cannot_be_had(server, tmp_path):
-    for port, code, why in ((server[0], 1, f'127.0.0.1:{server[0]}: cannot be listened on (address already in use); choose another with --port'), (99999, 2, '--port')):
+    for port, code, why in ((server[0], 1, f'127.0.0.1:{server[0]}: cannot be listened on (address already in use); '
+                                           f'choose another with --port'), (99999, 2, '--port')):
         process = v2flow_app('--port', port, folder=tmp_path)
         out, err = process.communicate(timeout=120)
-        assert process.returncode == code and why in err and err.count('\n') == 1 and not out and not files_in(tmp_path), err
+        assert process.returncode == code and why in err and err.count(
+            '\n') == 1 and not out and not files_in(tmp_path), err

@@ -1,12 +1,14 @@
-"The benchmarks are fair and their table is what was measured: plain and ours compute the same, wherever no chance divides them"
+("The benchmarks are fair and their table is what was measured: plain and ours compute the same, wherever no chance "
+ "divides them")
 import json
 import pytest, torch
 import v2flow_nbdev.models.flow as flow
 from benchmarks import bench, generation, plain
-from v2flow_nbdev.language.generation import write_images
+from v2flow_nbdev.language.generation import generate_image_ids
 from v2flow_nbdev.models.quantizer import VectorQuantizer
 from v2flow_nbdev.models.resampler import resample
 from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
+from v2flow_nbdev.models.tokenizer_training import TokenizerTraining
 from v2flow_nbdev.models.vocabulary import Vocabulary
 
 assert_close = torch.testing.assert_close
@@ -16,7 +18,7 @@ def seed(n=0): return torch.Generator().manual_seed(n)
 def pair():
     "A small tokenizer in both forms, of equal weights, with a velocity that is not zero"
     torch.manual_seed(0)
-    config = V2FlowConfig(codebook_size=40, dim=32, depth=2, resampler_width=32, sketch_width=32, velocity_width=32)
+    config = V2FlowConfig(codebook_size=40, dim=32, depth=2, resampler_width=32, velocity_width=32)
     ours = V2Flow(config, Vocabulary([f'w{i}' for i in range(90)], torch.randn(90, 16)))
     ours.quantizer.initialised.fill_(True)
     for p in ours.velocity.parameters(): torch.nn.init.normal_(p, std=0.1)
@@ -26,16 +28,18 @@ def pair():
 
 def test_resampler_and_its_gradients():
     torch.manual_seed(0)
-    x, weight, bias, vocab = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((7, 8), (1300, 8), (1300,), (1300, 6)))
+    x, weight, bias, vocab = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((7, 8), (1300, 8),
+        (1300,), (1300, 6)))
     a, b = plain.resample_plain(x, weight, bias, vocab.detach(), 0.7), resample(x, weight, bias, vocab.detach(), 0.7)
     assert_close(b, a)
-    for theirs, ours in zip(*(torch.autograd.grad(out.square().sum(), (x, weight, bias)) for out in (a, b))): assert_close(ours, theirs)
+    for theirs, ours in zip(*(torch.autograd.grad(out.square().sum(), (x, weight, bias)) for out in (a, b))):
+        assert_close(ours, theirs)
 
 def test_quantizer_codes_gradient_and_updated_codebook():
     torch.manual_seed(0)
     ours, theirs = VectorQuantizer(50, 8, initialised=True), plain.OneHotQuantizer(50, 8, initialised=True)
     theirs.load_state_dict(ours.state_dict())
-    for _ in range(8):                                                                        # long enough for codes to die and be revived
+    for _ in range(8):  # long enough for codes to die and be revived
         x = torch.randn(2, 9, 8, requires_grad=True)
         (a, i, loss_a), (b, j, loss_b) = ours(x), theirs(x)
         assert (i == j).all() and (ours.ids(x) == theirs.ids(x)).all()
@@ -45,15 +49,19 @@ def test_quantizer_codes_gradient_and_updated_codebook():
         for name in ('counts', 'sums', 'codebook'): assert_close(getattr(theirs, name), getattr(ours, name))
 
 def test_training_forward(pair, monkeypatch):
-    "No dropout and no Gumbel noise (eval); x0 = 0 and t = ½, since the plain form draws more of them; a part of the latents hidden"
-    real = flow.draw
-    def draw(kind, shape, *args, **kwargs): return torch.zeros(shape) if kind is torch.randn else real(kind, shape, *args, **kwargs)
-    for module in (flow, plain): monkeypatch.setattr(module, 'draw', draw)
+    """No dropout and no Gumbel noise (eval); x0 = 0 and t = ½, since the plain form draws more of them; a part of
+    the latents hidden"""
+    real = flow.random_tensor
+    def random_tensor(kind, shape, *args, **kwargs):
+        return torch.zeros(shape) if kind is torch.randn else real(kind, shape, *args, **kwargs)
+    for module in (flow, plain): monkeypatch.setattr(module, 'random_tensor', random_tensor)
     latents, losses = torch.randn(3, 4, 4, 4, generator=seed()), []
-    for tok in pair:
-        out = tok(latents=latents, generator=seed(1))
+    lessons = TokenizerTraining(pair[0]).eval(), plain.PlainTraining(pair[1]).eval()
+    lessons[1].load_state_dict(lessons[0].state_dict())
+    for lesson in lessons:
+        out = lesson(latents=latents, generator=seed(1))
         out.loss.backward()
-        losses.append([out.flow_loss, out.code_loss, out.commitment_loss, *(p.grad for p in tok.parameters())])
+        losses.append([out.flow_loss, out.aux_loss, out.commitment_loss, *(p.grad for p in lesson.parameters())])
     for a, b in zip(*losses): assert_close(b, a)
 
 def test_encode_and_decode(pair):
@@ -77,17 +85,20 @@ def test_results_and_the_table_made_of_them():
         assert list(r) == ['name', 'metric', 'plain', 'ours', 'ratio'] and r['plain'] > 0 and r['ours'] > 0
         assert r['ratio'] == pytest.approx(r['ours']/r['plain'], rel=2e-3)
     names = {(r['name'], r['metric']) for r in rows}
-    assert len(names) == len(rows) and set(bench.aims) <= names, set(bench.aims) - names
+    assert len(names) == len(rows) and set(bench.targets) <= names, set(bench.targets) - names
     assert bench.table(rows) in readme
 
 def test_generation_in_two_passes_writes_the_same_words_and_the_table_has_every_row():
-    "Two calls of the model per word and one batch of both branches, float32, one seed; words are far from equally likely"
-    model, tokenizer = generation.small_model(words=300, codes=32, grids=((2, 2), (1, 4)), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+    """Two calls of the model per word and one batch of both branches, float32, one seed; words are far from equally
+    likely"""
+    model, tokenizer = generation.small_model(words=300, codes=32, grids=((2, 2), (1, 4)), hidden_size=32,
+                                              num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
     with torch.no_grad():
         for p in model.parameters(): p.mul_(10 if p.dim() == 2 else 1)
     captions = [c[:5*(i + 1)] for i,c in enumerate(generation.captions_of(5))]                # of mixed lengths
     for grid in ((2, 2), (1, 4)):
-        def ours(scale, n=0): return write_images(model, tokenizer, captions, guidance_scale=scale, grid=grid, generator=seed(n))
+        def ours(scale, n=0):
+            return generate_image_ids(model, tokenizer, captions, guidance_scale=scale, grid=grid, generator=seed(n))
         assert (generation.two_passes(model, tokenizer, captions, grid, 2., seed()) == ours(2.)).all()
         assert (ours(2.) != ours(1.)).any() and (ours(2.) != ours(2., 1)).any()
         assert generation.plain(model, tokenizer, captions, grid, True).shape == (10, 4)
@@ -95,4 +106,5 @@ def test_generation_in_two_passes_writes_the_same_words_and_the_table_has_every_
     assert all(0 < r['share'] and min(r['seconds'].values()) > 0 for r in rows)
     assert rows[1]['bound'] == pytest.approx(4*sum(p.numel() for p in model.parameters())/1e9*4/3, rel=1e-3)
     lines = generation.table(rows).splitlines()
-    assert len(lines) == 2 + len(rows) and all(l.startswith(f"| {r['batch']} | 4 |") and l.count('|') == lines[0].count('|') for l, r in zip(lines[2:], rows))
+    assert len(lines) == 2 + len(rows) and all(l.startswith(f"| {r['batch']} | 4 |")
+                                               and l.count('|') == lines[0].count('|') for l, r in zip(lines[2:], rows))

@@ -1,12 +1,14 @@
-"On a CUDA device: one bf16 step of both models, both directions, and the same forward as on the CPU. Needs no notebook tools"
+("On a CUDA device: one bf16 step of both models, both directions, and the same forward as on the CPU. Needs no "
+ "notebook tools")
 import copy, os
 import pytest, torch
-from v2flow_nbdev.language.sequences import ImageTextRows, pack
-from v2flow_nbdev.language.visual_tokens import VisualWords, add_visual_words
+from v2flow_nbdev.language.sequences import ImageTextSequences, pack
+from v2flow_nbdev.language.visual_tokens import VisualTokens, add_visual_tokens
 from v2flow_nbdev.language.text_models import collate, small_llama, train_text_tokenizer
-from v2flow_nbdev.language.generation import write_captions, write_images
-from v2flow_nbdev.models.resampler import resample, word_noise
+from v2flow_nbdev.language.generation import generate_captions, generate_image_ids
+from v2flow_nbdev.models.resampler import resample, vocabulary_noise
 from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
+from v2flow_nbdev.models.tokenizer_training import TokenizerTraining, TokenizerTrainingConfig
 from v2flow_nbdev.training.config import TrainConfig
 from v2flow_nbdev.training.loop import train
 from v2flow_nbdev.models.vocabulary import Vocabulary
@@ -20,27 +22,31 @@ def parts():
     tokenizer = train_text_tokenizer(texts)
     llm = small_llama(tokenizer, hidden_size=64, num_hidden_layers=2, intermediate_size=128)
     table = llm.get_input_embeddings().weight.detach().clone()
-    tok = V2Flow(V2FlowConfig(codebook_size=32, dim=48, depth=1, quantize_from=0.), Vocabulary(tokenizer.convert_ids_to_tokens(range(len(table))), table))
+    tok = V2Flow(V2FlowConfig(codebook_size=32, dim=48, depth=1),
+                 Vocabulary(tokenizer.convert_ids_to_tokens(range(len(table))), table))
     images = torch.rand(16, 1, 8, 8)*2 - 1
     return tok, llm, tokenizer, images
 
 def test_one_step_of_each_and_both_directions(parts):
     tok, llm, tokenizer, images = parts
     step = TrainConfig(steps=2, batch_size=8, evaluate_every=0, mixed_precision='bf16')
-    tok = train(copy.deepcopy(tok), [dict(images=x) for x in images], step, progress=False)
+    lesson = TokenizerTraining(copy.deepcopy(tok), TokenizerTrainingConfig(quantize_from=0.))
+    tok = train(lesson, [dict(images=x) for x in images], step, progress=False).tok
     assert tok.device.type == 'cuda' and tok.quantizer.codebook.dtype == torch.float32
     ids = tok.encode(images); assert ids.device.type == 'cuda' and ids.shape == (16, 16)
     g = lambda: torch.Generator().manual_seed(0)
     for scale in (1., 2.): assert tok.decode(ids, guidance_scale=scale, generator=g()).isfinite().all()
-    words = add_visual_words(llm, tokenizer, tok)
-    rows = ImageTextRows([dict(ids=i.view(4, 4), captions=texts) for i in ids.cpu()], tokenizer, words)
+    words = add_visual_tokens(llm, tokenizer, tok)
+    rows = ImageTextSequences([dict(ids=i.view(4, 4), captions=texts) for i in ids.cpu()], tokenizer, words)
     llm = train(llm, rows, step, collate, progress=False)
     llm = train(llm.requires_grad_(True), rows, step, lambda rows: pack(rows, 64), progress=False)
     for scale in (1., 2.):
-        written = write_images(llm, tokenizer, texts, guidance_scale=scale, generator=g())
+        written = generate_image_ids(llm, tokenizer, texts, guidance_scale=scale, generator=g())
         assert written.shape == (3, 16) and written.device.type == 'cuda'
-        for how in (dict(static_cache=True), dict(compile=True)): assert (write_images(llm, tokenizer, texts, guidance_scale=scale, generator=g(), **how) == written).float().mean() > 0.9
-    assert len(write_captions(llm, tokenizer, ids[:2])) == 2
+        for how in (dict(static_cache=True), dict(compile=True)):
+            assert (generate_image_ids(llm, tokenizer, texts, guidance_scale=scale, generator=g(),
+                                       **how) == written).float().mean() > 0.9
+    assert len(generate_captions(llm, tokenizer, ids[:2])) == 2
 
 def test_forward_equals_the_cpu(parts):
     "float32, the same generator on both: losses, ids and pictures"
@@ -48,21 +54,25 @@ def test_forward_equals_the_cpu(parts):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     tok = copy.deepcopy(tok).eval(); tok.quantizer.initialised.fill_(True)
     for p in tok.velocity.parameters(): torch.nn.init.normal_(p, std=0.05)
-    there = copy.deepcopy(tok).cuda()
+    lesson = TokenizerTraining(tok).eval(); other = copy.deepcopy(lesson).cuda(); there = other.tok
     g = lambda: torch.Generator().manual_seed(0)
-    a, b = tok(images, generator=g()), there(images.cuda(), generator=g())
-    for name in ('flow_loss', 'code_loss', 'commitment_loss'): torch.testing.assert_close(getattr(b, name).cpu(), getattr(a, name), atol=1e-4, rtol=1e-4)
+    a, b = lesson(images, generator=g()), other(images.cuda(), generator=g())
+    for name in ('flow_loss', 'aux_loss', 'commitment_loss'):
+        torch.testing.assert_close(getattr(b, name).cpu(), getattr(a, name), atol=1e-4, rtol=1e-4)
     ids = tok.encode(images)
     assert (there.encode(images).cpu() == ids).float().mean() >= 0.999
-    torch.testing.assert_close(there.decode(ids, generator=g()).cpu(), tok.decode(ids, generator=g()), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(there.decode(ids, generator=g()).cpu(), tok.decode(ids, generator=g()), atol=1e-3,
+                               rtol=1e-3)
 
 @pytest.mark.parametrize('name', ['shapes', 'emoji'])
 def test_ids_are_those_of_the_cpu(name):
-    "With TF32 allowed, under autocast and after a cast: at least 99.9 % of the ids of 256 images are equal, the others near-ties"
+    """With TF32 allowed, under autocast and after a cast: at least 99.9 % of the ids of 256 images are equal, the
+    others near-ties"""
     import golden
     if name == 'emoji': pytest.importorskip('diffusers'); pytest.importorskip('pyarrow')
     tok = V2Flow.from_pretrained(golden.root/'data/checkpoints'/name, 'image_tokenizer')
-    rows = golden.shapes('test', 256, 32, 0) if name == 'shapes' else golden.emoji('unseen_pictures') + golden.emoji('unseen_compositions')
+    rows = golden.shapes('test', 256, 32,
+        0) if name == 'shapes' else golden.emoji('unseen_pictures') + golden.emoji('unseen_compositions')
     x = golden.to_tensor([rows[i]['image'] for i in range(min(256, len(rows)))])
     ids, there = tok.encode(x), copy.deepcopy(tok).cuda()
     before = torch.get_float32_matmul_precision()
@@ -86,11 +96,13 @@ def test_resampler_in_blocks_equals_the_plain_form(dtype, tolerance):
     def made(*shape, std=1.): return (std*torch.randn(*shape, device='cuda')).to(dtype)
     torch.manual_seed(0)
     x, weight, bias, vocab, g = made(70, 32), made(5000, 32, std=0.2), made(5000, std=0.3), made(5000, 48), made(70, 48)
-    noise = torch.cat([word_noise(70, min(512, 5000 - a), 3, i, 'cuda') for i,a in enumerate(range(0, 5000, 512))], 1)
+    noise = torch.cat([vocabulary_noise(70, min(512, 5000 - a), 3, i, 'cuda') for i,
+                       a in enumerate(range(0, 5000, 512))], 1)
     def with_gradients(f, inputs):
         inputs = [t.requires_grad_() for t in inputs]; out = f(*inputs)
         return out, *torch.autograd.grad(out, inputs, g.to(out.dtype))
-    exact = with_gradients(lambda x,w,b: (torch.nn.functional.linear(x, w, b) + noise).softmax(-1) @ vocab.double(), [t.double() for t in (x, weight, bias)])
+    exact = with_gradients(lambda x,w,b: (torch.nn.functional.linear(x, w, b) + noise).softmax(-1) @ vocab.double(),
+                           [t.double() for t in (x, weight, bias)])
     for block in (512, 2048):
         ours = with_gradients(lambda x,w,b: resample(x, w, b, vocab, 1., 1., 3, block=block), [x, weight, bias])
         for a,b in zip(ours, exact): assert (a.double() - b).norm()/b.norm() < tolerance
@@ -108,9 +120,11 @@ def test_a_resumed_run_on_cuda_is_the_same_run(tmp_path):
     class Killed(Exception): pass
     def fresh():
         torch.manual_seed(0)
-        return V2Flow(V2FlowConfig(codebook_size=16, dim=32, depth=1, velocity_width=32), Vocabulary([f'w{i}' for i in range(40)], torch.randn(40, 16)))
+        return V2Flow(V2FlowConfig(codebook_size=16, dim=32, depth=1, velocity_width=32),
+                      Vocabulary([f'w{i}' for i in range(40)], torch.randn(40, 16)))
     data = [dict(images=torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(i))*2 - 1) for i in range(64)]
-    config = TrainConfig(steps=20, batch_size=16, checkpoint_every=4, evaluate_every=10, deterministic=True, trackers=[])
+    config = TrainConfig(steps=20, batch_size=16, checkpoint_every=4, evaluate_every=10, deterministic=True,
+                         trackers=[])
     def deadly(m): raise Killed
     whole = train(fresh(), data, config, evaluate=lambda m: {}, out=tmp_path/'whole', progress=False)
     with pytest.raises(Killed): train(fresh(), data, config, evaluate=deadly, out=tmp_path/'killed', progress=False)

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from conftest import v2flow
-from v2flow_nbdev.data.batches import Pictures, PictureStream, names_sides
+from v2flow_nbdev.data.batches import ImageBatches, ImageStream, names_sides
 from v2flow_nbdev.data.hub import hub
 from v2flow_nbdev.data.folders import image_folder
 from v2flow_nbdev.data.sources import usable
@@ -25,29 +25,40 @@ def save_broken(f, i, kind):
     return path.name
 
 huge = png(Image.new('1', (9000, 9000)))
-broken = dict(truncated='damaged or truncated', empty='empty (0 bytes)', text='not an image', huge='far too large', header='not an image')
+broken = dict(truncated='damaged or truncated', empty='empty (0 bytes)', text='not an image', huge='far too large',
+              header='not an image')
 
 def test_one_of_every_kind(tmp_path):
     f = tmp_path
     exif = Image.Exif(); exif[0x0112] = 6
     half = np.zeros((20, 30, 4), 'uint8'); half[:, :15] = (0, 0, 255, 255)
     deep = Image.fromarray(np.linspace(0, 65535, 600).reshape(20, 30).astype('uint16'))
-    colour.save(f/'plain.png'); colour.save(f/'turned.jpg', exif=exif); Image.fromarray(half).save(f/'clear.png'); colour.convert('L').save(f/'grey.png')
+    colour.save(f/'plain.png')
+    colour.save(f/'turned.jpg', exif=exif)
+    Image.fromarray(half).save(f/'clear.png'); colour.convert('L').save(f/'grey.png')
     colour.convert('P').save(f/'palette.png'); colour.convert('CMYK').save(f/'ink.jpg'); deep.save(f/'deep.png')
     colour.save(f/'moving.gif', save_all=True, append_images=[Image.new('RGB', (30, 20), 'blue')])
     names = [save_broken(f, i, kind) for i, kind in enumerate(broken)]
-    (f/'plain.txt').write_bytes(b'a red thing\n\xff\xfe broken\n'); (f/'grey.txt').write_text('a grey thing\nin two wordings\n', encoding='utf-8')
+    (f/'plain.txt').write_bytes(b'a red thing\n\xff\xfe broken\n')
+    (f/'grey.txt').write_text('a grey thing\nin two wordings\n', encoding='utf-8')
     rows = image_folder(f)
-    assert [p.name for p in rows.paths] == ['clear.png', 'deep.png', 'grey.png', 'ink.jpg', 'moving.gif', 'palette.png', 'plain.png', 'turned.jpg']
+    assert [p.name for p in rows.paths] == ['clear.png', 'deep.png', 'grey.png', 'ink.jpg', 'moving.gif', 'palette.png',
+                                            'plain.png', 'turned.jpg']
     by = {p.name: rows[i] for i, p in enumerate(rows.paths)}
     assert all(r['image'].mode == 'RGB' for r in by.values())
-    assert by['turned.jpg']['image'].size == (20, 30) and by['clear.png']['image'].getpixel((25, 5)) == (255, 255, 255) and by['clear.png']['image'].getpixel((5, 5)) == (0, 0, 255)
-    grey = np.asarray(by['deep.png']['image'])[..., 0]; assert grey.min() == 0 and grey.max() == 255 and abs(grey.mean() - 127.5) < 1       # clipping would make it white
-    assert by['moving.gif']['image'].getpixel((5, 5))[0] > 150                                                                           # the first frame, not the blue one
-    assert by['plain.png']['captions'] == ['a red thing'] and by['grey.png']['captions'] == ['a grey thing', 'in two wordings'] and by['ink.jpg']['captions'] == ['']
+    assert by['turned.jpg']['image'].size == (20, 30) and by['clear.png']['image'].getpixel((25, 5)) == (255, 255,
+        255) and by['clear.png']['image'].getpixel((5, 5)) == (0, 0, 255)
+    # clipping would make it white
+    grey = np.asarray(by['deep.png']['image'])[..., 0]
+    assert grey.min() == 0 and grey.max() == 255 and abs(grey.mean() - 127.5) < 1
+    assert by['moving.gif']['image'].getpixel((5, 5))[0] > 150  # the first frame, not the blue one
+    assert by['plain.png']['captions'] == ['a red thing'] and by['grey.png']['captions'] == ['a grey thing',
+        'in two wordings'] and by['ink.jpg']['captions'] == ['']
     assert rows.report.left_out.keys() == set(names)
     for name, reason in zip(names, broken.values()): assert reason in rows.report.left_out[name], name
-    for what in ('EXIF rotation', 'transparent', 'grayscale', 'palette', 'CMYK', '16 bits', 'several frames', 'caption not UTF-8', 'caption missing'): assert what in str(rows.report)
+    for what in ('EXIF rotation', 'transparent', 'grayscale', 'palette', 'CMYK', '16 bits', 'several frames',
+                 'caption not UTF-8', 'caption missing'):
+        assert what in str(rows.report)
     (f/'grey.txt').unlink(); (f/'plain.txt').unlink()
     with pytest.raises(OSError, match='strict reading ends here'): image_folder(f, strict=True)
 
@@ -55,13 +66,22 @@ def test_captions_as_hugging_face_reads_them(tmp_path):
     for kind in ('csv', 'jsonl'):
         f = tmp_path/kind; (f/'sub').mkdir(parents=True)
         for n in ('a.png', 'sub/b.png', 'c.png'): colour.save(f/n)
-        if kind == 'csv': (f/'metadata.csv').write_text('file_name,text\na.png,"red, and wide"\nsub/b.png,b\nlost.png,x\n')
-        else: (f/'metadata.jsonl').write_text('\n'.join(json.dumps(r) for r in (dict(file_name='a.png', captions=['red, and wide']), dict(file_name='sub/b.png', captions=['b']), dict(file_name='lost.png', captions=['x']))))
+        if kind == 'csv':
+            (f/'metadata.csv').write_text('file_name,text\na.png,"red, and wide"\nsub/b.png,b\nlost.png,x\n')
+        else:
+            (f/'metadata.jsonl').write_text('\n'.join(json.dumps(r)
+                                                      for r in (dict(file_name='a.png', captions=['red, and wide']),
+                                                                dict(file_name='sub/b.png', captions=['b']),
+                                                                dict(file_name='lost.png', captions=['x']))))
         rows = image_folder(f)
-        assert rows.captions == [['red, and wide'], [''], ['b']] and rows.report.left_out == {'lost.png': 'no such image file'}
-    (f/'metadata.jsonl').write_text('{"file_name": "a.png", "text": "red"}\n{"text": "nobody"}\n[1]\n{"file_name": "c.png", "text": 5}')
+        assert rows.captions == [['red, and wide'], [''],
+                                 ['b']] and rows.report.left_out == {'lost.png': 'no such image file'}
+    (f/'metadata.jsonl').write_text('{"file_name": "a.png", "text": "red"}\n{"text": "nobody"}\n[1]\n{"file_name": '
+                                    '"c.png", "text": 5}')
     rows = image_folder(f)
-    assert rows.captions == [['red'], [''], ['']] and rows.report.changed['row without file_name: passed over'] == ['metadata.jsonl, row 2', 'metadata.jsonl, row 3']
+    assert rows.captions == [['red'], [''],
+                             ['']] and rows.report.changed['row without file_name: passed over'] == ['metadata.jsonl, '
+                                 'row 2', 'metadata.jsonl, row 3']
     (f/'metadata.jsonl').write_text('{"name": 1}')
     with pytest.raises(OSError, match='needs the columns file_name and text'): image_folder(f)
 
@@ -87,13 +107,16 @@ def test_files_that_break_later_are_replaced_and_named(tmp_path):
     seen = []
     class Mean(torch.nn.Module):
         def __init__(self): super().__init__(); self.m = torch.nn.Parameter(torch.zeros(3))
-        def forward(self, images): seen.append(images[:, 0, 0, 0]); return SimpleNamespace(loss=(images.mean((2, 3)) - self.m).square().mean())
+        def forward(self, images):
+            seen.append(images[:, 0, 0, 0]); return SimpleNamespace(loss=(images.mean((2, 3)) - self.m).square().mean())
     for workers in (0, 1):
         seen.clear()
-        data = Pictures(image_folder(tmp_path, check=False), 3, [(8, 8)])
-        train(Mean(), data, TrainConfig(steps=20, batch_size=4, num_workers=workers, mixed_precision='no'), data.collate, out=tmp_path/f'run{workers}', progress=False)
+        data = ImageBatches(image_folder(tmp_path, check=False), 3, [(8, 8)])
+        train(Mean(), data, TrainConfig(steps=20, batch_size=4, num_workers=workers, mixed_precision='no'),
+              data.collate, out=tmp_path/f'run{workers}', progress=False)
         state = json.loads(max((tmp_path/f'run{workers}/checkpoints').glob('step-*/state.json')).read_text())
-        assert len(state['lost']) == 1 and state['lost'][0].startswith('3.png: not an image') and torch.cat(seen).unique().numel() == 7
+        assert len(state['lost']) == 1 and state['lost'][
+            0].startswith('3.png: not an image') and torch.cat(seen).unique().numel() == 7
 
 @pytest.fixture(scope='module')
 def parquet(tmp_path_factory):
@@ -102,23 +125,30 @@ def parquet(tmp_path_factory):
     f = tmp_path_factory.mktemp('hub')
     pictures = [dict(bytes=png(Image.new('RGB', (8, 8), (10*i, 0, 0))), path=None) for i in range(20)]
     pictures[5] = dict(bytes=b'broken', path=None)
-    features = datasets.Features(dict(picture=datasets.Image(), text=datasets.Value('string'), number=datasets.Value('int64')))
-    datasets.Dataset.from_dict(dict(picture=pictures, text=[f'red {i}' if i else None for i in range(20)], number=list(range(20))), features=features).to_parquet(f/'train.parquet')
+    features = datasets.Features(dict(picture=datasets.Image(), text=datasets.Value('string'),
+                                      number=datasets.Value('int64')))
+    datasets.Dataset.from_dict(dict(picture=pictures, text=[f'red {i}' if i else None for i in range(20)],
+                                    number=list(range(20))), features=features).to_parquet(f/'train.parquet')
     return f
 
 def test_hub_rows_and_streams(parquet):
     rows = hub(str(parquet))
-    assert len(rows) == 20 and rows[3]['captions'] == ['red 3'] and rows[3]['image'].getpixel((0, 0)) == (30, 0, 0) and rows.captions[0] == ['']
+    assert len(rows) == 20 and rows[3]['captions'] == ['red 3'] and rows[3]['image'].getpixel((0, 0)) == (30, 0,
+        0) and rows.captions[0] == ['']
     with pytest.raises(OSError, match='row 5: not an image'): rows[5]
     good = usable(rows)
-    assert len(good) == 19 and good.report.left_out == {'row 5': 'not an image that Pillow can read'} and good.report.changed == {'caption missing: left empty': ['row 0']}
+    assert len(good) == 19 and good.report.left_out == {
+        'row 5': 'not an image that Pillow can read'} and good.report.changed == {
+            'caption missing: left empty': ['row 0']}
     with pytest.raises(OSError, match='strict reading ends here'): usable(rows, strict=True)
     flow = hub(str(parquet), streaming=True, held_out=4, seed=1)
     assert [r['captions'][0] for r in flow.take(3)] == ['', 'red 1', 'red 2']
     def some(start, n): return [(p, row.args[0]['number']) for (p, row), _ in zip(flow.stream(start), range(n))]
     first = some(0, 40)
-    assert sorted(n for _, n in first[:16]) == list(range(4, 20)) == sorted(n for _, n in first[16:32]) and first[:16] != first[16:32]     # two passes, in two orders
-    assert some(19, 21) == first[19:]                                                                                               # picked up anywhere
+    # two passes, in two orders
+    assert sorted(n for _, n in first[:16]) == list(range(4, 20)) == sorted(n for _,
+        n in first[16:32]) and first[:16] != first[16:32]
+    assert some(19, 21) == first[19:]  # picked up anywhere
     with pytest.raises(OSError, match='no data set could be loaded'): hub('./nowhere')
     with pytest.raises(ValueError, match='no column of pictures'): hub(str(parquet), image='image')
 
@@ -130,21 +160,25 @@ def test_a_stream_can_be_trained_on_killed_and_resumed(parquet, tmp_path):
     class Mean(torch.nn.Module):
         def __init__(self): super().__init__(); self.m = torch.nn.Parameter(torch.zeros(3))
         def forward(self, images): return SimpleNamespace(loss=(images.mean((2, 3)) - self.m).square().mean())
-    data = PictureStream(hub(str(parquet), streaming=True), 3, [(8, 8)])
+    data = ImageStream(hub(str(parquet), streaming=True), 3, [(8, 8)])
     def run(out, fail=None, workers=0):
         def evaluate(m):
             if fail and float(m.m.abs().sum()) and (tmp_path/out/'checkpoints').exists(): raise KeyboardInterrupt
             return {}
-        try: return train(Mean(), data, TrainConfig(steps=20, batch_size=3, num_workers=workers, checkpoint_every=1, evaluate_every=7, mixed_precision='no', trackers=[]), data.collate, evaluate, tmp_path/out, resume=True, progress=False)
+        try:
+            return train(Mean(), data, TrainConfig(steps=20, batch_size=3, num_workers=workers, checkpoint_every=1,
+                                                   evaluate_every=7, mixed_precision='no', trackers=[]), data.collate,
+                                                   evaluate, tmp_path/out, resume=True, progress=False)
         except KeyboardInterrupt: return None
     whole = run('a')
-    assert run('b', fail=True) is None and torch.equal(run('b').m, whole.m) and torch.equal(run('c', workers=2).m, whole.m)
+    assert run('b', fail=True) is None and torch.equal(run('b').m, whole.m) and torch.equal(run('c', workers=2).m,
+        whole.m)
 
 def test_pictures_are_mirrored_only_where_captions_allow():
     import torch
     assert names_sides(['a star to the LEFT of a ring']) and not names_sides(['a leftover', 'bright'])
     half = Image.new('RGB', (8, 8)); half.paste((255, 255, 255), (0, 0, 4, 8))
     for caption, kinds in (('a half', 2), ('white on the left', 1)):
-        data = Pictures([dict(image=half, captions=[caption])], 1, [(8, 8)], flip=True)
+        data = ImageBatches([dict(image=half, captions=[caption])], 1, [(8, 8)], flip=True)
         torch.manual_seed(0)
         assert len({data.collate([data[0]])['images'][0, 0, 0, 0].item() for _ in range(20)}) == kinds

@@ -30,11 +30,13 @@ def test_counts_and_sizes(rows):
     assert sum(sizes) < 13*2**20 and max(sizes) < 15*2**20
 
 def test_pictures_and_captions_are_apart(every):
-    assert len({r['emoji'] for r in every}) == len({r['name'] for r in every}) == len({r['image']['bytes'] for r in every}) == len(every)
+    assert len({r['emoji'] for r in every}) == len({r['name'] for r in every}) == len({r['image']['bytes']
+        for r in every}) == len(every)
     captions = [c for r in every for c in r['captions']]
     assert len(set(captions)) == len(captions), [c for c, n in Counter(captions).items() if n > 1][:5]
     assert all(6 <= len(r['captions']) <= 12 for r in every)
-    assert not [c for c in captions if '  ' in c or c != c.strip() or '_' in c or ' a a ' in f' {c}' or ' ,' in c or c.endswith(',')]
+    assert not [c for c in captions if '  ' in c or c != c.strip() or '_' in c or ' a a ' in f' {c}' or ' ,' in c
+                or c.endswith(',')]
 
 def test_tone_and_sex_are_said(every):
     said = dict(man='man men male merman prince Claus', woman='woman women female mermaid princess Claus')
@@ -50,46 +52,56 @@ def test_unseen_pictures_are_unseen_in_every_variant(rows, every):
 
 def test_every_part_of_an_unseen_composition_is_trained_on(rows):
     trained = rows['train']
-    who, tones, together = ({tuple(r[k] for k in keys) for r in trained} for keys in (('base', 'look', 'sex'), ('base', 'tone'), ('tone', 'sex')))
+    who, tones, together = ({tuple(r[k] for k in keys) for r in trained} for keys in (('base', 'look', 'sex'),
+        ('base', 'tone'), ('tone', 'sex')))
     for r in rows['unseen_compositions']:
         assert (r['base'], r['look'], r['sex']) in who         # the same person at the same activity, in another tone
         assert (r['base'], r['tone']) in tones                 # the activity in that tone, by another person
         assert (r['tone'], r['sex']) in together               # such a person in that tone, at another activity
     mixed = sum(bool(r['tone'] or r['sex']) for r in trained) + len(rows['unseen_compositions'])
     assert .095 <= len(rows['unseen_compositions'])/mixed <= .105
-    assert not {(r['base'], r['look'], r['sex'], r['tone']) for r in rows['unseen_compositions']} & {(r['base'], r['look'], r['sex'], r['tone']) for r in trained}
+    assert not {(r['base'], r['look'], r['sex'], r['tone']) for r in rows['unseen_compositions']} & {(r['base'],
+        r['look'], r['sex'], r['tone']) for r in trained}
 
 def test_split_can_be_made_again(rows, every, draw):
     again = draw.split(sorted(every, key=lambda r: (r['base'], r['name'])))
     assert Counter(again) == {s: len(rows[s]) for s in splits}
-    assert {r['name'] for r, s in zip(sorted(every, key=lambda r: (r['base'], r['name'])), again) if s == 'unseen_pictures'} == {r['name'] for r in rows['unseen_pictures']}
+    assert {r['name'] for r, s in zip(sorted(every, key=lambda r: (r['base'], r['name'])), again)
+            if s == 'unseen_pictures'} == {r['name'] for r in rows['unseen_pictures']}
 
 def test_names_can_be_made_again(every, draw):
-    for r in every: assert draw.full_name(r['emoji']) == r['name'] and draw.captions(r['emoji']) == r['captions'], r['name']
+    for r in every:
+        assert draw.full_name(r['emoji']) == r['name'] and draw.captions(r['emoji']) == r['captions'], r['name']
 
 def test_drawn_again(every, draw):
     import io, numpy as np
     from PIL import Image, features
-    if not Path(draw.font_path).is_file(): pytest.skip(f'needs {draw.font_path} (Debian package fonts-noto-color-emoji)')
+    if not Path(draw.font_path).is_file():
+        pytest.skip(f'needs {draw.font_path} (Debian package fonts-noto-color-emoji)')
     if not features.check('raqm'): pytest.skip('needs Pillow with Raqm')
     font, stored = draw.load_font(), {r['emoji']: r['image']['bytes'] for r in every}
     assert len(drawn_again) == 20
     for e in drawn_again:
         kept = np.array(Image.open(io.BytesIO(stored[e])).convert('RGB')).astype(int)
-        assert kept.shape == (64, 64, 3) and abs(np.array(draw.picture(e, font)) - kept).max() <= 2, e   # 2 levels: other versions of FreeType
-    assert not draw.known('🇨🇶', font) and not draw.known('\U0001FAE8\u200D\U0001F697', font)       # a flag and a sequence that it does not know
+        # 2 levels: other versions of FreeType
+        assert kept.shape == (64, 64, 3) and abs(np.array(draw.picture(e, font)) - kept).max() <= 2, e
+    # a flag and a sequence that it does not know
+    assert not draw.known('🇨🇶', font) and not draw.known('\U0001FAE8\u200D\U0001F697', font)
 
 def test_datasets_reads_it():
     "Straight from the folder, by the metadata in README.md and in the files"
     datasets = pytest.importorskip('datasets')
-    schema = datasets.Features.from_arrow_schema(__import__('pyarrow.parquet').parquet.read_schema(folder/'train.parquet'))
-    assert isinstance(schema['image'], datasets.Image) and set(schema) == {'image', 'captions', 'emoji', 'name', 'base', 'tone', 'sex', 'look'}
+    schema = datasets.Features.from_arrow_schema(__import__(
+        'pyarrow.parquet').parquet.read_schema(folder/'train.parquet'))
+    assert isinstance(schema['image'], datasets.Image) and set(schema) == {'image', 'captions', 'emoji', 'name', 'base',
+        'tone', 'sex', 'look'}
 
 def test_loader(rows):
     from v2flow_nbdev.data.sources import emoji
     unseen, small = emoji('unseen_pictures'), emoji('unseen_pictures', size=32)
     assert [r['name'] for r in unseen] == [r['name'] for r in rows['unseen_pictures']]
-    assert {r['image'].size for r in unseen} == {(64, 64)} and {r['image'].size for r in small} == {(32, 32)} and unseen[0]['image'].mode == 'RGB'
+    assert {r['image'].size for r in unseen} == {(64, 64)} and {r['image'].size for r in small} == {(32,
+        32)} and unseen[0]['image'].mode == 'RGB'
     with pytest.raises(ValueError, match='unseen_compositions'): emoji('test')
 
 def test_loader_says_where_the_pictures_are(tmp_path):

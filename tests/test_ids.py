@@ -1,4 +1,5 @@
-"Ids are a contract: the same image gives the same ids wherever `encode` runs, and a saved tokenizer is the one that was saved"
+("Ids are a contract: the same image gives the same ids wherever `encode` runs, and a saved tokenizer is the one that "
+ "was saved")
 import copy, json
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -7,7 +8,8 @@ from conftest import root, shipped
 from v2flow_nbdev.models.latents import AutoencoderLatents, PixelLatents
 from v2flow_nbdev.models.autoencoder import small_autoencoder
 from v2flow_nbdev.language.pipeline import V2FlowPipeline
-from v2flow_nbdev.models.tokenizer import DecoderTraining, V2Flow, V2FlowConfig
+from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
+from v2flow_nbdev.models.tokenizer_training import DecoderTraining, TokenizerTraining
 from v2flow_nbdev.models.vocabulary import Vocabulary
 
 def autoencoder(scale=3., shift=0.2, seed=0):
@@ -18,21 +20,28 @@ def autoencoder(scale=3., shift=0.2, seed=0):
         for p in model.parameters(): p.data.add_(0.05*torch.randn_like(p))
     return AutoencoderLatents(model, scale, shift)
 
-def words(seed=0): return Vocabulary([f'w{i}' for i in range(200)], torch.randn(200, 48, generator=torch.Generator().manual_seed(seed)))
+def words(seed=0):
+    return Vocabulary([f'w{i}' for i in range(200)],
+                      torch.randn(200, 48, generator=torch.Generator().manual_seed(seed)))
 
 def tokenizer(latents=None, **how):
     "256 random codes over 200 random tokens: many an id is nearly another, so that any rounding shows"
     torch.manual_seed(0)
-    config = V2FlowConfig(**{**dict(image_size=(32, 32), image_channels=3, patch=4, latent_channels=4 if latents else 0, codebook_size=256, dim=32, depth=1,
-                                    velocity_width=32, velocity_depth=1, sketch_width=32, n_iter=1, n_steps=2, autoencoder='ours' if latents else ''), **how})
+    config = V2FlowConfig(**{**dict(image_size=(32, 32), image_channels=3, patch_size=4, latent_channels=4
+                                    if latents else 0, codebook_size=256, dim=32, depth=1,
+                                    velocity_width=32, velocity_depth=1, n_iter=1, n_steps=2, autoencoder='ours'
+                                    if latents else ''), **how})
     tok = V2Flow(config, words(), latents).eval()
     tok.quantizer.initialised.fill_(True)
     x = images(16)
     codes = tok.mixtures(tok.to_latents(x), 1.).flatten(0, 1)
-    tok.quantizer.codebook.copy_(torch.nn.functional.normalize(codes[torch.randperm(len(codes))[:256]] + 0.02*torch.randn(256, 48), dim=-1).detach())
+    tok.quantizer.codebook.copy_(torch.nn.functional.normalize(codes[torch.randperm(len(codes))[:256]]
+                                                               + 0.02*torch.randn(256, 48), dim=-1).detach())
     return tok
 
-def images(n=16, seed=5): return (torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))*2 - 1).repeat_interleave(4, 2).repeat_interleave(4, 3)
+def images(n=16, seed=5):
+    return (torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))*2 - 1).repeat_interleave(4,
+        2).repeat_interleave(4, 3)
 
 @pytest.fixture(scope='module')
 def tok(): return tokenizer(autoencoder())
@@ -54,7 +63,7 @@ def surroundings(tok):
         def run(t):
             with context(): return t.encode(x)
         return run
-    def in_training(t): t.train(); t.before_step(1.); return t(x).ids
+    def in_training(t): m = TokenizerTraining(t).train(); m.before_step(1.); return m(x).ids
     def decoder_training(t):
         seen = []
         inner, t.decode_latents = t.decode_latents, lambda ids, *a, **k: seen.append(ids) or inner(ids, *a, **k)
@@ -65,10 +74,15 @@ def surroundings(tok):
     def cast(dtype):
         def run(t): t.latents.to(dtype); return t.to(dtype).encode(x)
         return run
-    return dict(autocast=under(lambda: torch.autocast('cpu', torch.bfloat16)), bfloat16_products=under(lambda: products('medium')), bfloat16=cast(torch.bfloat16), float16=cast(torch.float16),
-        float16_then_float32=lambda t: t.half().float().encode(x), float64_images=lambda t: t.encode(x.double()), in_training_mode=lambda t: t.train().encode(x),
-        a_frozen_step=lambda t: under(lambda: torch.autocast('cpu', torch.bfloat16))(type('', (), dict(encode=lambda s, x: in_training(t)))()),
-        evaluated=lambda t: t(x).ids, decoder_training=decoder_training, latents_first=latents_first, loaded_onto_itself=lambda t: (t.load_state_dict(t.half().state_dict()), t.encode(x))[1])
+    return dict(autocast=under(lambda: torch.autocast('cpu', torch.bfloat16)),
+                bfloat16_products=under(lambda: products('medium')), bfloat16=cast(torch.bfloat16),
+                float16=cast(torch.float16),
+        float16_then_float32=lambda t: t.half().float().encode(x), float64_images=lambda t: t.encode(x.double()),
+        in_training_mode=lambda t: t.train().encode(x),
+        a_frozen_step=lambda t: under(lambda: torch.autocast('cpu', torch.bfloat16))(type('', (),
+            dict(encode=lambda s, x: in_training(t)))()),
+        evaluated=lambda t: TokenizerTraining(t).eval()(x).ids, decoder_training=decoder_training, latents_first=latents_first,
+        loaded_onto_itself=lambda t: (t.load_state_dict(t.half().state_dict()), t.encode(x))[1])
 
 @pytest.mark.parametrize('where', list(surroundings(None)))
 def test_the_same_ids_wherever_encode_runs(tok, ids, where):
@@ -78,7 +92,9 @@ def test_the_images_would_tell_if_anything_were_rounded(tok, ids):
     "Else the tests around this one could not fail"
     for part in ('readout', 'codebook', 'encoder'):
         t = copy.deepcopy(tok)
-        for p in dict(readout=[t.resampler.readout.weight], codebook=[t.quantizer.codebook], encoder=t.latents.model.encoder.parameters())[part]: p.data.copy_(p.data.bfloat16())
+        for p in dict(readout=[t.resampler.readout.weight], codebook=[t.quantizer.codebook],
+                      encoder=t.latents.model.encoder.parameters())[part]:
+            p.data.copy_(p.data.bfloat16())
         assert not torch.equal(t.encode(images()), ids), part
 
 @pytest.mark.parametrize('dtype', [None, torch.float16, torch.bfloat16])
@@ -104,11 +120,12 @@ def test_scale_and_shift_are_those_of_the_autoencoder(tok, ids, tmp_path):
     again = V2Flow.from_pretrained(tmp_path)
     assert (again.latents.scale, again.latents.shift) == (3., 0.2) and torch.equal(again.encode(images()), ids)
 
-@pytest.mark.parametrize('other, why', [(dict(scale=2.), 'latent_scale'), (dict(shift=0.), 'latent_shift'), (dict(seed=1), 'autoencoder_checksum')])
+@pytest.mark.parametrize('other, why', [(dict(scale=2.), 'latent_scale'), (dict(shift=0.), 'latent_shift'),
+                                        (dict(seed=1), 'autoencoder_checksum')])
 def test_another_autoencoder_is_refused(tok, tmp_path, other, why):
     with pytest.raises(ValueError, match=why): V2Flow(tok.config, words(), autoencoder(**other))
     tok.save_pretrained(tmp_path)
-    autoencoder(**other).save_pretrained(tmp_path/'autoencoder')                     # copied into the folder of another tokenizer
+    autoencoder(**other).save_pretrained(tmp_path/'autoencoder')  # copied into the folder of another tokenizer
     with pytest.raises(OSError, match=why): V2Flow.from_pretrained(tmp_path)
 
 def test_a_scale_of_one_is_a_scale_too(tmp_path):
@@ -121,7 +138,8 @@ def test_a_decoder_may_be_tuned(tok, ids, tmp_path):
     t.save_pretrained(tmp_path)
     again = V2Flow.from_pretrained(tmp_path)
     assert torch.equal(again.encode(images()), ids)
-    assert all(torch.equal(a, b) for a, b in zip(again.latents.model.decoder.parameters(), t.latents.model.decoder.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(again.latents.model.decoder.parameters(),
+                                                 t.latents.model.decoder.parameters()))
 
 def test_an_autoencoder_without_a_name_is_saved_too(tmp_path):
     t = tokenizer(autoencoder(), autoencoder='')
@@ -162,17 +180,23 @@ def test_a_config_of_a_newer_version_says_so(tok, tmp_path):
 @pytest.mark.parametrize('name', ['digits', 'shapes', 'emoji'])
 def test_shipped_configs_carry_their_version(name):
     folder = root/'data/checkpoints'/name
-    assert json.loads((folder/'image_tokenizer/config.json').read_text())['format_version'] == V2FlowConfig.format_version
+    assert json.loads((folder/'image_tokenizer/config.json').read_text(
+        ))['format_version'] == V2FlowConfig.format_version
     assert json.loads((folder/'model_index.json').read_text())['format_version'] == 1
 
-bad_images = dict(integers=(lambda x: ((x + 1)*127.5).byte(), 'uint8'), bytes_as_floats=(lambda x: (x + 1)*127.5, 'values from'), nan=(lambda x: x*float('nan'), 'values from'), one_nan=(lambda x: x.index_fill(0, torch.tensor(1), float('nan')), 'values from'),
-    infinite=(lambda x: x/0, 'values from'), none=(lambda x: x[:0], 'empty'), a_list=(list, 'a list'), an_empty_list=(lambda x: [], 'a list'), unbatched=(lambda x: x[0], 'shape'), grey=(lambda x: x[:, :1], 'shape'), odd=(lambda x: x[..., :-1], 'divisible'), nothing=(lambda x: None, 'images'))
+bad_images = dict(integers=(lambda x: ((x + 1)*127.5).byte(), 'uint8'), bytes_as_floats=(lambda x: (x + 1)*127.5,
+    'values from'), nan=(lambda x: x*float('nan'), 'values from'),
+    one_nan=(lambda x: x.index_fill(0, torch.tensor(1), float('nan')), 'values from'),
+    infinite=(lambda x: x/0, 'values from'), none=(lambda x: x[:0], 'empty'), a_list=(list, 'a list'),
+    an_empty_list=(lambda x: [], 'a list'), unbatched=(lambda x: x[0], 'shape'), grey=(lambda x: x[:, :1], 'shape'),
+    odd=(lambda x: x[..., :-1], 'divisible'), nothing=(lambda x: None, 'images'))
 
 @pytest.mark.parametrize('kind', bad_images)
 @pytest.mark.parametrize('entrance', ['encode', 'forward', 'to_latents'])
 def test_images_are_checked_at_every_entrance(tok, kind, entrance):
     make, why = bad_images[kind]
-    with pytest.raises(ValueError, match=why): getattr(tok, entrance)(make(images(4)))
+    call = TokenizerTraining(tok).eval() if entrance == 'forward' else getattr(tok, entrance)
+    with pytest.raises(ValueError, match=why): call(make(images(4)))
 
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64])
 def test_ids_of_any_integer_dtype(tok, dtype):
@@ -180,15 +204,19 @@ def test_ids_of_any_integer_dtype(tok, dtype):
     a, b = (tok.decode(i, generator=torch.Generator().manual_seed(0)) for i in (ids, ids.to(dtype)))
     assert torch.equal(a, b)
 
-@pytest.mark.parametrize('bad, why', [(torch.zeros(1, 64), 'integers'), (torch.zeros(1, 64).bool(), 'integers'), (torch.zeros(1, 63).long(), r'need \(B, 64\)'), (torch.full((1, 64), 256), '0 to 255'),
-                                      (torch.full((1, 64), -1), '0 to 255'), (torch.zeros(0, 64).long(), 'no ids'), ([[0]*64], 'a list'), (None, 'NoneType')])
+@pytest.mark.parametrize('bad, why', [(torch.zeros(1, 64), 'integers'), (torch.zeros(1, 64).bool(), 'integers'),
+                                      (torch.zeros(1, 63).long(), r'need \(B, 64\)'),
+                                      (torch.full((1, 64), 256), '0 to 255'),
+                                      (torch.full((1, 64), -1), '0 to 255'), (torch.zeros(0, 64).long(), 'no ids'),
+                                      ([[0]*64], 'a list'), (None, 'NoneType')])
 def test_ids_are_checked(tok, bad, why):
     for decode in (tok.decode, tok.decode_latents):
         with pytest.raises(ValueError, match=why): decode(bad)
 
-@pytest.mark.parametrize('bad', [torch.zeros(1, 4, 8), torch.zeros(1, 3, 8, 8), torch.zeros(0, 4, 8, 8), torch.zeros(1, 4, 8, 8).long(), torch.full((1, 4, 8, 8), float('nan'))])
+@pytest.mark.parametrize('bad', [torch.zeros(1, 4, 8), torch.zeros(1, 3, 8, 8), torch.zeros(0, 4, 8, 8),
+                                 torch.zeros(1, 4, 8, 8).long(), torch.full((1, 4, 8, 8), float('nan'))])
 def test_latents_are_checked(tok, bad):
-    for entrance in (lambda: tok.encode(latents=bad), lambda: tok(latents=bad)):
+    for entrance in (lambda: tok.encode(latents=bad), lambda: TokenizerTraining(tok).eval()(latents=bad)):
         with pytest.raises(ValueError, match='latents'): entrance()
 
 def test_images_or_latents_but_not_both(tok):
@@ -198,18 +226,23 @@ def test_images_or_latents_but_not_both(tok):
 
 def test_counts_that_must_agree(tok, pipe, tmp_path):
     g = lambda n: [torch.Generator().manual_seed(i) for i in range(n)]
-    calls = dict(decode=lambda: tok.decode(tok.encode(images(2)), generator=g(3)), decode_none=lambda: tok.decode(tok.encode(images(2)), generator=[]), reconstruct=lambda: pipe.reconstruct(torch.zeros(2, 1, 8, 8), generator=g(3)),
-                 pipe=lambda: pipe(['a six', 'a two'], 2, generator=g(2)), pipe_none=lambda: pipe('a six', generator=[]))
+    calls = dict(decode=lambda: tok.decode(tok.encode(images(2)), generator=g(3)),
+                 decode_none=lambda: tok.decode(tok.encode(images(2)), generator=[]),
+                 reconstruct=lambda: pipe.reconstruct(torch.zeros(2, 1, 8, 8), generator=g(3)),
+                 pipe=lambda: pipe(['a six', 'a two'], 2, generator=g(2)),
+                 pipe_none=lambda: pipe('a six', generator=[]))
     for name, call in calls.items():
         with pytest.raises(ValueError, match=r'\d generators for \d'): call()
 
-@pytest.mark.parametrize('given', [[], (), torch.zeros(0, 1, 8, 8), [torch.zeros(1, 8, 8), torch.full((1, 8, 8), 200.)], torch.zeros(1, 1, 8, 8).byte(), [None], 7])
+@pytest.mark.parametrize('given', [[], (), torch.zeros(0, 1, 8, 8), [torch.zeros(1, 8, 8), torch.full((1, 8, 8), 200.)],
+                                   torch.zeros(1, 1, 8, 8).byte(), [None], 7])
 def test_the_pipeline_checks_images(pipe, given):
     for call in (pipe.caption, pipe.reconstruct, pipe.prepare):
         with pytest.raises(ValueError): call(given)
 
 def test_images_of_several_sizes_are_brought_to_one(pipe):
-    assert pipe.prepare([torch.zeros(1, 8, 8), torch.zeros(3, 20, 12), torch.zeros(1, 8, 8).double()]).shape == (3, 1, 8, 8)
+    assert pipe.prepare([torch.zeros(1, 8, 8), torch.zeros(3, 20, 12), torch.zeros(1, 8, 8).double()]).shape == (3, 1,
+        8, 8)
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_a_pipeline_after_a_cast(pipe, tmp_path, dtype):
@@ -228,11 +261,12 @@ def test_a_pipeline_after_a_cast(pipe, tmp_path, dtype):
 def test_a_pipeline_saved_over_another(pipe, tmp_path):
     emoji = V2FlowPipeline.from_pretrained(root/'data/checkpoints/emoji')
     emoji.save_pretrained(tmp_path)
-    emoji.llm.save_pretrained(tmp_path/'llm', max_shard_size='5MB')                  # and its language model in several files
+    emoji.llm.save_pretrained(tmp_path/'llm', max_shard_size='5MB')  # and its language model in several files
     pipe.save_pretrained(tmp_path)
     again = V2FlowPipeline.from_pretrained(tmp_path)
     assert again.llm.config.vocab_size == pipe.llm.config.vocab_size and not list((tmp_path/'llm').glob('model-*'))
-    assert torch.equal(again.image_tokenizer.encode(torch.zeros(1, 1, 8, 8)), pipe.image_tokenizer.encode(torch.zeros(1, 1, 8, 8)))
+    assert torch.equal(again.image_tokenizer.encode(torch.zeros(1, 1, 8, 8)),
+                       pipe.image_tokenizer.encode(torch.zeros(1, 1, 8, 8)))
 
 def test_an_index_of_a_newer_version_says_so(tmp_path):
     import shutil
@@ -243,15 +277,19 @@ def test_an_index_of_a_newer_version_says_so(tmp_path):
     (tmp_path/'m/model_index.json').write_text(json.dumps(index | dict(defaults=dict(index['defaults'], glow=1))))
     with pytest.raises(OSError, match='glow'): V2FlowPipeline.from_pretrained(tmp_path/'m')
 
-@pytest.mark.parametrize('defaults', [dict(guidance_scale='x'), dict(top_p=2.), dict(temperature=None), dict(top_k=0), dict(glow=1)])
+@pytest.mark.parametrize('defaults', [dict(guidance_scale='x'), dict(top_p=2.), dict(temperature=None), dict(top_k=0),
+                                      dict(glow=1)])
 def test_wrong_defaults_are_found_when_a_pipeline_is_made(pipe, defaults):
     with pytest.raises(ValueError): V2FlowPipeline(pipe.image_tokenizer, pipe.llm, pipe.tokenizer, defaults)
 
 def metric_calls():
     from v2flow_nbdev.evaluation import judges as j, metrics as m
     a, b, g = torch.zeros(4, 3, 16, 16), torch.zeros(1, 3, 16, 16), torch.zeros(4, 1, 16, 16)
-    return dict(psnr=lambda: m.psnr(a, b), psnr_channels=lambda: m.psnr(a, g), ssim=lambda: m.ssim(a, b), fidelity=lambda: m.fidelity(a, b), lpips=lambda: m.lpips(a, a[:3], network=lambda x, y: x[:, 0, 0, 0]),
-                accuracy=lambda: j.accuracy(None, g, [1, 2, 3]), variety=lambda: j.variety(g, torch.zeros(3), g, torch.zeros(4)), nearest_real=lambda: j.nearest_real(a, a, [[0]]*3), nearest_is_right=lambda: j.nearest_is_right(a, a, [0]*3, [[0]]*4))
+    return dict(psnr=lambda: m.psnr(a, b), psnr_channels=lambda: m.psnr(a, g), ssim=lambda: m.ssim(a, b),
+                fidelity=lambda: m.fidelity(a, b), lpips=lambda: m.lpips(a, a[:3], network=lambda x, y: x[:, 0, 0, 0]),
+                accuracy=lambda: j.accuracy(None, g, [1, 2, 3]), diversity=lambda: j.diversity(g, torch.zeros(3), g,
+                    torch.zeros(4)), nearest_real=lambda: j.nearest_real(a, a, [[0]]*3),
+                    top1_retrieval=lambda: j.top1_retrieval(a, a, [0]*3, [[0]]*4))
 
 @pytest.mark.parametrize('name', metric_calls())
 def test_scores_compare_as_many_of_one_as_of_the_other(name):

@@ -4,59 +4,73 @@ import pytest, torch
 from conftest import Shell, shipped
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 from v2flow_nbdev.data.sources import digit_captions
-from v2flow_nbdev.language.visual_tokens import VisualWords, add_visual_words
+from v2flow_nbdev.language.visual_tokens import VisualTokens, add_visual_tokens
 from v2flow_nbdev.language.sequences import check_packs, pack, text_to_image
 from v2flow_nbdev.language.adapters import choose_trained, merge
 from v2flow_nbdev.language.text_models import collate, train_text_tokenizer
-from v2flow_nbdev.language.generation import write_captions, write_images
+from v2flow_nbdev.language.generation import generate_captions, generate_image_ids
 from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
 from v2flow_nbdev.models.vocabulary import Vocabulary
 
 texts = [c for d in range(10) for c in digit_captions(d)]
-families = dict(llama=(LlamaConfig, {}), tied_llama=(LlamaConfig, dict(tie_word_embeddings=True)), qwen2=(Qwen2Config, dict(tie_word_embeddings=True)), qwen3=(Qwen3Config, dict(head_dim=16)),
-                mistral=(MistralConfig, dict(sliding_window=None)), phi3=(Phi3Config, dict(pad_token_id=2)), gpt2=(GPT2Config, {}))
+families = dict(llama=(LlamaConfig, {}), tied_llama=(LlamaConfig, dict(tie_word_embeddings=True)),
+                qwen2=(Qwen2Config, dict(tie_word_embeddings=True)), qwen3=(Qwen3Config, dict(head_dim=16)),
+                mistral=(MistralConfig, dict(sliding_window=None)), phi3=(Phi3Config, dict(pad_token_id=2)),
+                gpt2=(GPT2Config, {}))
 
 def made(name, padding=7):
     "A small model of the family, with more rows than its tokenizer has words, and an image tokenizer over its words"
     torch.manual_seed(0)
     tokenizer = train_text_tokenizer(texts, 300)
     kind, more = families[name]
-    shape = dict(n_embd=32, n_layer=2, n_head=2, n_positions=64) if name == 'gpt2' else dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64)
-    model = AutoModelForCausalLM.from_config(kind(vocab_size=len(tokenizer) + padding, bos_token_id=0, eos_token_id=1, **shape, **more)).eval()
+    shape = dict(n_embd=32, n_layer=2, n_head=2, n_positions=64) if name == 'gpt2' else dict(hidden_size=32,
+        intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=64)
+    model = AutoModelForCausalLM.from_config(kind(vocab_size=len(tokenizer) + padding, bos_token_id=0, eos_token_id=1,
+                                                  **shape, **more)).eval()
     for p in model.parameters(): torch.nn.init.normal_(p, std=0.05) if p.dim() > 1 else None
-    tok = V2Flow(V2FlowConfig(codebook_size=16, dim=32, depth=1), Vocabulary(tokenizer.convert_ids_to_tokens(range(3, len(tokenizer))), model.get_input_embeddings().weight.detach()[3:len(tokenizer)].clone()))
+    tok = V2Flow(V2FlowConfig(codebook_size=16, dim=32, depth=1),
+                 Vocabulary(tokenizer.convert_ids_to_tokens(range(3, len(tokenizer))),
+                            model.get_input_embeddings().weight.detach()[3:len(tokenizer)].clone()))
     return model, tokenizer, tok
 
 @pytest.mark.parametrize('name', families)
 def test_a_family_gets_visual_words(name, tmp_path):
-    "Text is read as before to the bit, tied tables stay tied, pictures are written inside their words, packed rows are alone, and a plain folder says it all"
+    """Text is read as before to the bit, tied tables stay tied, pictures are written inside their words, packed rows
+    are alone, and a plain folder says it all"""
     model, tokenizer, tok = made(name)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     batch = tokenizer(texts[:3], return_tensors='pt', padding=True, padding_side='right')
     with torch.no_grad(): before = model(**batch, output_hidden_states=True)
     size = len(model.get_input_embeddings().weight)
-    words = add_visual_words(model, tokenizer, tok, grids=[(4, 4), (2, 3)])
+    words = add_visual_tokens(model, tokenizer, tok, grids=[(4, 4), (2, 3)])
     with torch.no_grad(): after = model(**batch, output_hidden_states=True)
     assert all(torch.equal(a, b) for a,b in zip(before.hidden_states, after.hidden_states))
     assert (after.logits[..., :words.first] - before.logits[..., :words.first]).abs().max() < 1e-5
-    assert tied == (model.get_input_embeddings().weight is model.get_output_embeddings().weight) and len(model.get_input_embeddings().weight) == max(size, len(tokenizer))
+    assert tied == (model.get_input_embeddings().weight is model.get_output_embeddings(
+        ).weight) and len(model.get_input_embeddings().weight) == max(size, len(tokenizer))
     g = lambda n: [torch.Generator().manual_seed(i) for i in range(n)]
-    ids = write_images(model, tokenizer, texts[:3], guidance_scale=3., temperature=2., generator=g(3))
-    assert ids.shape == (3, 16) and 0 <= ids.min() and ids.max() < 16 and torch.equal(write_images(model, tokenizer, texts[:1], guidance_scale=3., temperature=2., generator=g(1)), ids[:1])
-    assert len(write_captions(model, tokenizer, ids, max_new_tokens=4)) == 3
-    rows = [text_to_image(words, 0, tokenizer(t).input_ids, torch.randint(16, grid)) for t in texts[:4] for grid in words.grids]
+    ids = generate_image_ids(model, tokenizer, texts[:3], guidance_scale=3., temperature=2., generator=g(3))
+    assert ids.shape == (3, 16) and 0 <= ids.min() and ids.max() < 16 and torch.equal(generate_image_ids(model,
+        tokenizer, texts[:1], guidance_scale=3., temperature=2., generator=g(1)), ids[:1])
+    assert len(generate_captions(model, tokenizer, ids, max_new_tokens=4)) == 3
+    rows = [text_to_image(words, 0, tokenizer(t).input_ids, torch.randint(16, grid)) for t in texts[:4]
+            for grid in words.grids]
     with torch.no_grad(): assert abs(model(**pack(rows, 64)).loss - model(**collate(rows)).loss) < 1e-5
     model.save_pretrained(tmp_path); tokenizer.save_pretrained(tmp_path)
-    load = type(tokenizer) if name == 'qwen2' else AutoTokenizer                     # AutoTokenizer makes any folder of a Qwen2 a Qwen2 tokenizer, which this is not
+    # AutoTokenizer makes any folder of a Qwen2 a Qwen2 tokenizer, which this is not
+    load = type(tokenizer) if name == 'qwen2' else AutoTokenizer
     again, text = AutoModelForCausalLM.from_pretrained(tmp_path), load.from_pretrained(tmp_path)
-    assert VisualWords.of(again) == words and torch.equal(write_images(again, text, texts[:3], guidance_scale=3., temperature=2., generator=g(3)), ids)
+    assert VisualTokens.of(again) == words and torch.equal(generate_image_ids(again, text, texts[:3], guidance_scale=3.,
+        temperature=2., generator=g(3)), ids)
 
 @pytest.mark.parametrize('name', ['llama', 'tied_llama', 'gpt2'])
 def test_adapters_train_merge_and_are_kept(name, tmp_path):
-    "New rows alone, and with LoRA: what may learn does, nothing else moves; merged it is the same function in an ordinary model; the adapter can be loaded by peft"
+    """New rows alone, and with LoRA: what may learn does, nothing else moves; merged it is the same function in an
+    ordinary model; the adapter can be loaded by peft"""
     from peft import PeftModel
     model, tokenizer, tok = made(name)
-    words = add_visual_words(model, tokenizer, tok)
+    words = add_visual_tokens(model, tokenizer, tok)
     batch = collate([text_to_image(words, 0, tokenizer(t).input_ids, torch.randint(16, (4, 4))) for t in texts[:4]])
     for how in ('new', 'lora'):
         begun = copy.deepcopy(model); student = choose_trained(copy.deepcopy(model), how, rank=2)
@@ -64,49 +78,62 @@ def test_adapters_train_merge_and_are_kept(name, tmp_path):
         optimizer = torch.optim.SGD(learning, 0.1)
         for _ in range(3): student(**batch).loss.backward(); optimizer.step(); optimizer.zero_grad()
         whole = merge(student)
-        with torch.no_grad(): torch.testing.assert_close(whole(**batch).logits, student(**batch).logits, atol=1e-4, rtol=1e-3)
+        with torch.no_grad():
+            torch.testing.assert_close(whole(**batch).logits, student(**batch).logits, atol=1e-4, rtol=1e-3)
         for a, b in ((m.get_input_embeddings().weight, m.get_output_embeddings().weight) for m in (whole,)):
             old, new = slice(0, words.first), slice(words.first, words.end + 1)
-            assert torch.equal(a[old], begun.get_input_embeddings().weight[old]) and not torch.equal(a[new], begun.get_input_embeddings().weight[new])
-            assert torch.equal(b[old], begun.get_output_embeddings().weight[old]) and not torch.equal(b[new], begun.get_output_embeddings().weight[new])
+            assert torch.equal(a[old], begun.get_input_embeddings().weight[old]) and not torch.equal(a[new],
+                begun.get_input_embeddings().weight[new])
+            assert torch.equal(b[old], begun.get_output_embeddings().weight[old]) and not torch.equal(b[new],
+                begun.get_output_embeddings().weight[new])
             assert (name != 'llama') == torch.equal(a, b)
         moved = [n for n,p in whole.named_parameters() if not torch.equal(p, dict(begun.named_parameters())[n])]
         assert (len(moved) > 2) == (how == 'lora'), moved
         student.save_pretrained(tmp_path/how)
-        with torch.no_grad(): torch.testing.assert_close(PeftModel.from_pretrained(begun, tmp_path/how)(**batch).logits, student(**batch).logits, atol=1e-5, rtol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(PeftModel.from_pretrained(begun, tmp_path/how)(**batch).logits,
+                                       student(**batch).logits, atol=1e-5, rtol=1e-4)
 
 def test_rows_beyond_the_words_are_taken_for_new_ones():
     "A padded table is not made longer than it has to be"
     model, tokenizer, tok = made('llama', padding=40)
     size = len(model.get_input_embeddings().weight)
-    words = add_visual_words(model, tokenizer, tok)
+    words = add_visual_tokens(model, tokenizer, tok)
     assert len(model.get_input_embeddings().weight) == size and words.end < size
 
 def test_the_command_teaches_two_grids_with_adapters_and_packing(tmp_path):
-    "train-llm with LoRA by Muon: an ordinary folder comes out that needs no peft, the adapter lies beside it, text is measured, and both sizes can be asked for"
+    """train-llm with LoRA by Muon: an ordinary folder comes out that needs no peft, the adapter lies beside it, text
+    is measured, and both sizes can be asked for"""
     from test_bad_input import own_llm
     own_llm(tmp_path/'text')
     shell = Shell()
-    done = shell('train-llm', '--config', 'configs/digits-llm.yaml', '--out', tmp_path/'run', f'image_tokenizer={shipped}/image_tokenizer', f'llm.pretrained={tmp_path}/text', 'data.copies=0', 'llm.train=lora', 'llm.rank=2',
-                 'llm.grids=[[4,4],[2,2]]', 'llm.pack=64', 'llm.text_share=0.2', 'llm.text_weight=4', 'llm.rare=label', 'training.optimizer=muon', 'training.steps=2', 'training.batch_size=16', 'training.evaluate_every=0', 'training.trackers=[]')
+    done = shell('train-llm', '--config', 'configs/digits-llm.yaml', '--out', tmp_path/'run',
+                 f'image_tokenizer={shipped}/image_tokenizer', f'llm.pretrained={tmp_path}/text', 'data.copies=0',
+                 'llm.train=lora', 'llm.rank=2',
+                 'llm.grids=[[4,4],[2,2]]', 'llm.pack=64', 'llm.text_share=0.2', 'llm.text_weight=4', 'llm.rare=label',
+                 'training.optimizer=muon', 'training.steps=2', 'training.batch_size=16', 'training.evaluate_every=0',
+                 'training.trackers=[]')
     assert done.returncode == 0 and 'perplexity of plain text before' in done.stderr, done.stderr[-2000:]
     line = json.loads((tmp_path/'run/log.jsonl').read_text().splitlines()[-1])
-    assert line['text_perplexity'] > 1 < line['text_perplexity_before'] and sorted(p.name for p in (tmp_path/'run/ids').iterdir()) == ['4x4', '8x8']
+    assert line['text_perplexity'] > 1 < line['text_perplexity_before'] and sorted(p.name
+        for p in (tmp_path/'run/ids').iterdir()) == ['4x4', '8x8']
     llm = AutoModelForCausalLM.from_pretrained(tmp_path/'run/model/llm')
-    assert VisualWords.of(llm).grids == ((4, 4), (2, 2)) and not any('lora' in n for n in llm.state_dict()) and (tmp_path/'run/adapter/adapter_model.safetensors').exists()
+    assert VisualTokens.of(llm).grids == ((4, 4), (2, 2)) and not any('lora' in n
+        for n in llm.state_dict()) and (tmp_path/'run/adapter/adapter_model.safetensors').exists()
     from PIL import Image
     for size in (8, 4):
-        done = shell('generate', 'a six', '--model', tmp_path/'run/model', '--size', size, size, '--out', tmp_path/'x.png')
+        done = shell('generate', 'a six', '--model', tmp_path/'run/model', '--size', size, size, '--out',
+                     tmp_path/'x.png')
         assert done.returncode == 0 and Image.open(tmp_path/'x.png').size == (size, size), done.stderr
     shell.close()
 
 def test_an_older_folder_is_understood():
     "As version 0.1 wrote it: one grid, under other names"
     model, tokenizer, tok = made('llama')
-    words = add_visual_words(model, tokenizer, tok)
+    words = add_visual_tokens(model, tokenizer, tok)
     old = dict(model.config.v2flow); old['begin'], old['grid'] = old.pop('begins')[0], list(old.pop('grids')[0])
     model.config.v2flow = old
-    assert VisualWords.of(model) == words
+    assert VisualTokens.of(model) == words
 
 def test_a_family_that_cannot_be_packed_is_found_out():
     from transformers import BloomConfig, BloomForCausalLM
@@ -121,5 +148,5 @@ def test_marks_of_a_chat_survive():
     model, tokenizer, tok = made('llama')
     tokenizer.add_special_tokens({'additional_special_tokens': ['<|im_start|>']})
     before = tokenizer('<|im_start|>the digit 3').input_ids
-    add_visual_words(model, tokenizer, tok)
+    add_visual_tokens(model, tokenizer, tok)
     assert '<|im_start|>' in tokenizer.all_special_tokens and tokenizer('<|im_start|>the digit 3').input_ids == before

@@ -1,4 +1,5 @@
-"The table of any language model: the right rows, out of the right file, in little memory; and one clear line where that cannot be"
+("The table of any language model: the right rows, out of the right file, in little memory; and one clear line where "
+ "that cannot be")
 import inspect, json, re, shutil, string
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,10 +9,10 @@ import pytest, torch
 from benchmarks.table import E, V, large_model
 from conftest import shipped
 from v2flow_nbdev.language.text_models import small_llama, train_text_tokenizer
-from v2flow_nbdev.models.vocabulary import Vocabulary, control_tokens, text_ids, word_ids
+from v2flow_nbdev.models.vocabulary import Vocabulary, control_tokens, text_ids, text_token_ids
 from v2flow_nbdev.base.files import open_tensors, read_json, read_tensors, write_json, write_tensors
 from v2flow_nbdev.base.folders import config_from_dict, push_to_hub, resolve_folder, weights_variant
-from v2flow_nbdev.base.tables import find_table, read_rows, table_checksum
+from v2flow_nbdev.base.tables import find_table, read_embeddings, table_checksum
 
 texts = ['a handwritten seven', 'the digit seven, written by hand', 'a small nine']
 small = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
@@ -23,7 +24,8 @@ families = {  # name: (config class, its settings, type on disk, padding rows)
     'phi3': ('Phi3Config', small, torch.float16, 3),
     'mistral': ('MistralConfig', small, torch.bfloat16, 0),
     'gpt2': ('GPT2Config', dict(n_embd=16, n_layer=2, n_head=2, n_positions=32), torch.float32, 1),
-    'gpt2 untied': ('GPT2Config', dict(n_embd=16, n_layer=2, n_head=2, n_positions=32, tie_word_embeddings=False), torch.float16, 0),
+    'gpt2 untied': ('GPT2Config', dict(n_embd=16, n_layer=2, n_head=2, n_positions=32, tie_word_embeddings=False),
+                    torch.float16, 0),
     'falcon': ('FalconConfig', dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2), torch.bfloat16, 0),
 }
 
@@ -40,10 +42,12 @@ def build(name, tokenizer, folder, **kwargs):
     "A model of a family with random rows, and its folder"
     import transformers
     kind, settings, dtype, padding = families[name]
-    special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                   pad_token_id=tokenizer.pad_token_id)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(vocab_size=len(tokenizer) + padding, **special, **settings)).to(dtype)
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(vocab_size=len(tokenizer)
+            + padding, **special, **settings)).to(dtype)
     model.save_pretrained(folder, **kwargs); tokenizer.save_pretrained(folder)
     return model
 
@@ -54,16 +58,19 @@ def llama(text_tokenizer, tmp_path_factory):
     return folder, build('llama', text_tokenizer, folder)
 
 def byte_fallback_tokenizer():
-    "Spelled as sentencepiece tokenizers are: `▁` for a blank, `<0x00>` … `<0xFF>` for bytes of unknown letters; with chat marks and more added words"
+    """Spelled as sentencepiece tokenizers are: `▁` for a blank, `<0x00>` … `<0xFF>` for bytes of unknown letters;
+    with chat marks and more added words"""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
-    pieces = ['<unk>', '<s>', '</s>'] + [f'<0x{b:02X}>' for b in range(256)] + ['▁', *'sevnia', 'se', 'ven', 'seven', '▁seven', '▁a']
+    pieces = ['<unk>', '<s>', '</s>'] + [f'<0x{b:02X}>' for b in range(256)] + ['▁', *'sevnia', 'se', 'ven', 'seven',
+        '▁seven', '▁a']
     merges = [('s', 'e'), ('v', 'en'), ('se', 'ven'), ('▁', 'seven'), ('▁', 'a')]
     pieces.insert(-5, 'en'); merges.insert(0, ('e', 'n'))
     bpe = Tokenizer(models.BPE({p: i for i,p in enumerate(pieces)}, merges, unk_token='<unk>', byte_fallback=True))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
     bpe.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token='<s>', eos_token='</s>', unk_token='<unk>', pad_token='</s>')
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token='<s>', eos_token='</s>', unk_token='<unk>',
+                                        pad_token='</s>')
     tokenizer.add_special_tokens({'additional_special_tokens': ['<|im_start|>', '<|im_end|>']})
     tokenizer.add_tokens(['<|v0|>', '<|v1|>', AddedToken('▁▁▁', normalized=False)])
     return tokenizer, pieces
@@ -79,21 +86,22 @@ def test_rows_are_those_of_the_model(name, text_tokenizer, tmp_path):
     ids = list(range(3, len(text_tokenizer)))                               # all but <s>, </s>, <pad>, and padding
     assert len(table) == len(text_tokenizer) + families[name][3] and table.dtype == families[name][2]
     assert vocab.embeddings.dtype == torch.float32 and torch.equal(vocab.embeddings, table.detach()[ids].float())
-    assert vocab.words == text_tokenizer.convert_ids_to_tokens(ids) and 'Ġseven' in vocab.words
+    assert vocab.tokens == text_tokenizer.convert_ids_to_tokens(ids) and 'Ġseven' in vocab.tokens
 
 def test_rows_and_checksum_are_those_of_reading_everything(text_tokenizer, tmp_path):
     small_llama(text_tokenizer, 16, 1, 2, 24).save_pretrained(tmp_path); text_tokenizer.save_pretrained(tmp_path)
     whole = read_tensors(tmp_path/'model.safetensors')['model.embed_tokens.weight']
     vocab = Vocabulary.from_pretrained(tmp_path)
-    assert torch.equal(vocab.embeddings, whole[3:]) and vocab.checksum == Vocabulary(vocab.words, whole[3:]).checksum
+    assert torch.equal(vocab.embeddings, whole[3:]) and vocab.checksum == Vocabulary(vocab.tokens, whole[3:]).checksum
     import hashlib
     assert table_checksum(whole) == hashlib.sha256(whole.numpy().tobytes()).hexdigest()[:16]
 
 def test_shipped_vocabulary_loads_as_before():
     vocab, config = Vocabulary.load(shipped/'image_tokenizer'), read_json(shipped/'image_tokenizer/config.json')
-    assert vocab.checksum == config['vocab_checksum'] and vocab.embeddings.shape == (config['vocab_size'], config['vocab_dim'])
+    assert vocab.checksum == config['vocab_checksum'] and vocab.embeddings.shape == (config['vocab_size'],
+        config['vocab_dim'])
     tuned = Vocabulary.from_pretrained(shipped/'llm')                        # visual words are no words
-    assert set(vocab.words) <= set(tuned.words) and not [w for w in tuned.words if w.startswith('<|')]
+    assert set(vocab.tokens) <= set(tuned.tokens) and not [w for w in tuned.tokens if w.startswith('<|')]
 
 def test_one_shard_is_opened(text_tokenizer, tmp_path):
     model = build('llama', text_tokenizer, tmp_path, max_shard_size='25KB')
@@ -111,21 +119,21 @@ def test_which_rows_are_words(tmp_path):
     tokenizer, pieces = byte_fallback_tokenizer()
     model = build('phi3', tokenizer, tmp_path)
     vocab = Vocabulary.from_pretrained(tmp_path)
-    assert vocab.words == pieces[259:] and len(model.get_input_embeddings().weight) == len(pieces) + 5 + 3
+    assert vocab.tokens == pieces[259:] and len(model.get_input_embeddings().weight) == len(pieces) + 5 + 3
     assert torch.equal(vocab.embeddings, model.get_input_embeddings().weight.detach()[259:len(pieces)].float())
     assert tokenizer.tokenize('a seven') == ['▁a', '▁seven'] and tokenizer.tokenize('é')[-2:] == ['<0xC3>', '<0xA9>']
-    assert word_ids(tokenizer) == list(range(259, len(pieces)))
+    assert text_token_ids(tokenizer) == list(range(259, len(pieces)))
 
 def test_bytes_of_byte_level_tokenizers_are_words(text_tokenizer):
     from tokenizers import pre_tokenizers
-    words = text_tokenizer.convert_ids_to_tokens(word_ids(text_tokenizer))
+    words = text_tokenizer.convert_ids_to_tokens(text_token_ids(text_tokenizer))
     assert set(pre_tokenizers.ByteLevel.alphabet()) <= set(words) and '<s>' not in words
 
 def test_rows_without_a_word_are_left_out():
     class Gaps:                                        # ids with holes, as some families have
         all_special_ids, added_tokens_decoder = [0], {7: '<|chat|>'}
         def get_vocab(self): return {'<s>': 0, 'a': 1, 'b': 5, '<|chat|>': 7, 'c': 9, '<0x0A>': 2, '<0xag>': 3}
-    assert word_ids(Gaps()) == [1, 3, 5, 9]
+    assert text_token_ids(Gaps()) == [1, 3, 5, 9]
 
 # finding the table
 
@@ -136,27 +144,33 @@ def folder_of(folder, config, **tensors):
 
 shape = dict(vocab_size=6, hidden_size=4)
 found = {  # name: (config, tensors, the table)
-    'by name': (shape, dict(model__norm=(4,), lm_head__weight=(6, 4), model__embed_tokens__weight=(6, 4)), 'model.embed_tokens.weight'),
+    'by name': (shape, dict(model__norm=(4,), lm_head__weight=(6, 4), model__embed_tokens__weight=(6, 4)),
+                'model.embed_tokens.weight'),
     'without config': (None, dict(wte__weight=(6, 4), wpe__weight=(3, 4)), 'wte.weight'),
-    'outermost': (shape, dict(model__a__embed_tokens__weight=(6, 4), model__embed_tokens__weight=(6, 4)), 'model.embed_tokens.weight'),
+    'outermost': (shape, dict(model__a__embed_tokens__weight=(6, 4), model__embed_tokens__weight=(6, 4)),
+                  'model.embed_tokens.weight'),
     'whole parts of names': (shape, dict(xwte__weight=(9, 4), backbone__table=(6, 4)), 'backbone.table'),
     'by shape': (shape, dict(backbone__table=(6, 4), other=(7, 4), lm_head__weight=(6, 4)), 'backbone.table'),
     'tied head': ({**shape, 'tie_word_embeddings': True}, dict(lm_head__weight=(6, 4), mlp=(4, 6)), 'lm_head.weight'),
     'rows beyond the config': (shape, dict(embed_tokens__weight=(8, 4)), 'embed_tokens.weight'),
-    'nested config': (dict(vocab_size=1, hidden_size=9, text_config=shape), dict(language_model__table=(6, 4)), 'language_model.table'),
-    'config of little words': (dict(text_config=dict(vocab_size=6)), dict(model__embed_tokens__weight=(6, 4)), 'model.embed_tokens.weight'),
+    'nested config': (dict(vocab_size=1, hidden_size=9, text_config=shape), dict(language_model__table=(6, 4)),
+                      'language_model.table'),
+    'config of little words': (dict(text_config=dict(vocab_size=6)), dict(model__embed_tokens__weight=(6, 4)),
+                               'model.embed_tokens.weight'),
     'gpt2 width': (dict(vocab_size=6, n_embd=4), dict(words=(6, 4), positions=(5, 4)), 'words'),
 }
-not_found = {  # name: (config, tensors, what the line must contain)
-    'nothing alike': (shape, dict(other=(7, 4)), r'no input-embedding table found: no tensor is called embed_tokens.*and 0 have the shape \(6, 4\)'),
+not_found = ({  # name: (config, tensors, what the line must contain)
+    'nothing alike': (shape, dict(other=(7, 4)),
+                      r'no input-embedding table found: no tensor is called embed_tokens.*and 0 have the shape \(6, 4\)'),
     'two alike': (shape, dict(a=(6, 4), b=(6, 4)), 'and 2 have the shape'),
     'head untied': (shape, dict(lm_head__weight=(6, 4)), 'and 0 have the shape'),
     'no config': (None, dict(table=(6, 4)), 'no config.json tells its shape'),
     'config without a width': (dict(vocab_size=6), dict(table=(6, 4)), 'no config.json tells its shape'),
-    'too few rows': (shape, dict(wte__weight=(5, 4)), r'wte.weight is of shape \(5, 4\), but config.json says \(6, 4\)'),
+    'too few rows': (shape, dict(wte__weight=(5, 4)),
+                     r'wte.weight is of shape \(5, 4\), but config.json says \(6, 4\)'),
     'another width': (shape, dict(wte__weight=(6, 5)), r'wte.weight is of shape \(6, 5\), but config.json says'),
     'no matrix': (shape, dict(wte__weight=(6,)), r'wte.weight is of shape \(6,\)'),
-}
+})
 
 @pytest.mark.parametrize('name', found)
 def test_table_is_found(name, tmp_path):
@@ -172,16 +186,18 @@ def test_no_table_is_one_clear_line(name, tmp_path):
 
 def test_read_rows(tmp_path):
     from safetensors.torch import save_file
-    tables = {str(d): torch.arange(70).view(10, 7).to(d) for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+    tables = {str(d): torch.arange(70).view(10, 7).to(d) for d in (torch.float32, torch.bfloat16, torch.float16,
+        torch.float64)}
     save_file(tables, tmp_path/'x.safetensors')
     for name, table in tables.items():
         for rows in ([], [9], [0, 3, 4, 9], [7, 0, 7, 2]):
             for block in (1, 3, 10, 1024):
-                got = read_rows(tmp_path/'x.safetensors', name, rows, block)
+                got = read_embeddings(tmp_path/'x.safetensors', name, rows, block)
                 assert got.dtype == torch.float32 and torch.equal(got, table[rows].float()), (name, rows, block)
     for bad in ([10], [-1, 3]):
-        with pytest.raises(ValueError, match='torch.float32 has 0 to 9'): read_rows(tmp_path/'x.safetensors', 'torch.float32', bad)
-    with pytest.raises(OSError, match='x.safetensors: damaged'): read_rows(tmp_path/'x.safetensors', 'other', [0])
+        with pytest.raises(ValueError, match='torch.float32 has 0 to 9'):
+            read_embeddings(tmp_path/'x.safetensors', 'torch.float32', bad)
+    with pytest.raises(OSError, match='x.safetensors: damaged'): read_embeddings(tmp_path/'x.safetensors', 'other', [0])
 
 # one clear line
 
@@ -197,14 +213,17 @@ def no_index(folder): shard(folder)
 def mistral_layout(folder): (folder/'model.safetensors').rename(folder/'consolidated.safetensors')
 def adapter_only(folder): (folder/'model.safetensors').rename(folder/'adapter_model.safetensors')
 def gguf_only(folder): (folder/'model.safetensors').rename(folder/'model.Q4.gguf')
-def two_variants(folder): shutil.copy(folder/'model.safetensors', folder/'model.fp16.safetensors'); (folder/'model.safetensors').rename(folder/'model.bf16.safetensors')
+def two_variants(folder):
+    shutil.copy(folder/'model.safetensors', folder/'model.fp16.safetensors')
+    (folder/'model.safetensors').rename(folder/'model.bf16.safetensors')
 def not_finite(folder):
     tensors = read_tensors(folder/'model.safetensors'); tensors['model.embed_tokens.weight'][9, 3] = torch.nan
     write_tensors(folder/'model.safetensors', tensors)
 def config_cut(folder): (folder/'config.json').write_text('{"vocab')
 def tokenizer_cut(folder): (folder/'tokenizer.json').write_text('{"a":')
 def quantized(folder): write_tensors(folder/'model.safetensors', {'wte.weight': torch.zeros(300, 16, dtype=torch.int8)})
-def other_tokenizer(folder): train_text_tokenizer(texts + ['one two three four five six eight ten eleven twelve']*9, 340).save_pretrained(folder)
+def other_tokenizer(folder):
+    train_text_tokenizer(texts + ['one two three four five six eight ten eleven twelve']*9, 340).save_pretrained(folder)
 def no_tokenizer(folder): (folder/'tokenizer.json').unlink(); (folder/'tokenizer_config.json').unlink()
 def pickle_only(folder):
     (folder/'model.safetensors').unlink()
@@ -249,9 +268,11 @@ def test_pickles_are_never_opened(llama, tmp_path):
     assert not load.called
 
 def test_no_folder_is_one_clear_line(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no such model folder; give a folder or a Hub id') as e: Vocabulary.from_pretrained(tmp_path/'none')
+    with pytest.raises(FileNotFoundError, match='no such model folder; give a folder or a Hub id') as e:
+        Vocabulary.from_pretrained(tmp_path/'none')
     assert '\n' not in str(e.value)
-    with pytest.raises(FileNotFoundError, match='no such folder in the model'): Vocabulary.from_pretrained(tmp_path, 'llm')
+    with pytest.raises(FileNotFoundError, match='no such folder in the model'):
+        Vocabulary.from_pretrained(tmp_path, 'llm')
 
 # which file
 
@@ -272,34 +293,52 @@ def renamed(folder, variant, how):
     "The same checkpoint as a variant, in one of the spellings that are in use"
     if how == 'one': (folder/'model.safetensors').rename(folder/f'model.{variant}.safetensors'); return
     content = read_json(folder/'model.safetensors.index.json'); (folder/'model.safetensors.index.json').unlink()
-    for name in {*content['weight_map'].values()}: (folder/name).rename(folder/name.replace('.safetensors', f'.{variant}.safetensors'))
-    content['weight_map'] = {k: v.replace('.safetensors', f'.{variant}.safetensors') for k,v in content['weight_map'].items()}
-    write_json(folder/(f'model.safetensors.index.{variant}.json' if how == 'transformers' else f'model.{variant}.safetensors.index.json'), content)
+    for name in {*content['weight_map'].values()}:
+        (folder/name).rename(folder/name.replace('.safetensors', f'.{variant}.safetensors'))
+    content['weight_map'] = {k: v.replace('.safetensors', f'.{variant}.safetensors') for k,
+                             v in content['weight_map'].items()}
+    write_json(folder/(f'model.safetensors.index.{variant}.json'
+                       if how == 'transformers' else f'model.{variant}.safetensors.index.json'), content)
 
 @pytest.mark.parametrize('how', ['one', 'transformers', 'diffusers'])
 def test_a_variant_alone_is_read(how, text_tokenizer, tmp_path):
     from transformers import AutoModelForCausalLM
     home = tmp_path/'repository'; home.mkdir()
-    model = build('llama', text_tokenizer, home, **({} if how == 'one' else dict(max_shard_size='25KB'))); renamed(home, 'fp16', how)
+    model = build('llama', text_tokenizer, home, **({} if how == 'one' else dict(max_shard_size='25KB')))
+    renamed(home, 'fp16', how)
     rows = model.get_input_embeddings().weight.detach()[3:]
-    assert weights_variant(home) == 'fp16' and torch.equal(Vocabulary.from_pretrained(home).embeddings, rows) and torch.equal(Vocabulary.from_pretrained(home, variant='fp16').embeddings, rows)
-    if how != 'diffusers': assert torch.equal(AutoModelForCausalLM.from_pretrained(home, variant=weights_variant(home)).get_input_embeddings().weight.detach()[3:], rows)
-    with pytest.raises(FileNotFoundError, match='model.bf16.safetensors: missing'): Vocabulary.from_pretrained(home, variant='bf16')
-    with on_hub(home, tmp_path/'cache') as hub: assert torch.equal(Vocabulary.from_pretrained('org/model').embeddings, rows)
+    assert weights_variant(home) == 'fp16' and torch.equal(Vocabulary.from_pretrained(home).embeddings,
+                                                           rows) and torch.equal(Vocabulary.from_pretrained(home,
+                                                               variant='fp16').embeddings, rows)
+    if how != 'diffusers':
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(home,
+                                                                variant=weights_variant(
+                                                                    home)).get_input_embeddings().weight.detach()[3:],
+                                                                    rows)
+    with pytest.raises(FileNotFoundError, match='model.bf16.safetensors: missing'):
+        Vocabulary.from_pretrained(home, variant='bf16')
+    with on_hub(home, tmp_path/'cache') as hub:
+        assert torch.equal(Vocabulary.from_pretrained('org/model').embeddings, rows)
     assert how == 'one' or len([n for n in hub.fetched if n.endswith('.safetensors')]) == 1
-    build('mistral', text_tokenizer, home)                                                 # with plain files beside it, these count
-    assert weights_variant(home) is None and not torch.equal(Vocabulary.from_pretrained(home).embeddings, rows) and torch.equal(Vocabulary.from_pretrained(home, variant='fp16').embeddings, rows)
+    build('mistral', text_tokenizer, home)  # with plain files beside it, these count
+    assert weights_variant(home) is None and not torch.equal(Vocabulary.from_pretrained(home).embeddings,
+                                                             rows) and torch.equal(Vocabulary.from_pretrained(home,
+                                                                 variant='fp16').embeddings, rows)
 
 def test_the_config_may_name_the_file(llama, tmp_path):
-    folder = Path(shutil.copytree(llama[0], tmp_path/'model')); (folder/'model.safetensors').rename(folder/'mine.safetensors')
+    folder = Path(shutil.copytree(llama[0], tmp_path/'model'))
+    (folder/'model.safetensors').rename(folder/'mine.safetensors')
     write_json(folder/'config.json', {**read_json(folder/'config.json'), 'transformers_weights': 'mine.safetensors'})
     assert find_table(folder)[0].name == 'mine.safetensors'
 
 def test_a_table_narrower_than_what_follows(text_tokenizer, tmp_path):
     from transformers import OPTConfig, OPTForCausalLM
-    model = OPTForCausalLM(OPTConfig(vocab_size=len(text_tokenizer), hidden_size=32, word_embed_proj_dim=16, ffn_dim=48, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32, do_layer_norm_before=False))
+    model = OPTForCausalLM(OPTConfig(vocab_size=len(text_tokenizer), hidden_size=32, word_embed_proj_dim=16, ffn_dim=48,
+                                     num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32,
+                                     do_layer_norm_before=False))
     model.save_pretrained(tmp_path); text_tokenizer.save_pretrained(tmp_path)
-    assert torch.equal(Vocabulary.from_pretrained(tmp_path).embeddings, model.get_input_embeddings().weight.detach()[3:])
+    assert torch.equal(Vocabulary.from_pretrained(tmp_path).embeddings,
+                       model.get_input_embeddings().weight.detach()[3:])
 
 # the Hub
 
@@ -325,38 +364,48 @@ light = ['config.json', 'tokenizer.json', 'tokenizer_config.json']
 def test_hub_fetches_the_table_alone(shards, subfolder, text_tokenizer, tmp_path):
     home = tmp_path/'repository'/(subfolder or ''); home.mkdir(parents=True)
     model = build('llama', text_tokenizer, home, **({} if shards == 1 else dict(max_shard_size='25KB')))
-    for extra in ('pytorch_model.bin', 'README.md', 'onnx/model.onnx', 'onnx/model.safetensors', 'original/weights.safetensors'):
+    for extra in ('pytorch_model.bin', 'README.md', 'onnx/model.onnx', 'onnx/model.safetensors',
+                  'original/weights.safetensors'):
         (tmp_path/'repository'/extra).parent.mkdir(exist_ok=True); (tmp_path/'repository'/extra).write_text('large')
     path, _ = find_table(home)
-    with on_hub(tmp_path/'repository', tmp_path/'cache') as hub: vocab = Vocabulary.from_pretrained('org/model', subfolder, 'v1')
+    with on_hub(tmp_path/'repository', tmp_path/'cache') as hub:
+        vocab = Vocabulary.from_pretrained('org/model', subfolder, 'v1')
     prefix = f'{subfolder}/' if subfolder else ''
     several = [] if shards == 1 else ['model.safetensors.index.json']
     assert len(list(home.glob('*.safetensors'))) >= shards and hub.asked == [('org/model', 'v1')]*2
-    assert hub.fetched[-1] == prefix + path.name                                          # the weights come last, and alone
+    assert hub.fetched[-1] == prefix + path.name  # the weights come last, and alone
     assert sorted(hub.fetched) == sorted(prefix + n for n in light + several + [path.name])
     assert torch.equal(vocab.embeddings, model.get_input_embeddings().weight.detach()[3:])
 
 def test_hub_fetches_all_shards_for_a_table_of_unknown_name(text_tokenizer, tmp_path):
     home, V = tmp_path/'repository', len(text_tokenizer); home.mkdir()
     text_tokenizer.save_pretrained(home); write_json(home/'config.json', dict(vocab_size=V, hidden_size=4))
-    write_tensors(home/'one.safetensors', {'backbone.words': torch.rand(V, 4)}); write_tensors(home/'two.safetensors', {'x': torch.zeros(3)})
-    write_json(home/'model.safetensors.index.json', {'weight_map': {'backbone.words': 'one.safetensors', 'x': 'two.safetensors'}})
+    write_tensors(home/'one.safetensors', {'backbone.tokens': torch.rand(V, 4)})
+    write_tensors(home/'two.safetensors', {'x': torch.zeros(3)})
+    write_json(home/'model.safetensors.index.json',
+               {'weight_map': {'backbone.tokens': 'one.safetensors', 'x': 'two.safetensors'}})
     with on_hub(home, tmp_path/'cache') as hub: vocab = Vocabulary.from_pretrained('org/model')
     assert {'one.safetensors', 'two.safetensors'} <= set(hub.fetched) and vocab.embeddings.shape == (V - 3, 4)
 
 def test_hub_without_safetensors_is_one_clear_line(llama, tmp_path):
     folder = Path(shutil.copytree(llama[0], tmp_path/'repository')); pickle_only(folder)
-    with on_hub(folder, tmp_path/'cache') as hub, pytest.raises(OSError, match='safetensors are needed'): Vocabulary.from_pretrained('org/model')
+    with on_hub(folder, tmp_path/'cache') as hub, pytest.raises(OSError, match='safetensors are needed'):
+        Vocabulary.from_pretrained('org/model')
     assert sorted(hub.fetched) == light
 
 def test_resolve_folder_fetches_everything_unless_told(llama, tmp_path):
     import huggingface_hub
-    assert {'repo_id', 'revision', 'allow_patterns'} <= set(inspect.signature(huggingface_hub.snapshot_download).parameters)   # the stand-in does not lie
+    # the stand-in does not lie
+    assert {'repo_id', 'revision',
+        'allow_patterns'} <= set(inspect.signature(huggingface_hub.snapshot_download).parameters)
     (tmp_path/'repository/llm/b').mkdir(parents=True)
     for name in ('llm/a.json', 'a.json', 'b.bin', 'llm/b/c.json'): (tmp_path/'repository'/name).touch()
-    for patterns, subfolder, fetched in ((None, None, ['a.json', 'b.bin', 'llm/a.json', 'llm/b/c.json']), (['a.*'], None, ['a.json']), (['a.json'], 'llm', ['llm/a.json']), (None, 'llm', ['llm/a.json', 'llm/b/c.json'])):
+    for patterns, subfolder, fetched in ((None, None, ['a.json', 'b.bin', 'llm/a.json', 'llm/b/c.json']),
+                                         (['a.*'], None, ['a.json']), (['a.json'], 'llm', ['llm/a.json']),
+                                         (None, 'llm', ['llm/a.json', 'llm/b/c.json'])):
         cache = tmp_path/f'cache-{len(fetched)}-{subfolder}'
-        with on_hub(tmp_path/'repository', cache) as hub: folder = resolve_folder('org/model', subfolder, patterns=patterns)
+        with on_hub(tmp_path/'repository', cache) as hub:
+            folder = resolve_folder('org/model', subfolder, patterns=patterns)
         assert hub.fetched == fetched and folder == cache/(subfolder or '')
     assert resolve_folder(llama[0], patterns=['none']) == llama[0]                        # a local folder is what it is
     with pytest.raises(FileNotFoundError, match='is a file; give the model'): resolve_folder(llama[0]/'config.json')
@@ -372,9 +421,11 @@ def test_an_upload_replaces_a_model_and_a_failure_leaves_nothing():
         push_to_hub(Note(), 'me/notes', private=True, token='t', commit_message='first')
         api().create_repo.assert_called_once_with('me/notes', exist_ok=True, private=True, token='t')
         given = api().upload_folder.call_args.kwargs
-        assert given['commit_message'] == 'first' and given['token'] == 't' and 'private' not in given and '*.safetensors' in given['delete_patterns']
+        assert given['commit_message'] == 'first' and given[
+            'token'] == 't' and 'private' not in given and '*.safetensors' in given['delete_patterns']
     import huggingface_hub
-    for name in ('create_repo', 'upload_folder'): assert {'token', 'repo_type'} <= set(inspect.signature(getattr(huggingface_hub.HfApi, name)).parameters)
+    for name in ('create_repo', 'upload_folder'):
+        assert {'token', 'repo_type'} <= set(inspect.signature(getattr(huggingface_hub.HfApi, name)).parameters)
 
 # configs
 
@@ -384,15 +435,19 @@ def test_a_config_of_a_newer_version_says_so():
     class New(V2): steps:int=3; note:str='x'
     @dataclass
     class Old: steps:int=3
-    for content in (dict(steps=4), dict(steps=4, format_version=1), dict(steps=4, format_version=2)): assert config_from_dict(New, content) == New(4)
+    for content in (dict(steps=4), dict(steps=4, format_version=1), dict(steps=4, format_version=2)):
+        assert config_from_dict(New, content) == New(4)
     newer = re.escape('written by a newer version of this library (format 3, this one reads up to 2): update it')
     for section in ('', 'tokenizer'):
         with pytest.raises(ValueError, match=newer): config_from_dict(New, dict(step=4, format_version=3), section)
-    with pytest.raises(ValueError, match='format 2, this one reads up to 1'): config_from_dict(Old, dict(format_version=2))
-    with pytest.raises(ValueError, match='unknown settings step;'): config_from_dict(New, dict(step=4, format_version=2))
+    with pytest.raises(ValueError, match='format 2, this one reads up to 1'):
+        config_from_dict(Old, dict(format_version=2))
+    with pytest.raises(ValueError, match='unknown settings step;'):
+        config_from_dict(New, dict(step=4, format_version=2))
     with pytest.raises(ValueError, match='unknown settings step, wide;'): config_from_dict(New, dict(step=4, wide=1))
     for bad in ('2', None, True, 2.5):
-        with pytest.raises(ValueError, match='format_version=.*whole number'): config_from_dict(New, dict(format_version=bad))
+        with pytest.raises(ValueError, match='format_version=.*whole number'):
+            config_from_dict(New, dict(format_version=bad))
     for bad in (dict(steps=float('inf')), dict(steps=None), dict(note=None)):
         with pytest.raises(ValueError, match='needs to be'): config_from_dict(New, bad)
 
@@ -402,23 +457,27 @@ def test_a_config_of_a_newer_version_says_so():
 def test_rows_of_any_float_type_are_kept_as_float32(dtype, tmp_path):
     rows = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     made, same = Vocabulary(list('abcde'), torch.nn.Parameter(rows)), Vocabulary(tuple('abcde'), rows.float())
-    assert made.embeddings.dtype == torch.float32 and not made.embeddings.requires_grad and made.checksum == same.checksum == table_checksum(rows.float())
+    assert (made.embeddings.dtype == torch.float32 and not made.embeddings.requires_grad
+            and made.checksum == same.checksum == table_checksum(rows.float()))
     made.save(tmp_path); assert Vocabulary.load(tmp_path).checksum == made.checksum
     assert len(made.neighbours('a', 2)) == 2 and made.code_scale > 0
 
 def test_half_precision_codebooks_keep_their_checksum():
     import hashlib
     half = torch.arange(6.).view(2, 3).half()
-    assert table_checksum(half) == hashlib.sha256(half.numpy().tobytes()).hexdigest()[:16]      # what the shipped models hold
-    assert table_checksum(half.bfloat16()) == table_checksum(half.float()) == table_checksum(half.float().T.contiguous().T)
+    # what the shipped models hold
+    assert table_checksum(half) == hashlib.sha256(half.numpy().tobytes()).hexdigest()[:16]
+    assert table_checksum(half.bfloat16()) == table_checksum(
+        half.float()) == table_checksum(half.float().T.contiguous().T)
 
-@pytest.mark.parametrize('rows', [torch.zeros(2, 3), torch.zeros(3), torch.zeros(3, 3).long(), torch.zeros(3, 0), torch.full((3, 2), torch.nan), torch.full((3, 2), torch.inf), torch.zeros(3, 2, 1)])
+@pytest.mark.parametrize('rows', [torch.zeros(2, 3), torch.zeros(3), torch.zeros(3, 3).long(), torch.zeros(3, 0),
+                                  torch.full((3, 2), torch.nan), torch.full((3, 2), torch.inf), torch.zeros(3, 2, 1)])
 def test_a_vocabulary_checks_what_it_is_made_of(rows):
     with pytest.raises(ValueError, match='embeddings'): Vocabulary(['a', 'b', 'c'], rows)
     with pytest.raises(ValueError, match='need one row of floats'): Vocabulary([], torch.zeros(0, 3))
 
 def test_a_stored_vocabulary_whose_halves_differ(tmp_path):
-    Vocabulary(['a', 'b'], torch.zeros(2, 3)).save(tmp_path); write_json(tmp_path/'vocabulary.json', {'words': ['a']})
+    Vocabulary(['a', 'b'], torch.zeros(2, 3)).save(tmp_path); write_json(tmp_path/'vocabulary.json', {'tokens': ['a']})
     with pytest.raises(OSError, match='vocabulary.safetensors: 1 words for 2 embeddings'): Vocabulary.load(tmp_path)
 
 # text is text
@@ -426,24 +485,33 @@ def test_a_stored_vocabulary_whose_halves_differ(tmp_path):
 def unigram():
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    pieces = [('<unk>', 0.), ('<s>', 0.), ('</s>', 0.), ('<|im_end|>', 0.), ('▁', -2.), ('▁sign', -3.), *((c, -4.) for c in sorted(set(string.printable) - set(string.whitespace)))]
-    t = Tokenizer(models.Unigram(pieces, unk_id=0)); t.pre_tokenizer, t.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    pieces = [('<unk>', 0.), ('<s>', 0.), ('</s>', 0.), ('<|im_end|>', 0.), ('▁', -2.), ('▁sign', -3.),
+              *((c, -4.) for c in sorted(set(string.printable) - set(string.whitespace)))]
+    t = Tokenizer(models.Unigram(pieces, unk_id=0))
+    t.pre_tokenizer, t.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     return PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>', unk_token='<unk>')
 def word_piece():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    pieces = ['[UNK]', '[CLS]', '[SEP]', '<|im_end|>', 'sign', *sorted(set(string.printable) - set(string.whitespace)), *(f'##{c}' for c in string.ascii_letters + string.digits)]
-    t = Tokenizer(models.WordPiece({p: i for i,p in enumerate(pieces)}, unk_token='[UNK]')); t.pre_tokenizer, t.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    pieces = ['[UNK]', '[CLS]', '[SEP]', '<|im_end|>', 'sign', *sorted(set(string.printable) - set(string.whitespace)),
+              *(f'##{c}' for c in string.ascii_letters + string.digits)]
+    t = Tokenizer(models.WordPiece({p: i for i,p in enumerate(pieces)}, unk_token='[UNK]'))
+    t.pre_tokenizer, t.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
     return PreTrainedTokenizerFast(tokenizer_object=t, bos_token='[CLS]', eos_token='[SEP]', unk_token='[UNK]')
 def word_level():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    t = Tokenizer(models.WordLevel({p: i for i,p in enumerate(['<unk>', '</s>', '<|v3|>', 'a', 'sign', 'that', 'says', 'and'])}, unk_token='<unk>')); t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    t = Tokenizer(models.WordLevel({p: i for i,
+                                    p in enumerate(['<unk>', '</s>', '<|v3|>', 'a', 'sign', 'that', 'says', 'and'])},
+                                    unk_token='<unk>'))
+    t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=t, eos_token='</s>', unk_token='<unk>')
 def whole_pieces():
     "As LLaMA-3 does it: a piece that is a token is taken without merging"
-    t = train_text_tokenizer(texts, 300); content = json.loads(t.backend_tokenizer.to_str()); content['model']['ignore_merges'] = True
-    return type(t)(tokenizer_object=type(t.backend_tokenizer).from_str(json.dumps(content)), bos_token='<s>', eos_token='</s>', pad_token='<pad>')
+    t = train_text_tokenizer(texts, 300)
+    content = json.loads(t.backend_tokenizer.to_str()); content['model']['ignore_merges'] = True
+    return type(t)(tokenizer_object=type(t.backend_tokenizer).from_str(json.dumps(content)), bos_token='<s>',
+                   eos_token='</s>', pad_token='<pad>')
 def always_begins():
     "Puts `<s>` in front even where it is told not to"
     t = train_text_tokenizer(texts, 300)
@@ -451,7 +519,8 @@ def always_begins():
         def __call__(self, text, **how):
             out = super().__call__(text, **how); out['input_ids'] = [[0] + r for r in out['input_ids']]; return out
     t.__class__ = Stubborn; return t
-def padded_by_a_letter(): t = train_text_tokenizer(texts, 300); t.pad_token = '!'; t.add_special_tokens({'pad_token': '!'}); return t
+def padded_by_a_letter():
+    t = train_text_tokenizer(texts, 300); t.pad_token = '!'; t.add_special_tokens({'pad_token': '!'}); return t
 def slow():
     from transformers import ByT5Tokenizer
     return ByT5Tokenizer()
@@ -459,29 +528,41 @@ def slow_with_marks():
     "Its own model knows a mark: one that only breaking apart keeps out"
     from transformers import ByT5Tokenizer
     class Odd(ByT5Tokenizer):
-        def _tokenize(self, text): return [x for part in re.split('(</s>)', text) for x in ([part] if part == '</s>' else super(Odd, self)._tokenize(part))]
+        def _tokenize(self, text):
+            return [x for part in re.split('(</s>)', text)
+                    for x in ([part] if part == '</s>' else super(Odd, self)._tokenize(part))]
     return Odd()
 def metaspace(): return byte_fallback_tokenizer()[0]
 
-kinds = [train_text_tokenizer, metaspace, unigram, word_piece, word_level, whole_pieces, padded_by_a_letter, slow, slow_with_marks]
-ordinary = ['a sign', ' a  sign ', '', 'a\nsign', 'a sign that says <b>no</b> & more!', 'Ünïcode ☂ 日本', '▁seven Ġseven', 's', '[a] {b} <c> < d>', 'what?! 1+1=2 </a> <|no|>', 'a '*40]
-spelled = ['</s>', '<s>', 'a sign that says </s> and <|v3|>', '<|v3|><|image_4x4|><|/image|>', '<|im_end|>', 'a<pad>b', '<unk> [UNK] [SEP]', '</s></s>', ' </s> ', '<<|v3|>>', '<|v3<|v3|>|>']
+kinds = [train_text_tokenizer, metaspace, unigram, word_piece, word_level, whole_pieces, padded_by_a_letter, slow,
+         slow_with_marks]
+ordinary = ['a sign', ' a  sign ', '', 'a\nsign', 'a sign that says <b>no</b> & more!', 'Ünïcode ☂ 日本', '▁seven Ġseven',
+            's', '[a] {b} <c> < d>', 'what?! 1+1=2 </a> <|no|>', 'a '*40]
+spelled = ['</s>', '<s>', 'a sign that says </s> and <|v3|>', '<|v3|><|image_4x4|><|/image|>', '<|im_end|>', 'a<pad>b',
+           '<unk> [UNK] [SEP]', '</s></s>', ' </s> ', '<<|v3|>>', '<|v3<|v3|>|>']
 
 @pytest.mark.parametrize('kind', kinds, ids=lambda f: f.__name__)
 def test_text_is_text(kind):
-    "What spells a token is letters, what spells none has the ids it always had, and what a tokenizer can give back it still can"
+    """What spells a token is letters, what spells none has the ids it always had, and what a tokenizer can give back
+    it still can"""
     t = kind(texts, 300) if kind is train_text_tokenizer else kind()
-    t.add_tokens([f'<|v{i}|>' for i in range(5)]); t.add_special_tokens({'additional_special_tokens': ['<|im_end|>', '<|image_4x4|>', '<|/image|>']}, replace_extra_special_tokens=False)
+    t.add_tokens([f'<|v{i}|>' for i in range(5)])
+    t.add_special_tokens({'additional_special_tokens': ['<|im_end|>', '<|image_4x4|>', '<|/image|>']},
+                         replace_extra_special_tokens=False)
     plain = t(ordinary, add_special_tokens=False).input_ids
     assert text_ids(t, ordinary) == plain and [text_ids(t, [o])[0] for o in ordinary] == plain
-    marks = {*control_tokens(t).values()}; assert t.convert_tokens_to_ids('<|v3|>') in marks and t.eos_token_id in marks and t.unk_token_id in {*marks, None}
+    marks = {*control_tokens(t).values()}
+    assert t.convert_tokens_to_ids('<|v3|>') in marks and t.eos_token_id in marks and t.unk_token_id in {*marks, None}
     lossless = all(t.decode(ids).strip() == o.strip() for ids,o in zip(plain[3:5], ordinary[3:5]))
-    assert lossless == (kind in (train_text_tokenizer, metaspace, whole_pieces, padded_by_a_letter, slow, slow_with_marks))
+    assert lossless == (kind in (train_text_tokenizer, metaspace, whole_pieces, padded_by_a_letter, slow,
+                                 slow_with_marks))
     for s in spelled:
         ids = text_ids(t, [s])[0]
         assert not (marks - {t.unk_token_id}) & {*ids}, (s, t.convert_ids_to_tokens(ids))
         if lossless: assert t.decode(ids).strip() == s.strip()
-    assert text_ids(t, spelled + ordinary) == [text_ids(t, [s])[0] for s in spelled + ordinary] and marks & {*t('a </s> <|v3|>', add_special_tokens=False).input_ids}
+    assert text_ids(t, spelled + ordinary) == [text_ids(t, [s])[0] for s in spelled
+                                               + ordinary] and marks & {*t('a </s> <|v3|>',
+                                                   add_special_tokens=False).input_ids}
 
 def test_text_of_a_tokenizer_that_adds_something():
     t = always_begins(); assert t(['a'], add_special_tokens=False).input_ids[0][0] == 0
@@ -491,7 +572,8 @@ def test_text_after_the_tokenizer_changed():
     t = train_text_tokenizer(texts, 300)
     assert text_ids(t, ['a <|x|> </s>']) and t.decode(text_ids(t, ['a <|x|>'])[0]) == ' a <|x|>'
     t.add_tokens(['<|x|>']); assert t.convert_tokens_to_ids('<|x|>') not in text_ids(t, ['a <|x|> </s>'])[0]
-    t.add_tokens(['covid']); assert t.convert_tokens_to_ids('covid') in text_ids(t, ['a covid seven'])[0]              # a word somebody taught the model
+    # a word somebody taught the model
+    t.add_tokens(['covid']); assert t.convert_tokens_to_ids('covid') in text_ids(t, ['a covid seven'])[0]
     assert t.convert_tokens_to_ids('covid') in text_ids(t, ['a covid </s>'])[0]
     t.add_special_tokens({'eos_token': 'Ġseven'}); assert t.eos_token_id not in text_ids(t, ['a seven'])[0]
     for bad in ('a seven', [1], [None], [b'a']):
@@ -499,13 +581,16 @@ def test_text_after_the_tokenizer_changed():
     assert text_ids(t, []) == [] and t.decode(text_ids(t, ['a \ud800'])[0]) == ' a ?'
 
 def test_words_seen_beside_marks():
-    t = train_text_tokenizer(texts, 300); vocab = Vocabulary(t.convert_ids_to_tokens(range(3, len(t))), torch.randn(len(t) - 3, 4))
-    assert vocab.seen_in(['a seven </s>'], t).words == [w for w in vocab.words if w in {'Ġa', 'Ġseven', 'Ġ', '<', '/', 's', '>'}]
-    assert vocab.seen_in((x for x in texts), t).words == vocab.seen_in({*texts}, t).words
+    t = train_text_tokenizer(texts, 300)
+    vocab = Vocabulary(t.convert_ids_to_tokens(range(3, len(t))), torch.randn(len(t) - 3, 4))
+    assert vocab.seen_in(['a seven </s>'], t).tokens == [w for w in vocab.tokens if w in {'Ġa', 'Ġseven', 'Ġ', '<', '/',
+        's', '>'}]
+    assert vocab.seen_in((x for x in texts), t).tokens == vocab.seen_in({*texts}, t).tokens
 
 # memory
 def test_memory_stays_near_the_table(tmp_path, monkeypatch):
-    "Of a table of 32,000 rows, in a file with other weights and beside another: what is read is counted, for a peak of memory hangs on the machine"
+    """Of a table of 32,000 rows, in a file with other weights and beside another: what is read is counted, for a
+    peak of memory hangs on the machine"""
     large_model(tmp_path)
     opened, read = [], []
     class Slice:
@@ -523,7 +608,8 @@ def test_memory_stays_near_the_table(tmp_path, monkeypatch):
     monkeypatch.setattr('v2flow_nbdev.base.tables.open_tensors', counted)
     vocab = Vocabulary.from_pretrained(tmp_path)
     assert vocab.embeddings.shape == (V - 3, E) and set(opened) == {'one.safetensors'}
-    assert max(read) == 1024 and sum(read) == V and len(opened) >= len(read)         # a block at a time, the file mapped anew for each
+    # a block at a time, the file mapped anew for each
+    assert max(read) == 1024 and sum(read) == V and len(opened) >= len(read)
 
 # neighbours
 
@@ -531,8 +617,11 @@ def test_neighbours():
     rows = torch.tensor([[2., 0], [1, 0.1], [0, 1], [-1, 0], [-2, -1.1]]) + 5      # the mean is 5
     vocab = Vocabulary(['Ġseven', 'seven', 'Ġnine', '▁ten', 'zero'], rows)
     near = vocab.neighbours('seven', 2)
-    assert [w for w,_ in near] == ['Ġseven', 'Ġnine'] and near[0][1] == pytest.approx(1/1.01**0.5) and near[1][1] == pytest.approx(0.1/1.01**0.5)
-    assert [w for w,_ in vocab.neighbours('Ġseven', 1)] == ['seven']                # as spelled comes before the mark of the blank
+    assert [w for w,_ in near] == ['Ġseven',
+                                   'Ġnine'] and near[
+                                       0][1] == pytest.approx(
+                                           1/1.01**0.5) and near[1][1] == pytest.approx(0.1/1.01**0.5)
+    assert [w for w,_ in vocab.neighbours('Ġseven', 1)] == ['seven']  # as spelled comes before the mark of the blank
     assert vocab.neighbours('nine') == vocab.neighbours('Ġnine') and vocab.neighbours('ten') == vocab.neighbours('▁ten')
     assert len(vocab.neighbours('zero')) == 4 and len(vocab.neighbours('zero', 99)) == 4
     cosines = [c for _,c in vocab.neighbours('zero')]

@@ -7,44 +7,56 @@ __all__ = ['costs', 'llm_costs']
 
 # %% ../../nbs/training/44_costs.ipynb #a05a2817
 from dataclasses import replace
+from typing import Any, Sequence
 import torch
 from ..models.masked import Block
+from ..models.vocabulary import Vocabulary
 from ..models.tokenizer import V2Flow, V2FlowConfig
-from ..language.text_models import room
+from ..models.tokenizer_training import TokenizerTraining, TokenizerTrainingConfig
+from ..language.text_models import max_sequence_length
 
 # %% ../../nbs/training/44_costs.ipynb #99a6e5ed
 def costs(
     config:V2FlowConfig,  # with `vocab_size` and `vocab_dim`
-    batch_size:int=1,     # pictures
-)->dict:                  # parameters of each part; FLOPs of a training step and of a decode; bytes of the state and of what backward needs
-    """What a tokenizer takes, counted on the meta device, where nothing is allocated. A training step counts forward and backward with
-    every position hidden, the dearest case; its memory is counted in float32 (about half under bf16 autocast)"""
+    batch_size:int=1,     # images
+    training:TokenizerTrainingConfig|None=None, # None: its defaults
+    # parameters of each part; FLOPs of a training step and of a decode; bytes of the state and of what backward needs
+)->dict:
+    """What a tokenizer takes, counted on the meta device, where nothing is allocated. A training step counts forward
+    and backward with every position hidden, the dearest case; its memory is counted in float32 (about half under
+    bf16 autocast)"""
     from torch.utils.flop_counter import FlopCounterMode
     with torch.device('meta'):
-        model = V2Flow(replace(config, mask_ratio_min=1.))
-        model.vocab, latents = torch.empty(config.vocab_size, config.vocab_dim), torch.empty(batch_size, config.channels, *config.latent_grid)
-    model.quantizer.initialised, model.noise = torch.tensor(True), 0.
-    scores = []                                                     # on meta, attention keeps them; the fused kernels of real devices do not
-    for m in model.modules():
-        if isinstance(m, Block): m.register_forward_hook(lambda m, x, out: scores.append(4*m.heads*x[0].shape[0]*x[0].shape[1]**2))
-    own, kept = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}, {}
+        model = V2Flow(config)
+        lesson = TokenizerTraining(model, replace(training or TokenizerTrainingConfig(), mask_ratio_min=1.))
+        model.vocab, latents = torch.empty(config.vocab_size, config.vocab_dim), torch.empty(batch_size,
+            config.channels, *config.latent_grid)
+    model.quantizer.initialised, lesson.noise = torch.tensor(True), 0.
+    scores = []  # on meta, attention keeps them; the fused kernels of real devices do not
+    for m in lesson.modules():
+        if isinstance(m, Block):
+            m.register_forward_hook(lambda m, x, out: scores.append(4*m.heads*x[0].shape[0]*x[0].shape[1]**2))
+    own, kept = {t.untyped_storage()._cdata for t in (*lesson.parameters(), *lesson.buffers())}, {}
     def keep(t):
         if t.untyped_storage()._cdata not in own: kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
     with FlopCounterMode(display=False) as train:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): loss = model.train()(latents=latents).loss
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): loss = lesson.train()(latents=latents).loss
         loss.backward()
     kept_bytes = sum(kept.values()) - sum(scores)
-    with FlopCounterMode(display=False) as decode: model.eval().decode_latents(torch.zeros(batch_size, config.grid[0]*config.grid[1], dtype=torch.long))
-    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    with FlopCounterMode(display=False) as decode:
+        model.eval().decode_latents(torch.zeros(batch_size, config.grid[0]*config.grid[1], dtype=torch.long))
+    parts = [*model.named_children(), ('aux_decoder', lesson.aux_decoder)]
+    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts}
     tables = 4*sum(t.numel() for t in (model.vocab, *model.quantizer.buffers()))
-    return dict(parameters={n: p for n,p in parameters.items() if p}, train_flops=train.get_total_flops(), decode_flops=decode.get_total_flops(),
+    return dict(parameters={n: p for n,p in parameters.items() if p}, train_flops=train.get_total_flops(),
+                decode_flops=decode.get_total_flops(),
                 state_bytes=5*4*sum(parameters.values()) + tables, kept_bytes=kept_bytes)
 
 # %% ../../nbs/training/44_costs.ipynb #28673caf
 def llm_costs(
-    config,                # of a `transformers` causal language model, with or without the visual words
-    grids,                 # (h, w) of the pictures
+    config:Any,            # of a `transformers` causal language model, with or without the visual words
+    grids:Sequence,        # (h, w) of the pictures
     codebook_size:int,     # K
     text:int=64,           # text tokens beside a picture
     pack:int=0,            # tokens of a sequence, if short ones are packed
@@ -53,24 +65,115 @@ def llm_costs(
     processes:int=1,       # GPUs
     shards:bool=False,     # FSDP: weights, gradients, AdamW and average in equal parts over the processes
     recompute:bool=False,  # activation checkpointing
-)->dict:                   # parameters; for each grid {tokens, flops: of a training step per token, state, gathered, activations, logits: bytes per process}
-    """What a training takes, counted on the meta device, where nothing is allocated. Weights and average are float32, and so are gradients and AdamW's two moments of what learns;
-    activations bf16, 34 bytes per position, width and block (Korthikanti et al., arXiv 2205.05198, without scores), logits float32 too"""
+    # parameters; for each grid {tokens, flops: of a training step per token, state, gathered, activations, logits:
+    # bytes per process}
+)->dict:
+    """What a training takes, counted on the meta device, where nothing is allocated. Weights and average are
+    float32, and so are gradients and AdamW's two moments of what learns; activations bf16, 34 bytes per position,
+    width and block (Korthikanti et al., arXiv 2205.05198, without scores), logits float32 too"""
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModelForCausalLM
     with torch.device('meta'):
         model = AutoModelForCausalLM.from_config(config)
-        if not getattr(config, 'v2flow', None): model.resize_token_embeddings(model.config.get_text_config().vocab_size + codebook_size + len(grids) + 1, mean_resizing=False)
+        if not getattr(config, 'v2flow', None):
+            model.resize_token_embeddings(model.config.get_text_config().vocab_size + codebook_size + len(grids) + 1,
+                                          mean_resizing=False)
     shape, n, found = model.config.get_text_config(), sum(p.numel() for p in model.parameters()), {}
-    blocks = [sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
-    loose = n - sum(blocks)                                                        # tables and last norm: gathered as one
+    blocks = [sum(p.numel() for p in m.parameters()) for m in model.modules()
+              if type(m).__name__ in (model._no_split_modules or ())]
+    loose = n - sum(blocks)  # tables and last norm: gathered as one
     for h, w in grids:
         length = max(pack, text + h*w + 3)
-        if length > room(model): raise ValueError(f"sequences of {length:,} tokens are too long for this language model, which takes {room(model):,}")
+        if length > max_sequence_length(model):
+            raise ValueError(f"sequences of {length:,} tokens are too long for this language model, which takes "
+                             f"{max_sequence_length(model):,}")
         with torch.device('meta'), FlopCounterMode(display=False) as counter:
-            model(input_ids=torch.zeros(1, length, dtype=torch.long), attention_mask=torch.ones(1, 1, length, length, dtype=torch.bool), use_cache=False)
+            model(input_ids=torch.zeros(1, length, dtype=torch.long), attention_mask=torch.ones(1, 1, length, length,
+                dtype=torch.bool), use_cache=False)
         rows, width, depth = batch_size*length, shape.hidden_size, shape.num_hidden_layers
-        found[h, w] = dict(tokens=length, flops=counter.get_total_flops()/length*(4 if recompute else 3), state=(8 + 12*trained)*n/(processes if shards else 1),
-            gathered=4*(loose + 2*max(blocks, default=0)) if shards else 0, activations=rows*width*(4*depth + 34 if recompute else 34*depth),
-            logits=rows*model.get_output_embeddings().weight.shape[0]*10)          # bf16, float32, and the float32 gradient
-    return dict(parameters=n, tables=model.get_input_embeddings().weight.numel()*(1 if shape.tie_word_embeddings else 2), grids=found)
+        found[h, w] = dict(tokens=length, flops=counter.get_total_flops()/length*(4 if recompute else 3),
+                           state=(8 + 12*trained)*n/(processes if shards else 1),
+            gathered=4*(loose + 2*max(blocks, default=0)) if shards else 0,
+            activations=rows*width*(4*depth + 34 if recompute else 34*depth),
+            logits=rows*model.get_output_embeddings().weight.shape[0]*10)  # bf16, float32, and the float32 gradient
+    return dict(parameters=n, tables=model.get_input_embeddings().weight.numel()*(1
+        if shape.tie_word_embeddings else 2), grids=found)
+
+# %% ../../nbs/training/44_costs.ipynb #a168a950
+gpus = {'A100': 312e12, 'H100': 989e12}  # bf16 operations per second, by their makers' data sheets
+
+def llm_plan(
+    config,          # of a causal language model
+    training,        # a `TrainConfig`
+    grids,           # (h, w) of the images; none: text alone
+    codebook_size:int, # K
+    text:int,        # text tokens beside an image
+    pack:int=0,      # tokens of a packed sequence
+    trained:float=1., # share of the parameters that is trained
+)->str:
+    "What a training of a language model takes"
+    n, gib = max(1, training.processes), 2**30
+    c = llm_costs(config, grids or [(0, 0)], codebook_size, text, pack, trained, training.batch_size, n, training.fsdp,
+                  training.activation_checkpointing)
+    lines = ([f'a language model of {c["parameters"]/1e6:,.2f} M parameters, {c["tables"]/1e6:,.2f} M of them '
+              f'embeddings' + (', of which new rows and about 2 % low-rank updates learn'
+                               if 0 < trained < 1 else ', of which new rows alone learn'*(not trained)),
+             f'{n} process{"es" if n > 1 else ""}, {"each with a share of" if training.fsdp else "each with all"} '
+             f'parameters, gradients, AdamW and average'
+             + ', activations computed twice'*training.activation_checkpointing])
+    parts = dict(state='state', gathered='gathered shards', activations='activations in bf16', logits='logits')
+    for (h, w), g in c['grids'].items():
+        rows = training.batch_size*training.gradient_accumulation_steps*n
+        flops = rows*g['tokens']*g['flops']
+        lines += ([f'{f"{h*w:,} visual tokens and {text} of text" if h else f"{text} tokens of text"}: '
+                  f'{rows*g["tokens"]:,} tokens per step '
+                  f'({n}×{training.batch_size}×{training.gradient_accumulation_steps} sequences of {g["tokens"]:,})',
+            f'  {flops/1e12:,.3g} TFLOP per step; {training.steps:,} steps: {training.steps*flops/1e18:,.3g} EFLOP',
+            f'  memory per process: {sum(g[k] for k in parts)/gib:,.3g} GiB = '
+            + ' + '.join(f'{g[k]/gib:,.3g} {name}' for k,name in parts.items() if g[k]),
+            '  expected at 40 % of the peak: ' + ', '.join(f'{n*0.4*peak/g["flops"]:,.0f} tokens/s on {n} × {name}'
+                                                           for name, peak in gpus.items())])
+    return '\n'.join(lines)
+
+# %% ../../nbs/training/44_costs.ipynb #9429d38b
+def autoencoder_plan(
+    model,      # an `AutoencoderTraining`
+    training,   # a `TrainConfig`
+    shape,      # (C, H, W) of an image
+)->str:
+    "What a training of an autoencoder takes"
+    from torch.utils.flop_counter import FlopCounterMode
+    n, count = sum(p.numel() for p in model.parameters()), training.batch_size*training.gradient_accumulation_steps
+    with FlopCounterMode(display=False) as counter: model(torch.zeros(1, *shape)).loss.backward()
+    grid, flops = model.model.encode(torch.zeros(1, *shape)).latent.shape[1:], count*counter.get_total_flops()
+    return '\n'.join([f'{n/1e6:,.2f} M parameters; image {shape[1]}×{shape[2]} → {grid[1]}×{grid[2]} latents of '
+                      f'{grid[0]} channels',
+                      f'{count*grid[1]*grid[2]:,} latents per step and process '
+                      f'({training.batch_size}×{training.gradient_accumulation_steps} images)',
+        f'{flops/1e12:,.3g} TFLOP per step; {training.steps:,} steps: {training.steps*flops/1e18:,.3g} EFLOP in each '
+        f'process', f'memory: {20*n/2**30:,.3g} GiB for parameters, gradients, AdamW and average'])
+
+def tokenizer_plan(
+    shape:V2FlowConfig,      # of the tokenizer
+    training,                # a `TrainConfig`
+    vocabulary:str,          # a language model, whose table is looked at where the shape does not tell its size
+    tuning:TokenizerTrainingConfig|None=None, # None: its defaults
+)->str:
+    "What a training of the image tokenizer takes"
+    if not shape.vocab_size:
+        table = Vocabulary.from_pretrained(vocabulary).embeddings
+        shape = replace(shape, vocab_size=table.shape[0], vocab_dim=table.shape[1])
+    c, one = costs(shape, training.batch_size, tuning), costs(shape, 1, tuning)
+    c['train_flops'] *= training.gradient_accumulation_steps
+    parts, gib = c['parameters'], 2**30
+    return '\n'.join([f'image {shape.image_size[0]}×{shape.image_size[1]} → {shape.grid[0]}×{shape.grid[1]} tokens of '
+                      f'{shape.codebook_size:,} codes, among {shape.vocab_size:,} tokens of width {shape.vocab_dim:,}',
+        *[f'{name:<10} {n/1e6:>10,.2f} M parameters' for name, n in parts.items()],
+        f'{"together":<10} {sum(parts.values())/1e6:>10,.2f} M parameters',
+        f'{training.batch_size*training.gradient_accumulation_steps*shape.grid[0]*shape.grid[1]:,} tokens per step and '
+        f'process ({training.batch_size}×{training.gradient_accumulation_steps} images): {c["train_flops"]/1e12:,.3g} '
+        f'TFLOP; {training.steps:,} steps: {training.steps*c["train_flops"]/1e18:,.3g} EFLOP in each process',
+        f'decoding one image ({shape.n_iter} rounds × {shape.n_steps} steps, guidance {shape.guidance_scale:g}): '
+        f'{one["decode_flops"]/1e12:,.3g} TFLOP',
+        f'memory: {c["state_bytes"]/gib:,.3g} GiB for parameters, gradients, AdamW, average, codebook and vocabulary; '
+        f'{c["kept_bytes"]/gib:,.3g} GiB for backward in float32, about half in bf16'])

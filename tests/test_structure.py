@@ -175,6 +175,25 @@ def test_names_have_docstrings():
                 short = isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno < 3 and node.name not in names
                 assert ast.get_docstring(node) or short, f'{path.name}: {node.name}'
 
+def test_links_lead_somewhere():
+    "Of notebooks and Markdown files, to files of this clone; an anchor is a heading of the notebook it leads to"
+    def text_of(path):
+        if path.suffix != '.ipynb': return path.read_text(encoding='utf-8')
+        cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+        return '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+    pages = [p for p in root.rglob('*') if p.suffix in ('.md', '.ipynb') and not {'.venv', '.git', 'runs', 'outputs', '.ipynb_checkpoints'} & {*p.parts}]
+    broken = []
+    for page in pages:
+        for link in re.findall(r'\]\(([^)\s]+)\)', re.sub(r'```.*?```', '', text_of(page), flags=re.S)):
+            if re.match(r'https?:|mailto:|#', link): continue
+            file, _, anchor = link.partition('#')
+            target = (page.parent/file).resolve()
+            if not target.exists(): broken.append(f'{page.relative_to(root)}: {link}')
+            elif anchor and target.suffix == '.ipynb':
+                headings = {re.sub(r'^#+ ', '', l).strip().replace(' ', '-') for l in text_of(target).splitlines() if l.startswith('#')}
+                if anchor not in headings: broken.append(f'{page.relative_to(root)}: {link}')
+    assert not broken, '\n'.join(broken)
+
 def test_nothing_pickled_is_shipped():
     kinds = {p.suffix for p in (root/'data').rglob('*') if p.is_file() and '__pycache__' not in p.parts}
     assert kinds <= {'.safetensors', '.json', '.jsonl', '.md', '.png', '.parquet', '.py', '.txt'}, kinds

@@ -54,7 +54,7 @@ def load_llm(
     return llm, tokenizer
 
 # %% ../../nbs/language/25_pipeline.ipynb #cc0f9631
-def many(images): return isinstance(images, (list, tuple)) or torch.is_tensor(images) and images.dim() == 4
+def is_batch(images): return isinstance(images, (list, tuple)) or torch.is_tensor(images) and images.dim() == 4
 
 def single_image(
     image,  # a (C, H, W) tensor in [-1, 1], or whatever `as_image` takes: a PIL image, a path, bytes, an array
@@ -179,7 +179,7 @@ class V2FlowPipeline:
         captions = [p for p in prompts for _ in range(num_images_per_prompt)]
         check_counts(len(captions), 'images', generators=generator)
         grid = self.grid_of(height, width)
-        tell_word, tell_round = self.teller(callback_on_step_end, grid, n_iter)
+        tell_word, tell_round = self.step_callbacks(callback_on_step_end, grid, n_iter)
         ids = generate_image_ids(self.llm, self.tokenizer, captions, generator=generator, grid=grid,
                                  guidance_schedule=guidance_schedule,
                            static_cache=static_cache, compile=compile, callback=tell_word, **settings)
@@ -188,7 +188,7 @@ class V2FlowPipeline:
                                              temperature=decoder_temperature, generator=generator, callback=tell_round)
         return PipelineOutput(to_pil(images), ids)
 
-    def teller(self,
+    def step_callbacks(self,
         # called with (pipeline, step from 0, share of the way done in (0, 1], {ids: (B, words so far)}, and in mask
         # rounds images: (B, C, H, W) in [-1, 1], so far); or None
         callback:Callable,
@@ -222,7 +222,7 @@ class V2FlowPipeline:
         """Images as the image tokenizer takes them; a tensor that is so already is not touched, another goes through
         8 bits"""
         c = self.image_tokenizer.config
-        size, several = (height or c.image_size[0], width or c.image_size[1]), images if many(images) else [images]
+        size, several = (height or c.image_size[0], width or c.image_size[1]), images if is_batch(images) else [images]
         if not len(several): raise ValueError("no images: the list is empty")
         def one(x):
             if torch.is_tensor(x) and x.shape == (c.image_channels, *size):
@@ -241,7 +241,7 @@ class V2FlowPipeline:
         texts = generate_captions(self.llm, self.tokenizer,
                                   self.image_tokenizer.encode(self.prepare(images, height, width)), grid,
                                   **generate_kwargs)
-        return texts if many(images) else texts[0]
+        return texts if is_batch(images) else texts[0]
 
     def reconstruct(self,
         images:Any,      # as in `prepare`
@@ -253,4 +253,4 @@ class V2FlowPipeline:
         x = self.prepare(images)
         check_counts(len(x), 'images', generators=generator)
         back = to_pil(tok.decode(tok.encode(x), generator=generator, **kwargs))
-        return back if many(images) else back[0]
+        return back if is_batch(images) else back[0]

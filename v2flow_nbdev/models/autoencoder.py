@@ -164,12 +164,12 @@ def read_autoencoder(folder):
         raise OSError(f"{folder/'config.json'}: cannot be read as a config ({e}); copy the autoencoder again") from None
     if kind not in ('AutoencoderDC', 'AutoencoderKL'):
         raise OSError(f"{folder}: holds a {kind}; use an AutoencoderDC or an AutoencoderKL")
-    log, how = logging.getLogger('diffusers'), dict(use_safetensors=True, output_loading_info=True,
+    log, load_kwargs = logging.getLogger('diffusers'), dict(use_safetensors=True, output_loading_info=True,
                                                     torch_dtype=torch.float32, variant=_variant(folder))
     before, problem = log.level, None
     # it warns of our `shift_factor`, which its AutoencoderDC keeps, and prints errors twice
     log.setLevel(logging.CRITICAL)
-    try: model, info = getattr(diffusers, kind).from_pretrained(folder, **how)
+    try: model, info = getattr(diffusers, kind).from_pretrained(folder, **load_kwargs)
     except Exception as e: problem = ' '.join(str(e).split())[:200]
     finally: log.setLevel(before)
     if not problem and info['missing_keys']:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from ..base.files import read_json, read_tensors, sha256, write_atomically, write_json, write_tensors
 from .config import TrainConfig
-from .optimizers import EMAModel, like, whole
+from .optimizers import EMAModel, shard_like, full_tensor
 
 # %% ../../nbs/training/42_checkpoints.ipynb #bd10ee1b
 def log_line(
@@ -178,7 +178,7 @@ def run_tensors(
     "All tensors of a run, in one piece"
     name = {p: n for n,p in model.named_parameters()}
     state = {f'{name[p]}|{k}': v for p,s in optimizer.state.items() for k,v in s.items()}
-    return {n: {k: whole(t) for k,t in tensors.items()} for n, tensors in dict(model=model.state_dict(),
+    return {n: {k: full_tensor(t) for k,t in tensors.items()} for n, tensors in dict(model=model.state_dict(),
         average=averaged.values, optimizer=state).items()}
 
 @torch.no_grad()
@@ -192,9 +192,9 @@ def restore(
     own = model.state_dict()
     if own.keys() != tensors['model'].keys():
         raise ValueError(f"the checkpoint holds another model: {sorted(own.keys() ^ tensors['model'].keys())[:4]} …")
-    for n,t in own.items(): t.copy_(like(tensors['model'][n], t))
-    for n,t in averaged.values.items(): t.copy_(like(tensors['average'][n], t))
+    for n,t in own.items(): t.copy_(shard_like(tensors['model'][n], t))
+    for n,t in averaged.values.items(): t.copy_(shard_like(tensors['average'][n], t))
     parameters = dict(model.named_parameters())
     for key, value in tensors['optimizer'].items():
         n, k = key.rsplit('|', 1)
-        optimizer.state[parameters[n]][k] = value if k == 'step' else like(value, parameters[n])
+        optimizer.state[parameters[n]][k] = value if k == 'step' else shard_like(value, parameters[n])

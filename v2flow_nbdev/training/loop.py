@@ -17,8 +17,8 @@ from torch import nn
 from ..base.files import write_atomically
 from ..data.batches import Batches, SeededDataset, StreamedDataset
 from .config import due, lr_factor, TrainConfig
-from .processes import exact, Interrupted, interruptions, start_processes, wrap
-from .optimizers import EMAModel, make_optimizer, multiplies_bf16, whole
+from .processes import deterministic_algorithms, Interrupted, interruptions, start_processes, wrap
+from .optimizers import EMAModel, make_optimizer, multiplies_bf16, full_tensor
 from .checkpoints import (
     check_settings, last_checkpoint, prune_checkpoints, restore, run_tensors, RunLog, save_checkpoint)
 
@@ -68,7 +68,7 @@ class Trainer:
         if hasattr(model, 'before_step'): model.before_step(step/c.steps)
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.forward_backward(batches)
-        norm = whole(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None],
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None],
                                                     c.max_grad_norm)).item()
         *summed, stop = self.over_processes([*losses.values(), float(asked_to_stop)])
         losses = dict(zip(losses, summed))
@@ -82,7 +82,7 @@ class Trainer:
 # %% ../../nbs/training/43_loop.ipynb #dc10fc01
 def identity(batch): return batch
 
-def deaf(worker): signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains
+def ignore_interrupts(worker): signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains
 
 def make_loader(
     data,                # rows by number, or a stream with `stream(start)`
@@ -97,15 +97,17 @@ def make_loader(
     batches = Batches(None if stream else len(data), config.batch_size, config.seed,
                       start*config.gradient_accumulation_steps, config.steps*config.gradient_accumulation_steps, part,
                       parts)
-    how = dict(batch_size=None, num_workers=config.num_workers, collate_fn=identity, worker_init_fn=deaf,
+    loader_kwargs = dict(batch_size=None, num_workers=config.num_workers, collate_fn=identity,
+                         worker_init_fn=ignore_interrupts,
                pin_memory=torch.cuda.is_available(),
                generator=torch.Generator())  # else it would draw from the run's random numbers
     if stream:
         return torch.utils.data.DataLoader(StreamedDataset(data, batches, collate, config.seed),
-                                           **dict(how, num_workers=min(1, config.num_workers))), batches
-    return torch.utils.data.DataLoader(SeededDataset(data, collate, config.seed), sampler=batches, **how), batches
+                                           **dict(loader_kwargs, num_workers=min(1, config.num_workers))), batches
+    return torch.utils.data.DataLoader(SeededDataset(data, collate, config.seed), sampler=batches,
+                                       **loader_kwargs), batches
 
-def started(loader):
+def start_loader(loader):
     """Its iterator; `ValueError` if what it holds cannot be sent to a worker, which any start method of processes
     but fork has to do"""
     try: return iter(loader)
@@ -225,7 +227,7 @@ def restored_modes(model):  # gives {name of a parameter: is it trained}
         for n, p in model.named_parameters(): p.requires_grad_(trained.get(n, p.requires_grad)).grad = None
 
 @contextmanager
-def tracked(accelerator):
+def tracking(accelerator):
     "Trackers write what they hold, however it ends: their threads must not outlive the run"
     try: yield
     finally:
@@ -255,8 +257,9 @@ def run_steps(
     if begun: restore(begun.pop(), model, averaged, trainer.optimizer)
     bar = tqdm(total=config.steps, initial=start, disable=not (progress and record.main), desc='training',
                mininterval=1, dynamic_ncols=True)
-    with bar, interruptions() as signals, exact(config.deterministic or accelerator.device.type == 'cpu'):
-        source = started(loader)
+    with bar, interruptions() as signals, deterministic_algorithms(config.deterministic
+        or accelerator.device.type == 'cpu'):
+        source = start_loader(loader)
         try:
             for step in range(start, config.steps):
                 parts, done = [next(source) for _ in range(config.gradient_accumulation_steps)], step + 1
@@ -266,7 +269,7 @@ def run_steps(
                 raise_if_diverged(trainer.skipped, step, losses, batches, config.gradient_accumulation_steps)
                 bar.update()
                 judged, line = evaluate and due(done, config.evaluate_every, config.steps), {}
-                if judged: record.evaluate(done, averaged.whole(), evaluate)
+                if judged: record.evaluate(done, averaged.averaged_model(), evaluate)
                 if judged or due(done, config.log_every, config.steps):
                     line = record.line(done)
                     bar.set_postfix({k: f'{v:.3g}' for k,v in line.items() if k in ('loss', 'rows_per_s')},
@@ -275,7 +278,7 @@ def run_steps(
                     record.save(done, run_tensors(model, averaged, trainer.optimizer), line)
                 if stop: raise Interrupted((signals or [signal.SIGTERM])[0], done, bool(out))
         finally: del source  # its workers end here, also where the traceback of an error lives on
-    return averaged.whole()
+    return averaged.averaged_model()
 
 # %% ../../nbs/training/43_loop.ipynb #a86f5793
 def train(
@@ -306,7 +309,7 @@ def train(
                     examples_per_step=config.batch_size*config.gradient_accumulation_steps*n)
     tensors, state = out and (resume or config.resume) and last_checkpoint(out, say) or (None, {})
     if tensors: check_settings(state.get('settings', {}), settings, out)
-    with tracked(accelerator), restored_modes(model) as trained:
+    with tracking(accelerator), restored_modes(model) as trained:
         record = Record(out, config, accelerator, settings, state, say)
         begun, tensors = [tensors] if tensors else [], None
         averaged = run_steps(model, data, config, accelerator, record, begun, state.get('step', 0), collate, evaluate,

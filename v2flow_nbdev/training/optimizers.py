@@ -12,17 +12,17 @@ from torch import nn
 from .config import TrainConfig
 
 # %% ../../nbs/training/41_optimizers.ipynb #2d281764
-def whole(
+def full_tensor(
     tensor:torch.Tensor,  # of this process, or sharded over all
 )->torch.Tensor:          # in one piece
     "What a sharded tensor holds; every process must ask"
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
-def like(
+def shard_like(
     value:torch.Tensor,   # in one piece
     target:torch.Tensor,  # of this process, or sharded over all
 )->torch.Tensor:          # the value, laid out as the target
-    "The inverse of `whole`"
+    "The inverse of `full_tensor`"
     value = value.to(target.device)
     if not hasattr(target, 'full_tensor'): return value
     from torch.distributed.tensor import distribute_tensor
@@ -49,10 +49,10 @@ class EMAModel:
         for n,p in self.model.named_parameters(): self.values[n].lerp_(p.detach(), 1 - decay if p.requires_grad else 1.)
 
     @torch.no_grad()
-    def whole(self)->nn.Module:  # the averaged model, in `eval()`; every process must ask
+    def averaged_model(self)->nn.Module:  # the averaged model, in `eval()`; every process must ask
         "To be evaluated or saved"
         for n,p in self.average.named_parameters():
-            if self.values[n] is not p: p.copy_(whole(self.values[n]))
+            if self.values[n] is not p: p.copy_(full_tensor(self.values[n]))
         for a,b in zip(self.average.buffers(), self.model.buffers()): a.copy_(b)
         return self.average
 

@@ -135,7 +135,7 @@ def interruptions():  # gives a list that holds the signal as soon as there is o
         for s,handler in before.items(): signal.signal(s, handler)
 
 @contextmanager
-def exact(
+def deterministic_algorithms(
     on:bool,  # else nothing is changed
 ):
     "Deterministic algorithms inside"

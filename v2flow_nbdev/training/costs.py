@@ -168,8 +168,8 @@ def tokenizer_plan(
     parts, gib = c['parameters'], 2**30
     return '\n'.join([f'image {shape.image_size[0]}×{shape.image_size[1]} → {shape.grid[0]}×{shape.grid[1]} tokens of '
                       f'{shape.codebook_size:,} codes, among {shape.vocab_size:,} tokens of width {shape.vocab_dim:,}',
-        *[f'{name:<10} {n/1e6:>10,.2f} M parameters' for name, n in parts.items()],
-        f'{"together":<10} {sum(parts.values())/1e6:>10,.2f} M parameters',
+        *[f'{name:<12} {n/1e6:>10,.2f} M parameters' for name, n in parts.items()],
+        f'{"together":<12} {sum(parts.values())/1e6:>10,.2f} M parameters',
         f'{training.batch_size*training.gradient_accumulation_steps*shape.grid[0]*shape.grid[1]:,} tokens per step and '
         f'process ({training.batch_size}×{training.gradient_accumulation_steps} images): {c["train_flops"]/1e12:,.3g} '
         f'TFLOP; {training.steps:,} steps: {training.steps*c["train_flops"]/1e18:,.3g} EFLOP in each process',

@@ -161,7 +161,7 @@ def main():
     found = dict(machine=bench.machine().replace('one of', f'{torch.get_num_threads()} threads on'),
                  parameters=sum(q.numel() for q in model.parameters()), bytes=weights_read(model),
                  bandwidth=rate, cached=cached, rounds=args.rounds, rows=[])
-    print(f"{found['machine']}; {found['parameters']/1e6:.2f}M weights, {found['bytes']/1e6:.1f} MB a step; "
+    print(f"{found['machine']}; {found['parameters']/1e6:.2f}M parameters, {found['bytes']/1e6:.1f} MB a step; "
           f"{rate/1e9:.1f} GB/s over 1 GB, {cached/1e9:.1f} GB/s over as much as the weights", flush=True)
     for side in args.sides:
         for batch in args.batches:

@@ -357,8 +357,8 @@ def run_folder(out, resume, recipe):
 
 def restored(back, real):
     "Scores of restored images"
-    from v2flow_nbdev.evaluation.metrics import psnr, ssim
-    return dict(psnr_db=psnr(back, real).mean().item(), ssim=ssim(back, real).mean().item())
+    from v2flow_nbdev.evaluation.metrics import fidelity
+    return {name: values.mean().item() for name, values in fidelity(back, real).items()}
 
 # %% ../../nbs/apps/81_cli.ipynb #50af2560
 @app.command('pretrain-llm')

@@ -41,7 +41,7 @@ def rows_of(name):
     return shapes('train', 12_000, 32), shapes('test', 256, 32)
 
 def pairs(rows, ids, tokenizer, words):
-    "One fixed sequence per held-out picture and direction"
+    "One fixed sequence per held-out image and direction"
     tokens = [tokenizer(r['captions'][i % len(r['captions'])], add_special_tokens=False).input_ids for i,
               r in enumerate(rows)]
     bos, eos = first_id(tokenizer), tokenizer.eos_token_id
@@ -58,7 +58,7 @@ def mean_loss(model, sequences):
     return total/count
 
 def drawn_right(name, model, tokenizer, tok, rows, seed=0):
-    """Share of pictures from held-out captions that show what was asked: the digit; the mean over the judge's five
+    """Share of images from held-out captions that show what was asked: the digit; the mean over the judge's five
     answers"""
     g = torch.Generator().manual_seed(seed)
     if name == 'digits':
@@ -98,7 +98,7 @@ def plot(found, out):
     fig, axes = plt.subplots(len(names), 3, figsize=(10, 2.7*len(names)), dpi=80, squeeze=False)
     for line, name in zip(axes, names):
         for ax, key, title in zip(line, ('write_loss', 'read_loss', 'accuracy'),
-                                  ('loss, caption → image', 'loss, image → caption', 'pictures drawn right')):
+                                  ('loss, caption → image', 'loss, image → caption', 'images drawn right')):
             for start, colour in zip(starts, ('tab:red', 'tab:blue', 'tab:green', 'tab:gray')):
                 runs = [r for r in found if (r['data'], r['start']) == (name, start)]
                 if not runs: continue

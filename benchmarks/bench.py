@@ -101,7 +101,7 @@ def step_case(side, batch=4, words=32_000, compiled=False, **changes):
     return Case(run, lambda: run(1), more=dict(flops=flops, rate=matmul_rate))
 
 def decode_case(side, compiled=False, **changes):
-    """The ids of one picture → its latents, 4 rounds of 20 steps, guidance 3, weights in bf16; any square number of
+    """The ids of one image → its latents, 4 rounds of 20 steps, guidance 3, weights in bf16; any square number of
     tokens"""
     tok = model(side, 0, compiled, **changes).bfloat16().eval()
     def run(tokens=256, **how):
@@ -111,7 +111,7 @@ def decode_case(side, compiled=False, **changes):
     return Case(run, lambda: run(16, n_steps=2))
 
 def encode_case(side, words=32_000):
-    "The latents of one picture → its ids, weights in bf16"
+    "The latents of one image → its ids, weights in bf16"
     # the decoder takes no part
     tok = model(side, words, dim=64, depth=1, heads=1, velocity_width=64, velocity_depth=1).bfloat16().eval()
     def run(tokens=256): tok.encode(latents=torch.randn(1, 32, int(tokens**0.5), int(tokens**0.5), device=device))

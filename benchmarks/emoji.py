@@ -1,6 +1,6 @@
 """The pages, curves and figures behind a README of emoji: everything that `v2flow evaluate --data emoji` does not print.
 
-    python -m benchmarks.emoji pages                           # seen.png, unseen.png, reconstructions.png, failures.png; 3 min
+    python -m benchmarks.emoji pages                           # train.png, held_out.png, reconstructions.png, failures.png; 3 min
     python -m benchmarks.emoji curves                          # training.png, from the logs of six trainings
     python -m benchmarks.emoji ids                             # are ids easy to learn? 1 min
     python -m benchmarks.emoji families                        # right drawings by the number of relatives; 1 min
@@ -18,7 +18,7 @@ from v2flow_nbdev.language.pipeline import V2FlowPipeline
 
 def open_all(folder): return V2FlowPipeline.from_pretrained(folder), emoji_judge(folder), emoji_examples()
 
-def pictures(rows): return to_tensor([r['image'] for r in rows], 3)
+def image_tensor(rows): return to_tensor([r['image'] for r in rows], 3)
 
 def save(image, path):
     "A PNG of few colours, so that it is small"
@@ -28,13 +28,13 @@ def save(image, path):
 def write_pages(folder, out, seed=0):
     "Samples, reconstructions and failures; what is shown is drawn at random and not by hand"
     pipe, judge, rows = open_all(folder)
-    for split, name in (('train', 'seen'), ('unseen_compositions', 'unseen')):
+    for split, name in (('train', 'train'), ('held_out_compositions', 'held_out')):
         save(emoji_sheet(pipe, judge, split, seed=seed), out/f'{name}.png')
-    unseen = [r['image'] for r in rows if r['split'] == 'unseen_pictures'][3::17]
+    unseen = [r['image'] for r in rows if r['split'] == 'held_out_bases'][3::17]
     save(image_grid(unseen + pipe.reconstruct(unseen, generator=torch.Generator().manual_seed(seed)),
                     columns=len(unseen), side=64), out/'reconstructions.png')
-    real, wrong = pictures(rows), []
-    for split, n in (('train', 160), ('unseen_compositions', 96)):
+    real, wrong = image_tensor(rows), []
+    for split, n in (('train', 160), ('held_out_compositions', 96)):
         made, captions, numbers = generate_split(pipe, split, n, seed + 7)
         right = retrieval_scores(made, numbers, rows, real, judge)['features']
         wrong += [(image, caption, rows[i]['image']) for image, caption, i, ok in zip(to_pil(made), captions, numbers,
@@ -55,14 +55,14 @@ def plot_curves(folder, out):
             lines = log(name)
             yield from ({**line, 'step': (seen + rows*line['step'])/1000} for line in lines)
             seen += rows*lines[-1]['step']
-    drawn = ['seen_pixels_accuracy', 'unseen_pixels_accuracy']
+    drawn = ['train_pixels_accuracy', 'held_out_pixels_accuracy']
     panels = [[('autoencoder: mean squared error', log('autoencoder'), ['loss']),
-               ('unseen pictures, PSNR in dB', log('autoencoder'), ['psnr_db'])],
+               ('held-out images, PSNR in dB', log('autoencoder'), ['psnr_db'])],
               [('text: loss', log('text'), ['loss']), ('perplexity of unseen text', log('text'),
                                                        ['text_perplexity_held_out'])],
               [('tokenizer: losses of flow and codes', log('tokenizer'), ['flow_loss', 'code_loss']),
-               ('unseen pictures, PSNR in dB', log('tokenizer'), ['psnr_db'])],
-              [('decoder-long: loss', log('decoder-long'), ['loss']), ('unseen pictures, SSIM', log('decoder-long'),
+               ('held-out images, PSNR in dB', log('tokenizer'), ['psnr_db'])],
+              [('decoder-long: loss', log('decoder-long'), ['loss']), ('held-out images, SSIM', log('decoder-long'),
                   ['ssim'])],
               [('llm and llm-on: loss', log('llm'), ['loss']), ('nearest is right, in pixels', log('llm'), drawn)],
               [('llm-long: loss, captions count more', log('llm-long'), ['loss']),
@@ -82,10 +82,10 @@ def plot_curves(folder, out):
 
 @torch.no_grad()
 def id_figures(folder, same=0.02):
-    "How much of what two pictures share do their ids share, and how much do the ids of nothing say?"
+    "How much of what two images share do their ids share, and how much do the ids of nothing say?"
     pipe, _, rows = open_all(folder)
     rows = [r for r in rows if r['split'] == 'train']
-    x, tok = pictures(rows), pipe.image_tokenizer
+    x, tok = image_tensor(rows), pipe.image_tokenizer
     ids = torch.cat([tok.encode(part) for part in x.split(64)]).unflatten(1, tok.config.grid)           # (N, h, w)
     # (N, h, w, numbers of a square)
     squares = x.unflatten(2, (ids.shape[1], -1)).unflatten(4, (ids.shape[2], -1)).permute(0, 2, 4, 1, 3, 5).flatten(3)
@@ -107,7 +107,7 @@ def id_figures(folder, same=0.02):
 def compare_settings(folder, settings, n=160):
     "Captions of the training split, drawn in several ways"
     pipe, judge, rows = open_all(folder)
-    train, real = [i for i,r in enumerate(rows) if r['split'] == 'train'], pictures(rows)
+    train, real = [i for i,r in enumerate(rows) if r['split'] == 'train'], image_tensor(rows)
     asked = some_captions([rows[i] for i in train], n, seed=3)
     print('| how | right in pixels | in features | empty | Fréchet ratio |\n|---|--:|--:|--:|--:|')
     for way in settings or [{}]:
@@ -122,9 +122,9 @@ def family_figures(folder, n=384):
     "Is it those without relatives that come out wrong?"
     pipe, judge, rows = open_all(folder)
     made, _, numbers = generate_split(pipe, 'train', n, seed=21)
-    right, sizes = retrieval_scores(made, numbers, rows, pictures(rows), judge), Counter(r['base'] for r in rows
+    right, sizes = retrieval_scores(made, numbers, rows, image_tensor(rows), judge), Counter(r['base'] for r in rows
         if r['split'] == 'train')
-    print('| pictures of the same base in training | drawn | right in pixels | in features |\n|---|--:|--:|--:|')
+    print('| images of the same base in training | drawn | right in pixels | in features |\n|---|--:|--:|--:|')
     for low, high in ((1, 1), (2, 6), (7, 20), (21, 10**6)):
         mine = torch.tensor([low <= sizes[rows[i]['base']] <= high for i in numbers])
         name = low if low == high else f'{low} and more' if high == 10**6 else f'{low} to {high}'
@@ -143,7 +143,7 @@ def main():
     parser.add_argument('settings', nargs='*', type=setting,
                         help="of the pipeline's call, as in guidance_scale=1.5,temperature=1")
     parser.add_argument('--model', type=Path, default=Path('data/checkpoints/emoji'))
-    parser.add_argument('--out', type=Path, help='where pictures go; the folder of the model')
+    parser.add_argument('--out', type=Path, help='where images go; the folder of the model')
     args = parser.parse_args()
     if not args.model.is_dir(): parser.error(f'{args.model}: no such folder')
     if args.settings and args.what != 'settings': parser.error(f'{args.what} takes no settings')

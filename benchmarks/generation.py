@@ -1,10 +1,10 @@
-"""What guided writing of pictures costs a language model: `generate_image_ids` beside what one would do without it, in one run.
+"""What guided writing of images costs a language model: `generate_image_ids` beside what one would do without it, in one run.
 
     python -m benchmarks.generation                      the table, and benchmarks/generation.json
     python -m benchmarks.generation --compile            one setting with a static cache and compiled, too
     python -m benchmarks.generation --device cuda
 
-For B pictures, the forms below take turns after a warm-up, so that whatever else the machine does meets all alike:
+For B images, the forms below take turns after a warm-up, so that whatever else the machine does meets all alike:
 
     guided       `generate_image_ids` with guidance: both branches in one batch of 2·B rows
     plain 2·B    `model.generate`, greedy, of the same 2·B prompts and as many words, without our processor: the network and `generate` alone
@@ -14,7 +14,7 @@ For B pictures, the forms below take turns after a warm-up, so that whatever els
 
 guided / plain 2·B is what our processor adds, and it is also timed alone, inside `generate`; two passes / guided is what the one batch
 gains. The bound is the time to read the weights once per word at the bandwidth of summing 1 GB: less is only possible from the
-processor's caches. The model is an untrained LLaMA of 6.9M weights with 1,024 visual words: speed does not depend on training"""
+processor's caches. The model is an untrained LLaMA of 6.9M weights with 1,024 visual tokens: speed does not depend on training"""
 import argparse, json, math, os, statistics, time
 from pathlib import Path
 import torch
@@ -38,7 +38,7 @@ def captions_of(n, seed=0):
         generator=g)) for _ in range(n)]
 
 def small_model(words=4000, codes=1024, grids=((8, 8), (16, 16)), device='cpu', **shape):
-    "(LLaMA, text tokenizer), untrained, with visual words; float32, one table for reading and writing"
+    "(LLaMA, text tokenizer), untrained, with visual tokens; float32, one table for reading and writing"
     torch.manual_seed(0)
     tokenizer = train_text_tokenizer(captions_of(words//2), words)
     shape = dict(hidden_size=256, num_hidden_layers=7, num_attention_heads=4, intermediate_size=704) | shape
@@ -136,7 +136,7 @@ def measure(model, tokenizer, batch, grid, rounds, rate, **more):
 
 def table(rows):
     "Rows of `measure` as a table in Markdown"
-    lines = ['| pictures at once | visual tokens | images/s | s per image | at least, s | ms per token | guided / '
+    lines = ['| images at once | visual tokens | images/s | s per image | at least, s | ms per token | guided / '
              'plain 2·B | processor | unguided / plain B | two passes / guided |', '|' + '--:|'*10]
     for r in rows:
         s, n = r['seconds'], r['batch']
@@ -171,7 +171,7 @@ def main():
         s = measure(model, tokenizer, 4, (8, 8), args.rounds, rate, static_cache=dict(static_cache=True),
                     compiled=dict(compile=True))['seconds']
         found['compiled'] = s
-        print(f"4 pictures of 64 words: static cache {s['static_cache']/s['guided']:.3f}, compiled "
+        print(f"4 images of 64 words: static cache {s['static_cache']/s['guided']:.3f}, compiled "
               f"{s['compiled']/s['guided']:.3f} × guided")
     with write_atomically(args.out) as tmp:
         tmp.write_text(json.dumps(found, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')

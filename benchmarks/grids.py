@@ -41,7 +41,7 @@ def measure():
     rows = []
     for name, (_, sizes) in families.items():
         images = [r['image'] for r in mosaics('test', 300 if name == 'digits' else 100, tiles[name])]
-        pictures = ImageBatches(images, 1, sizes, corner=True)
+        batches = ImageBatches(images, 1, sizes, corner=True)
         for folder, _, _ in runs():
             if not folder.startswith(name): continue
             tok, kind = V2Flow.from_pretrained(root/'runs'/folder/'model'), folder.removeprefix(name + '-')
@@ -49,7 +49,7 @@ def measure():
             here = [s for s in sizes if not (s[0] % side or s[1] % side)] if kind in ('mixed',
                 'pooled') else [tuple(map(int, kind.split('x')))]
             for size in here:
-                x = pictures.at(images, size)
+                x = batches.at(images, size)
                 grid = size[0]//side, size[1]//side
                 back = tok.decode(tok.encode(x), grid, generator=torch.Generator().manual_seed(0))
                 rows.append(dict(family=name, model=kind if kind in ('mixed', 'pooled') else 'alone', size=size,

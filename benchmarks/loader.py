@@ -14,9 +14,9 @@ from v2flow_nbdev.models.autoencoder import small_autoencoder
 def bench_cache(
     rows,               # captioned images, of one size
     latents,            # `PixelLatents` or `AutoencoderLatents`
-    batch_size:int=32,  # pictures per batch
+    batch_size:int=32,  # images per batch
     turns:int=5,        # epochs of each kind
-    # pictures a second: from images, from the cache, and when the cache is made; with the largest difference of the
+    # images a second: from images, from the cache, and when the cache is made; with the largest difference of the
     # latents
 )->dict:
     "One epoch of shuffled batches of latents, through `DataLoader`, from images and from the cache"
@@ -45,8 +45,8 @@ def main():
     rows = mosaics('train', 256, (8, 8))                       # 64×64
     cases = {'`PixelLatents(3, 8)`': PixelLatents(3, 8),
              '`small_autoencoder()`': AutoencoderLatents(small_autoencoder())}
-    print('| latents, of 64×64 pixels | from images, pictures/s | from the cache, pictures/s | times faster | making '
-          'the cache, pictures/s | largest difference |\n|---|--:|--:|--:|--:|--:|')
+    print('| latents, of 64×64 pixels | from images, images/s | from the cache, images/s | times faster | making '
+          'the cache, images/s | largest difference |\n|---|--:|--:|--:|--:|--:|')
     for name, latents in cases.items():
         r = bench_cache(rows, latents)
         print(f"| {name} | {r['images']:,.0f} | {r['cache']:,.0f} | {r['cache']/r['images']:.1f} | {r['making']:,.0f} "

@@ -81,7 +81,7 @@ def masked_flow_loss_plain(
     masked, velocity,                         # an `EverywhereTransformer` and the library's `VelocityMLP`
     codes, z, grid,                           # (B, Nc, E), (B, N, C) and (h, w)
     mask_ratio_min, code_dropout, n_draws,    # see `masked_flow_loss`
-    generator=None,                           # draws masks, dropped pictures, noise and times
+    generator=None,                           # draws masks, dropped images, noise and times
 ):                                            # scalar
     "The velocity's error at all positions, times the mask"
     b, n, _ = z.shape

@@ -1,5 +1,5 @@
 """How many tokens does an emoji need? Autoencoders of other grids, their latents replaced by the nearest of K k-means codes, and decoded: what
-a plain vector quantizer keeps of pictures that no autoencoder was trained on. Prints the table of `54_emoji`.
+a plain vector quantizer keeps of images that no autoencoder was trained on. Prints the table of `54_emoji`.
 
     v2flow train-autoencoder --config configs/emoji-autoencoder.yaml --out runs/f8 autoencoder.local=false training.steps=3000 autoencoder.channels=16 autoencoder.width=32 autoencoder.halvings=3 autoencoder.noise=0
     v2flow train-autoencoder --config configs/emoji-autoencoder.yaml --out runs/f4 autoencoder.local=false training.steps=3000 autoencoder.channels=4 autoencoder.noise=0.15
@@ -17,8 +17,8 @@ def main():
     parser.add_argument('autoencoders', nargs='+', help='folders of autoencoders')
     parser.add_argument('--codes', type=int, nargs='+', default=[256, 512, 1024, 2048])
     args = parser.parse_args()
-    seen, unseen = (to_tensor([r['image'] for r in emoji(split)], 3) for split in ('train', 'unseen_pictures'))
-    print('| tokens, numbers in each | codes | bits a picture | variance lost | PSNR | SSIM '
+    seen, unseen = (to_tensor([r['image'] for r in emoji(split)], 3) for split in ('train', 'held_out_bases'))
+    print('| tokens, numbers in each | codes | bits an image | variance lost | PSNR | SSIM '
           '|\n|---|--:|--:|--:|--:|--:|')
     for folder in args.autoencoders:
         latents = AutoencoderLatents.from_pretrained(folder)

@@ -48,7 +48,7 @@ def main():
     data, collate = tokenizer_data(source, shape, latents, rows)
     torch.manual_seed(training.seed)
     words = Vocabulary.from_pretrained(recipe.vocabulary)
-    if recipe.tokens == 'seen':
+    if recipe.tokens == 'captions':
         words = words.seen_in(all_captions(rows), AutoTokenizer.from_pretrained(recipe.vocabulary))
     model = V2Flow(shape, words, latents)
     model.resampler = WithoutWords(shape.channels, model.config.vocab_dim, shape.resampler_width, shape.resampler_depth,

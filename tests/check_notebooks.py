@@ -48,7 +48,7 @@ def execute(names):
                         'ERROR', path], check=True, cwd=path.parent)
         content = json.loads(path.read_text(encoding='utf-8'))
         for output in (o for c in content['cells'] for o in c.get('outputs', [])):
-            # PIL pictures come twice; one is enough
+            # PIL images come twice; one is enough
             if 'image/png' in output.get('data', {}): output['data'].pop('image/jpeg', None)
         content['metadata'].pop('widgets', None)
         path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')

@@ -68,38 +68,38 @@ def until(page, where, text, seconds=60):
                            arg=[where, text], timeout=1000*seconds)
     return page.inner_text(where)
 
-def pictures(page, where='#v2-drawn'):
+def shown_images(page, where='#v2-drawn'):
     sources = page.eval_on_selector_all(f'{where} img', 'all => all.map(i => i.src)')
     return [Image.open(io.BytesIO(base64.b64decode(s.partition(',')[2]))).convert('L') for s in sources]
 
 def spread(image): return image.getextrema()[1] - image.getextrema()[0]
 
 def upload(page, file):
-    page.click('[role=tab]:has-text("Picture → words")')
+    page.click('[role=tab]:has-text("Image → words")')
     page.set_input_files('#v2-picker input', file)
 
 @needs_browser
-def test_a_caption_becomes_pictures(user):
+def test_a_caption_becomes_images(user):
     page = user()
     draw(page, 'a handwritten seven', images=3)
-    assert until(page, '#v2-drawing-status', 'each') == '“a handwritten seven”: 3 pictures, 16 words each.'
-    made = pictures(page)
+    assert until(page, '#v2-drawing-status', 'each') == '“a handwritten seven”: 3 images, 16 words each.'
+    made = shown_images(page)
     assert len(made) == 3 and all(i.size == (8, 8) and spread(i) > 100 for i in made)
     assert not page.locator('footer').locator('visible=true').count()
     # and the first of them goes on to the other tab
-    page.click('[role=tab]:has-text("Picture → words")'); page.click('#v2-last')
+    page.click('[role=tab]:has-text("Image → words")'); page.click('#v2-last')
     until(page, '#v2-reading-status', '16 tokens')
-    assert spread(pictures(page, '#v2-answer')[0]) > 100
+    assert spread(shown_images(page, '#v2-answer')[0]) > 100
 
 @needs_browser
-def test_a_picture_becomes_tokens_and_words(user, server, tmp_path):
+def test_a_image_becomes_tokens_and_words(user, server, tmp_path):
     from v2flow_nbdev.data.sources import digits
     digits('test')[0]['image'].resize((200, 120)).save(tmp_path/'digit.png')
     page = user()
     upload(page, tmp_path/'digit.png')
     until(page, '#v2-reading-status', '16 tokens')
     cells = page.locator('.v2-cell')
-    assert cells.count() == 16 and spread(pictures(page,
+    assert cells.count() == 16 and spread(shown_images(page,
                                                    '#v2-answer')[
                                                        0]) > 100 and len(page.inner_text('#v2-answer blockquote')) > 10
     def shown(): return [i for i in range(16) if cells.nth(i).locator('.v2-card').is_visible()]
@@ -118,15 +118,15 @@ def test_wrong_input_is_answered_in_sentences(user, server, tmp_path):
                          ('seven '*100, 'The caption has 600 characters; this page takes 500'),
                          ('7 '*200, 'tokens is too long')):
         draw(page, caption)
-        assert why in until(page, '#v2-drawing-status .v2-error', why) and not pictures(page)
+        assert why in until(page, '#v2-drawing-status .v2-error', why) and not shown_images(page)
     whole = io.BytesIO(); Image.effect_noise((64, 64), 50).save(whole, 'PNG')
     Image.new('1', (20_000, 20_000)).save(tmp_path/'bomb.png')
     for name, content, why in (('broken.png', whole.getvalue()[:500], 'damaged or truncated'),
-                               ('text.png', b'not a picture', 'not an image'), ('empty.png', b'', 'the file is empty'),
+                               ('text.png', b'not an image', 'not an image'), ('empty.png', b'', 'the file is empty'),
                                ('big.png', bytes(21*2**20), 'larger than 20 MB'), ('bomb.png', None, 'far too large')):
         if content is not None: (tmp_path/name).write_bytes(content)
         upload(page, tmp_path/name)
-        assert until(page, '#v2-reading-status .v2-error', why).startswith('The picture cannot be used: ')
+        assert until(page, '#v2-reading-status .v2-error', why).startswith('The image cannot be used: ')
     assert not page.locator('.v2-cell').count() and not files_in(server[1])
 
 @needs_browser
@@ -134,16 +134,16 @@ def test_two_at_once_a_third_waits_and_all_can_stop(user):
     slow = dict(images=16, rounds=16, steps=100)
     first, second, third = user(), user(), user()
     draw(first, 'the digit 3', **slow); until(first, '#v2-drawing-status', 'Revealing')
-    draw(second, 'a six', images=1); until(second, '#v2-drawing-status', '1 picture,')
+    draw(second, 'a six', images=1); until(second, '#v2-drawing-status', '1 image,')
     # still at it, and what there is can be seen
-    assert 'Revealing' in first.inner_text('#v2-drawing-status') and len(pictures(first)) == 16
+    assert 'Revealing' in first.inner_text('#v2-drawing-status') and len(shown_images(first)) == 16
     draw(second, 'the digit 8', **slow); until(second, '#v2-drawing-status', 'Revealing')
     draw(third, 'a two', images=1); assert 'Waiting' in until(third, '#v2-drawing-status', 'Waiting')
     first.click('#v2-stop-drawing'); until(first, '#v2-drawing-status', 'Stopped.')
-    until(third, '#v2-drawing-status', '1 picture,')                               # its place was free at once:
+    until(third, '#v2-drawing-status', '1 image,')                               # its place was free at once:
     assert 'Revealing' in second.inner_text('#v2-drawing-status')                  # the other is still at its work
     second.close()                                                                 # whoever leaves stops too
-    draw(first, 'a one', images=1); until(first, '#v2-drawing-status', '“a one”: 1 picture,')
+    draw(first, 'a one', images=1); until(first, '#v2-drawing-status', '“a one”: 1 image,')
 
 def test_the_server_takes_no_files_and_no_floods(server):
     def post(path, headers, body=b''):

@@ -13,7 +13,7 @@ def copy_model(folder, name):
     return Path(shutil.copytree(shipped, folder/name))
 
 def own_llm(folder):
-    "A language model of one block without visual words, in whose words the shipped image tokenizer speaks"
+    "A language model of one block without visual tokens, in whose words the shipped image tokenizer speaks"
     import torch
     from v2flow_nbdev.data.sources import digit_captions
     from v2flow_nbdev.language.text_models import small_llama, train_text_tokenizer
@@ -35,7 +35,7 @@ def make_files(f):
     from safetensors.torch import load_file, save_file
     from v2flow_nbdev.models.vocabulary import Vocabulary
     good = Image.new('L', (20, 20), 128); good.save(f/'good.png')
-    (f/'empty.png').touch(); (f/'text.png').write_text('not a picture')
+    (f/'empty.png').touch(); (f/'text.png').write_text('not an image')
     big = Image.effect_noise((64, 64), 50)
     big.save(f/'cut.png'); (f/'cut.png').write_bytes((f/'cut.png').read_bytes()[:500])
     Image.new('1', (20_000, 20_000)).save(f/'bomb.png')
@@ -79,7 +79,7 @@ def make_files(f):
     (f/'list.yaml').write_text('- 1'); (f/'numbers.yaml').write_text('1: 2\ncolour: red')
     (f/'read_only').mkdir(); (f/'read_only').chmod(0o500)
     (f/'held/checkpoints/step-00000010').mkdir(parents=True)
-    (f/'pictures').mkdir(); good.save(f/'pictures/a.png'); (f/'pictures/b.png').write_text('broken')
+    (f/'images').mkdir(); good.save(f/'images/a.png'); (f/'images/b.png').write_text('broken')
     (f/'nothing').mkdir()
 
 O = ('--out', '{f}/x.png')
@@ -179,8 +179,8 @@ cases = {  # name: (arguments, exit code, what the line must contain)
     'temperature of zero': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run',
                              'tokenizer.tau=0'), 2, 'must be positive'),
     'no folder for the run': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml'), 2, '--out'),
-    'pictures missing': (('train-tokenizer', '--config', 'configs/imagenet-llama2.yaml', '--out', '{f}/run'), 1,
-                         'imagenet/train: no such folder of pictures'),
+    'images missing': (('train-tokenizer', '--config', 'configs/imagenet-llama2.yaml', '--out', '{f}/run'), 1,
+                         'imagenet/train: no such folder of images'),
     'dry run of other settings': (('train-tokenizer', '--config', 'configs/imagenet-llama2.yaml', '--dry-run',
                                    'tokenizer.dim=770'), 2, 'not divisible by heads'),
     'dtype unknown': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run',
@@ -194,23 +194,23 @@ cases = {  # name: (arguments, exit code, what the line must contain)
     'a source without its folder': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run',
                                      'data.name=image_folder'), 2, 'image_folder needs it'),
     'a folder without its source': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run',
-                                     'data.folder={f}/pictures'), 2, 'only image_folder and ids have it'),
+                                     'data.folder={f}/images'), 2, 'only image_folder and ids have it'),
     'a cache of what changes': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run',
-                                 'data.cache={f}/c', 'data.flip=true'), 2, 'a cache holds every picture once'),
+                                 'data.cache={f}/c', 'data.flip=true'), 2, 'a cache holds every image once'),
     'a stream of digits': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run',
                             'data.streaming=true'), 2, 'only hub can stream'),
-    'broken pictures, strictly': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run',
-                                   'data.name=image_folder', 'data.folder={f}/pictures', '--strict'), 1,
+    'broken images, strictly': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run',
+                                   'data.name=image_folder', 'data.folder={f}/images', '--strict'), 1,
                                    'b.png: not an image'),
-    'a folder without pictures': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run',
+    'a folder without images': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run',
                                    'data.name=image_folder', 'data.folder={f}/nothing'), 1,
-                                   'no pictures below this folder'),
+                                   'no images below this folder'),
     'no such data set': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run',
                           'data.name=hub', 'data.path=./nowhere'), 1, 'nowhere: no data set could be loaded'),
     'no such autoencoder': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run',
                              'tokenizer.autoencoder=./nowhere'), 1, 'nowhere: no such autoencoder'),
     'other words': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run', 'tokens=some'),
-                    2, "tokens='some': use all, or seen"),
+                    2, "tokens='some': use all, or captions"),
     'no such precision': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run',
                            'training.mixed_precision=fp8'), 2, 'training.mixed_precision'),
     'a share beyond one': (('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', '{f}/run',
@@ -226,16 +226,16 @@ cases = {  # name: (arguments, exit code, what the line must contain)
     'codes of another vocabulary': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run',
                                      f'image_tokenizer={shipped}/image_tokenizer', 'llm.pretrained={f}/stranger'), 1,
                                      'the vocabulary of another language model'),
-    'visual words twice': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run',
+    'visual tokens twice': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run',
                             f'image_tokenizer={shipped}/image_tokenizer',
-                            f'llm.pretrained={shipped.parent}/shapes/llm'), 1, 'visual words already, of other codes'),
+                            f'llm.pretrained={shipped.parent}/shapes/llm'), 1, 'visual tokens already, of other codes'),
     'other grids for known words': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run',
                                      f'image_tokenizer={shipped}/image_tokenizer', f'llm.pretrained={shipped}/llm',
                                      'llm.grids=[[3,3]]'), 1, 'for 4×4'),
-    'pictures beyond the positions': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run',
+    'images beyond the positions': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run',
                                        f'image_tokenizer={shipped}/image_tokenizer', 'llm.pretrained={f}/own',
                                        'llm.grids=[[12,12]]'), 1, 'which takes 128 tokens'),
-    'no visual words': (('caption', '{f}/good.png', '--model', '{f}/wordless'), 1, 'no visual words'),
+    'no visual tokens': (('caption', '{f}/good.png', '--model', '{f}/wordless'), 1, 'no visual tokens'),
     'a grid never learned': (('generate', 'a six', '--size', '12', '12', *O, *D), 2, 'made for 4×4'),
     'a size that no grid has': (('generate', 'a six', '--size', '9', '8', *O, *D), 2, 'divisible by 2'),
     'grids of one number': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run', 'llm.grids=4'), 2,
@@ -319,7 +319,7 @@ def test_one_clear_line(results, name):
 
 def test_nothing_half_written(results):
     written = {p.name for p in results[1]}
-    assert written <= ({'x.png'} if os.geteuid() == 0 else set()), written   # root's picture in the read-only folder
+    assert written <= ({'x.png'} if os.geteuid() == 0 else set()), written   # root's image in the read-only folder
 
 def test_a_missing_model_of_the_hub_is_one_line(tmp_path):
     from PIL import Image

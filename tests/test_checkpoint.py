@@ -65,12 +65,12 @@ def test_save_and_load_give_the_same(pipe, tmp_path):
     a, b = (p(['a six', 'the digit 4'], 2, generator=torch.Generator().manual_seed(3)) for p in (pipe, again))
     assert torch.equal(a.ids, b.ids) and [i.tobytes() for i in a.images] == [i.tobytes() for i in b.images]
 
-def test_another_seed_is_another_picture(pipe):
+def test_another_seed_is_another_image(pipe):
     made = [pipe('a six', 4, generator=torch.Generator().manual_seed(s)).ids for s in (0, 1)]
     assert not torch.equal(*made) and len({tuple(r) for r in torch.cat(made).tolist()}) == 8
 
-def test_text_is_never_interrupted_by_a_picture(pipe):
-    "Plain `generate` on plain text, by someone who has never heard of visual words"
+def test_text_is_never_interrupted_by_a_image(pipe):
+    "Plain `generate` on plain text, by someone who has never heard of visual tokens"
     from v2flow_nbdev.language.visual_tokens import VisualTokens
     batch = pipe.tokenizer(['<s> a', '<s> the digit'], return_tensors='pt', padding=True, padding_side='left',
                            add_special_tokens=False)
@@ -107,14 +107,14 @@ def test_the_emoji_model_does_what_its_pages_say():
         for readme in (folder/'README.md', root/'README.md'):
             assert line in readme.read_text(encoding='utf-8'), (readme, line)
     pipe, judge = V2FlowPipeline.from_pretrained(folder), emoji_judge(folder)
-    tok, x = pipe.image_tokenizer, to_tensor([r['image'] for r in emoji('unseen_pictures')], 3)
+    tok, x = pipe.image_tokenizer, to_tensor([r['image'] for r in emoji('held_out_bases')], 3)
     z = tok.to_latents(x)
     assert z.shape[1:] == (6, 16, 16) and abs(z.std() - 1) < 0.1
     assert abs(psnr(tok.latents.decode(z), x).mean().item() - committed['psnr_db_autoencoder']) < 0.1
     assert abs(psnr(tok.decode(tok.encode(latents=z[::6]), generator=torch.Generator().manual_seed(0)),
                     x[::6]).mean().item() - committed['psnr_db']) < 1
-    drawn, rows = drawing_scores(pipe, 12, judge, seed=5), emoji_examples()
-    read = emoji_captioning_scores(pipe, [r for r in rows if r['split'] == 'unseen_compositions'][::8], rows)
+    drawn, rows = emoji_generation_scores(pipe, 12, judge, seed=5), emoji_examples()
+    read = emoji_captioning_scores(pipe, [r for r in rows if r['split'] == 'held_out_compositions'][::8], rows)
     print(drawn, read)
     # three deviations of a share of 12
     assert all(abs(v - committed[k]) < 0.4 for k,v in (drawn | read).items()), (drawn, read)
@@ -132,7 +132,7 @@ def test_the_shapes_model_draws_one_thing_as_it_is_told():
     for line in score_table(committed, shape_targets).splitlines()[2:]:
         assert line in (folder/'README.md').read_text(encoding='utf-8'), line
     pipe = V2FlowPipeline.from_pretrained(folder)
-    found = reconstruction_scores(pipe.image_tokenizer, 48, 1, 48)
+    found = shape_reconstruction_scores(pipe.image_tokenizer, 48, 1, 48)
     assert abs(found['psnr_db'] - committed['psnr_db']) < 1 and found['reconstruction_accuracy'] > 0.93, found
     captions = [f'a {size} {colour} {shape} {place}' for size, colour, shape, place in (
         ('large', 'red', 'square', 'on the left'), ('small', 'blue', 'ring', 'on the right'),

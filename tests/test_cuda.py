@@ -49,7 +49,7 @@ def test_one_step_of_each_and_both_directions(parts):
     assert len(generate_captions(llm, tokenizer, ids[:2])) == 2
 
 def test_forward_equals_the_cpu(parts):
-    "float32, the same generator on both: losses, ids and pictures"
+    "float32, the same generator on both: losses, ids and images"
     tok, _, _, images = parts
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     tok = copy.deepcopy(tok).eval(); tok.quantizer.initialised.fill_(True)
@@ -72,7 +72,7 @@ def test_ids_are_those_of_the_cpu(name):
     if name == 'emoji': pytest.importorskip('diffusers'); pytest.importorskip('pyarrow')
     tok = V2Flow.from_pretrained(golden.root/'data/checkpoints'/name, 'image_tokenizer')
     rows = golden.shapes('test', 256, 32,
-        0) if name == 'shapes' else golden.emoji('unseen_pictures') + golden.emoji('unseen_compositions')
+        0) if name == 'shapes' else golden.emoji('held_out_bases') + golden.emoji('held_out_compositions')
     x = golden.to_tensor([rows[i]['image'] for i in range(min(256, len(rows)))])
     ids, there = tok.encode(x), copy.deepcopy(tok).cuda()
     before = torch.get_float32_matmul_precision()

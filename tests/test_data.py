@@ -123,11 +123,11 @@ def parquet(tmp_path_factory):
     "A data set in the format of the Hub"
     import datasets
     f = tmp_path_factory.mktemp('hub')
-    pictures = [dict(bytes=png(Image.new('RGB', (8, 8), (10*i, 0, 0))), path=None) for i in range(20)]
-    pictures[5] = dict(bytes=b'broken', path=None)
-    features = datasets.Features(dict(picture=datasets.Image(), text=datasets.Value('string'),
+    images = [dict(bytes=png(Image.new('RGB', (8, 8), (10*i, 0, 0))), path=None) for i in range(20)]
+    images[5] = dict(bytes=b'broken', path=None)
+    features = datasets.Features(dict(image=datasets.Image(), text=datasets.Value('string'),
                                       number=datasets.Value('int64')))
-    datasets.Dataset.from_dict(dict(picture=pictures, text=[f'red {i}' if i else None for i in range(20)],
+    datasets.Dataset.from_dict(dict(image=images, text=[f'red {i}' if i else None for i in range(20)],
                                     number=list(range(20))), features=features).to_parquet(f/'train.parquet')
     return f
 
@@ -150,7 +150,7 @@ def test_hub_rows_and_streams(parquet):
         n in first[16:32]) and first[:16] != first[16:32]
     assert some(19, 21) == first[19:]  # picked up anywhere
     with pytest.raises(OSError, match='no data set could be loaded'): hub('./nowhere')
-    with pytest.raises(ValueError, match='no column of pictures'): hub(str(parquet), image='image')
+    with pytest.raises(ValueError, match='no column of images'): hub(str(parquet), image='image')
 
 def test_a_stream_can_be_trained_on_killed_and_resumed(parquet, tmp_path):
     from types import SimpleNamespace
@@ -174,7 +174,7 @@ def test_a_stream_can_be_trained_on_killed_and_resumed(parquet, tmp_path):
     assert run('b', fail=True) is None and torch.equal(run('b').m, whole.m) and torch.equal(run('c', workers=2).m,
         whole.m)
 
-def test_pictures_are_mirrored_only_where_captions_allow():
+def test_images_are_mirrored_only_where_captions_allow():
     import torch
     assert names_sides(['a star to the LEFT of a ring']) and not names_sides(['a leftover', 'bright'])
     half = Image.new('RGB', (8, 8)); half.paste((255, 255, 255), (0, 0, 4, 8))

@@ -6,7 +6,7 @@ import pytest
 from conftest import root
 
 folder = root/'data/emoji'
-splits = ('train', 'unseen_compositions', 'unseen_pictures')
+splits = ('train', 'held_out_compositions', 'held_out_bases')
 drawn_again = '😀 👋 👋🏾 👩🏽‍🚒 🧑🏿‍🚀 👨🏻‍🦰 👫 🧑🏻‍❤️‍💋‍🧑🏿 🫱🏼‍🫲🏿 👨‍👩‍👧 🏃🏽‍♀️‍➡️ 🇯🇵 🏴󠁧󠁢󠁳󠁣󠁴󠁿 🏳️‍🌈 #️⃣ 🔟 ❤️ ▪️ 🕰️ 🚒'.split()
 
 @pytest.fixture(scope='module')
@@ -29,7 +29,7 @@ def test_counts_and_sizes(rows):
     sizes = [p.stat().st_size for p in folder.iterdir() if p.is_file()]
     assert sum(sizes) < 13*2**20 and max(sizes) < 15*2**20
 
-def test_pictures_and_captions_are_apart(every):
+def test_images_and_captions_are_apart(every):
     assert len({r['emoji'] for r in every}) == len({r['name'] for r in every}) == len({r['image']['bytes']
         for r in every}) == len(every)
     captions = [c for r in every for c in r['captions']]
@@ -45,29 +45,29 @@ def test_tone_and_sex_are_said(every):
             for t in filter(None, r['tone'].split(', ')): assert t in c, c
             for s in set(r['sex'].split()) & set(said): assert any(w in c for w in said[s].split()), c
 
-def test_unseen_pictures_are_unseen_in_every_variant(rows, every):
-    seen = {r['base'] for r in rows['train'] + rows['unseen_compositions']}
-    assert not seen & {r['base'] for r in rows['unseen_pictures']}
-    assert .05 <= len(rows['unseen_pictures'])/len(every) < .06
+def test_held_out_bases_are_unseen_in_every_variant(rows, every):
+    seen = {r['base'] for r in rows['train'] + rows['held_out_compositions']}
+    assert not seen & {r['base'] for r in rows['held_out_bases']}
+    assert .05 <= len(rows['held_out_bases'])/len(every) < .06
 
 def test_every_part_of_an_unseen_composition_is_trained_on(rows):
     trained = rows['train']
     who, tones, together = ({tuple(r[k] for k in keys) for r in trained} for keys in (('base', 'look', 'sex'),
         ('base', 'tone'), ('tone', 'sex')))
-    for r in rows['unseen_compositions']:
+    for r in rows['held_out_compositions']:
         assert (r['base'], r['look'], r['sex']) in who         # the same person at the same activity, in another tone
         assert (r['base'], r['tone']) in tones                 # the activity in that tone, by another person
         assert (r['tone'], r['sex']) in together               # such a person in that tone, at another activity
-    mixed = sum(bool(r['tone'] or r['sex']) for r in trained) + len(rows['unseen_compositions'])
-    assert .095 <= len(rows['unseen_compositions'])/mixed <= .105
-    assert not {(r['base'], r['look'], r['sex'], r['tone']) for r in rows['unseen_compositions']} & {(r['base'],
+    mixed = sum(bool(r['tone'] or r['sex']) for r in trained) + len(rows['held_out_compositions'])
+    assert .095 <= len(rows['held_out_compositions'])/mixed <= .105
+    assert not {(r['base'], r['look'], r['sex'], r['tone']) for r in rows['held_out_compositions']} & {(r['base'],
         r['look'], r['sex'], r['tone']) for r in trained}
 
 def test_split_can_be_made_again(rows, every, draw):
     again = draw.split(sorted(every, key=lambda r: (r['base'], r['name'])))
     assert Counter(again) == {s: len(rows[s]) for s in splits}
     assert {r['name'] for r, s in zip(sorted(every, key=lambda r: (r['base'], r['name'])), again)
-            if s == 'unseen_pictures'} == {r['name'] for r in rows['unseen_pictures']}
+            if s == 'held_out_bases'} == {r['name'] for r in rows['held_out_bases']}
 
 def test_names_can_be_made_again(every, draw):
     for r in every:
@@ -84,7 +84,7 @@ def test_drawn_again(every, draw):
     for e in drawn_again:
         kept = np.array(Image.open(io.BytesIO(stored[e])).convert('RGB')).astype(int)
         # 2 levels: other versions of FreeType
-        assert kept.shape == (64, 64, 3) and abs(np.array(draw.picture(e, font)) - kept).max() <= 2, e
+        assert kept.shape == (64, 64, 3) and abs(np.array(draw.rendered(e, font)) - kept).max() <= 2, e
     # a flag and a sequence that it does not know
     assert not draw.known('🇨🇶', font) and not draw.known('\U0001FAE8\u200D\U0001F697', font)
 
@@ -98,12 +98,12 @@ def test_datasets_reads_it():
 
 def test_loader(rows):
     from v2flow_nbdev.data.sources import emoji
-    unseen, small = emoji('unseen_pictures'), emoji('unseen_pictures', size=32)
-    assert [r['name'] for r in unseen] == [r['name'] for r in rows['unseen_pictures']]
+    unseen, small = emoji('held_out_bases'), emoji('held_out_bases', size=32)
+    assert [r['name'] for r in unseen] == [r['name'] for r in rows['held_out_bases']]
     assert {r['image'].size for r in unseen} == {(64, 64)} and {r['image'].size for r in small} == {(32,
         32)} and unseen[0]['image'].mode == 'RGB'
-    with pytest.raises(ValueError, match='unseen_compositions'): emoji('test')
+    with pytest.raises(ValueError, match='held_out_compositions'): emoji('test')
 
-def test_loader_says_where_the_pictures_are(tmp_path):
+def test_loader_says_where_the_images_are(tmp_path):
     from v2flow_nbdev.data.sources import emoji
     with pytest.raises(FileNotFoundError, match='draw.py'): emoji(folder=tmp_path)

@@ -6,7 +6,7 @@ import pytest, torch, transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from v2flow_nbdev.data.sources import digit_captions
-from v2flow_nbdev.language.sequences import ImageTextSequences, check_packs, code_ids, image_to_text, picture, text_to_image
+from v2flow_nbdev.language.sequences import ImageTextSequences, check_packs, code_ids, image_to_text, image_tokens, text_to_image
 from v2flow_nbdev.language.adapters import TargetLoss
 from v2flow_nbdev.language.visual_tokens import VisualTokens, add_visual_tokens, named_ids, text_perplexity
 from v2flow_nbdev.language.text_models import collate, first_id, last_id, text_sequences, train_text_tokenizer
@@ -192,7 +192,7 @@ def not_finite(m, t, v): m.lm_head.weight.data[7, 3] = torch.nan
 def damaged_table(m, t, v): m.model.embed_tokens.weight.data[0, 3] = torch.inf
 def no_vocabulary(m, t, v): v.vocabulary = None
 refused = {no_first_word: ('neither a begin-of-text nor an end-of-text token', {}),
-           named_before: ('has visual words already .*v3', {}), another_tables: ('they do not belong together', {}),
+           named_before: ('has visual tokens already .*v3', {}), another_tables: ('they do not belong together', {}),
            quantized: ('input embeddings are torch.int8', {}), quantized_head: ('output embeddings are torch.uint8',
                {}), eight_bits: ('float8_e4m3fn', {}), another_head: ('the same for both', {}),
                not_finite: ('not finite', {}),
@@ -315,17 +315,17 @@ def test_captions_and_ids_are_checked():
             tokenizer, ids, max_new_tokens=3)
     # 8 bits do not run over
     large = VisualTokens(300, 250, (550,), 551, ((4, 4),), 'x')
-    assert picture(large, torch.full((4, 4), 249, dtype=torch.uint8))[1:-1] == [549]*16
+    assert image_tokens(large, torch.full((4, 4), 249, dtype=torch.uint8))[1:-1] == [549]*16
     for bad in (ids.float(), ids.bool(), ids + 16, ids - 17):
         with pytest.raises(ValueError, match='must be integers|the codebook has 0 to 15'):
             generate_captions(model, tokenizer, bad)
         with pytest.raises(ValueError, match='must be integers|the codebook has 0 to 15'):
-            picture(words, bad[0].view(4, 4))
+            image_tokens(words, bad[0].view(4, 4))
         with pytest.raises(ValueError, match='must be integers|the codebook has 0 to 15'):
             ImageTextSequences([dict(ids=bad[0].view(4, 4), captions=['a'])], tokenizer, words)[0]
     with pytest.raises(ValueError, match='no ids'): generate_captions(model, tokenizer, ids[:0])
     for shape in ((16,), (2, 2, 4)):
-        with pytest.raises(ValueError, match='visual words'): picture(words, torch.zeros(shape).int())
+        with pytest.raises(ValueError, match='visual tokens'): image_tokens(words, torch.zeros(shape).int())
     assert code_ids(ids.numpy().astype('uint16'),
                     16).equal(ids) and len(ImageTextSequences([dict(ids=ids[0].view(4, 4).byte(), captions=['a'])]*3,
                                                               tokenizer, words, write_noise=.5, write_share=1.)[0]) == 3

@@ -170,7 +170,7 @@ def test_arrays():
                 rgb[None], rgb[:0], rgb.astype(complex), np.array('a'), np.array([['a']]),
                 np.zeros((3, 8, 8), 'uint8')[..., :5]):
         with pytest.raises(ValueError, match='need .H, W'): as_image(bad)
-    for bad in (5, 1.5, [1], (rgb,), object(), {'picture': 1}, {}, to_tensor([rgb])):
+    for bad in (5, 1.5, [1], (rgb,), object(), {'image': 1}, {}, to_tensor([rgb])):
         with pytest.raises(ValueError): as_image(bad)
     for bad in (None, dict(image=None), dict(bytes=None, path=None), dict(bytes=None, path=''), b'', io.BytesIO()):
         with pytest.raises(OSError): as_image(bad)
@@ -393,7 +393,7 @@ def test_what_looks_like_an_image_or_a_caption_is_used_or_named(tmp_path):
         'x.heic'] == 'HEIC is not opened; save it as PNG or JPEG'
     with pytest.raises(OSError, match='strict reading ends here'): image_folder(f, strict=True)
     g = tmp_path/'phone'; g.mkdir(); (g/'a.heic').write_bytes(b'1')
-    with pytest.raises(OSError, match='no pictures below this folder that can be opened; 1 left out .1 × HEIC'):
+    with pytest.raises(OSError, match='no images below this folder that can be opened; 1 left out .1 × HEIC'):
         image_folder(g)
 
 def test_strange_lines_of_a_table_are_named_and_the_others_used(tmp_path):

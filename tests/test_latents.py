@@ -33,13 +33,13 @@ def copy(saved, tmp_path):
     "A copy of the DC autoencoder, to be damaged"
     return Path(shutil.copytree(saved['AutoencoderDC'], tmp_path/'copy'))
 
-def pictures(b=2, h=32, w=48): return torch.rand(b, 3, h, w, generator=torch.Generator().manual_seed(1))*2 - 1
+def random_images(b=2, h=32, w=48): return torch.rand(b, 3, h, w, generator=torch.Generator().manual_seed(1))*2 - 1
 
 @pytest.mark.parametrize('kind', kinds)
 def test_shapes_scale_and_shift(saved, kind):
     import diffusers
     ours, theirs, x = AutoencoderLatents.from_pretrained(saved[kind]), getattr(diffusers,
-        kind).from_pretrained(saved[kind]).eval(), pictures()
+        kind).from_pretrained(saved[kind]).eval(), random_images()
     assert (ours.patch_size, ours.image_channels, ours.channels) == (4, 3, theirs.config.latent_channels)
     assert (ours.scale, ours.shift) == ((0.41407, 0.) if kind == 'AutoencoderDC' else (0.2325, 0.06))
     with torch.no_grad():
@@ -53,13 +53,13 @@ def test_shapes_scale_and_shift(saved, kind):
         assert torch.equal(other.encode(x), (raw + 1)*2)
     torch.testing.assert_close(other.decode(other.encode(x)), ours.decode(z), atol=1e-5, rtol=0)
     assert ours.decode(z*1000).abs().max() <= 1
-    for bad in (pictures(h=30), pictures()[:, :1], pictures()[0]):
+    for bad in (random_images(h=30), random_images()[:, :1], random_images()[0]):
         with pytest.raises(ValueError, match='need .B, 3, H, W. with sides divisible by 4'): ours.encode(bad)
     with pytest.raises(ValueError, match='need .B, '): ours.decode(z[:, :-1])
 
 @pytest.mark.parametrize('kind', kinds)
 def test_frozen_and_deterministic(saved, kind):
-    latents, x = AutoencoderLatents.from_pretrained(saved[kind]), pictures()
+    latents, x = AutoencoderLatents.from_pretrained(saved[kind]), random_images()
     z = latents.encode(x)
     outer = torch.nn.Sequential(latents).train()
     assert outer.training and not any(m.training for m in latents.model.modules()) and not any(p.requires_grad
@@ -74,7 +74,7 @@ def test_frozen_and_deterministic(saved, kind):
 @pytest.mark.parametrize('kind', kinds)
 def test_tiles_and_the_whole(saved, kind):
     whole, tiled = (AutoencoderLatents.from_pretrained(saved[kind], tiling=t) for t in (False, True))
-    x = pictures(2, 64, 96)
+    x = random_images(2, 64, 96)
     if kind == 'AutoencoderDC': tiled.model.enable_tiling(48, 48, 32, 32)
     else: tiled.model.tile_sample_min_size, tiled.model.tile_latent_min_size = 48, 12
     assert (tiled.model.use_tiling and tiled.model.use_slicing and not whole.model.use_tiling
@@ -85,7 +85,7 @@ def test_tiles_and_the_whole(saved, kind):
         assert a.shape == b.shape and not torch.equal(a, b)
         if kind == 'AutoencoderDC': assert mse_loss(a, b) < 0.05*a.var()       # tiles do not see beyond their border
         else: assert mse_loss(a, b) < a.var()  # and the group norms of a KL autoencoder take each tile's own statistics
-    small = pictures(2, 32, 48)
+    small = random_images(2, 32, 48)
     # one tile is enough: nothing but the batch differs
     torch.testing.assert_close(tiled.encode(small), whole.encode(small), atol=1e-5, rtol=1e-5)
 
@@ -159,7 +159,7 @@ def test_only_what_is_read_is_fetched(saved, tmp_path, monkeypatch):
     assert fetched == {'vae/config.json', f'vae/{weights}'}
 
 def test_fit_save_and_load(saved, tmp_path):
-    x = pictures(8)
+    x = random_images(8)
     fitted = AutoencoderLatents.fit(load_autoencoder(saved['AutoencoderDC']), x, batch_size=3)
     z = fitted.encode(x)
     assert abs(z.mean()) < 1e-4 and abs(z.std() - 1) < 1e-4
@@ -236,9 +236,9 @@ def test_a_finished_cache_encodes_nothing(tmp_path):
     latents.encode = None
     assert len(cache_latents(rows, latents, tmp_path, progress=False)) == 23
 
-@pytest.mark.parametrize('what, change', [('pictures or captions', dict(rows=rows[::-1])),
+@pytest.mark.parametrize('what, change', [('images or captions', dict(rows=rows[::-1])),
                                           ('autoencoder', dict(latents=PixelLatents(1, 2, 0.5))),
-                                          ('size of pictures', dict(size=(8, 8))),
+                                          ('size of images', dict(size=(8, 8))),
                                           ('dtype', dict(dtype=torch.float16))])
 def test_stale_cache_is_refused(tmp_path, what, change):
     before = dict(rows=rows, latents=PixelLatents(1, 2), folder=tmp_path, progress=False)
@@ -281,7 +281,7 @@ def test_fingerprint_is_of_pixels_captions_and_order():
 
 def test_sizes_and_dtypes(tmp_path):
     odd = [*rows, *mosaics('train', 2, (3, 3))]
-    with pytest.raises(ValueError, match='pictures of 24×16 and 24×24 pixels; give the size'):
+    with pytest.raises(ValueError, match='images of 24×16 and 24×24 pixels; give the size'):
         cache_latents(odd, PixelLatents(1, 2), tmp_path/'a', progress=False)
     cached = cache_latents(odd, PixelLatents(1, 2), tmp_path/'b', size=(16, 16), dtype=torch.bfloat16, progress=False)
     assert cached.shape == (4, 8,
@@ -362,7 +362,7 @@ casts = dict(half=lambda m: m.half(), bfloat16=lambda m: m.to(torch.bfloat16), d
 @pytest.mark.parametrize('kind', kinds)
 def test_latents_are_equal_after_any_cast_and_in_any_surroundings(saved, kind, tmp_path):
     import copy
-    latents, x = AutoencoderLatents.from_pretrained(saved[kind]), pictures()
+    latents, x = AutoencoderLatents.from_pretrained(saved[kind]), random_images()
     z, sums = latents.encode(x), (latents.checksum, latents.encoder_checksum)
     for how, cast in casts.items():
         other = cast(copy.deepcopy(latents))
@@ -398,7 +398,7 @@ def test_latents_are_equal_after_any_cast_and_in_any_surroundings(saved, kind, t
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_saved_in_half_precision_the_latents_are_equal(saved, kind, dtype, tmp_path):
     from safetensors.torch import load_file
-    latents, x = AutoencoderLatents.from_pretrained(saved[kind]), pictures()
+    latents, x = AutoencoderLatents.from_pretrained(saved[kind]), random_images()
     exact = latents.model.encoder.conv_in.weight
     exact.copy_(exact.to(dtype))  # loses nothing in this dtype, so it is stored in it
     z, was = latents.encode(x), latents.model.dtype
@@ -416,7 +416,7 @@ def test_saved_in_half_precision_the_latents_are_equal(saved, kind, dtype, tmp_p
 @pytest.mark.parametrize('latents', ['pixel', *kinds])
 def test_what_is_no_image_and_no_latent_is_refused(saved, latents):
     latents = PixelLatents(3, 4) if latents == 'pixel' else AutoencoderLatents.from_pretrained(saved[latents])
-    x = pictures()
+    x = random_images()
     for bad, said in ((x.mul(127).byte(), 'uint8: need floats'), (x.long(), 'int64: need floats'),
                       (x*300, r'need \[-1, 1\]'), (x[:0], 'the batch is empty'), (list(x), 'a list, need one tensor'),
                       (x.masked_fill(x > 0.9, torch.nan), 'all finite'), (x/0, 'all finite'),
@@ -514,8 +514,8 @@ def test_variants_and_odd_configs(saved, copy):
     AutoencoderDC.from_pretrained(copy).half().save_pretrained(copy, variant='fp16')
     (copy/weights).unlink()
     only = AutoencoderLatents.from_pretrained(copy)
-    assert next(only.model.encoder.parameters()).dtype == torch.float32 and mse_loss(only.encode(pictures()),
-        AutoencoderLatents.from_pretrained(saved['AutoencoderDC']).encode(pictures())) < 1e-4
+    assert next(only.model.encoder.parameters()).dtype == torch.float32 and mse_loss(only.encode(random_images()),
+        AutoencoderLatents.from_pretrained(saved['AutoencoderDC']).encode(random_images())) < 1e-4
     shutil.copy(copy/weights.replace('model', 'model.fp16'), copy/weights.replace('model', 'model.ema'))
     with pytest.raises(OSError, match='ema, fp16'): AutoencoderLatents.from_pretrained(copy)
     (copy/weights.replace('model', 'model.ema')).rename(copy/weights)
@@ -548,7 +548,7 @@ def test_checkpointed_activations_give_the_same_gradients(kind):
     def kept(training):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            loss = training(pictures()).loss
+            loss = training(random_images()).loss
         loss.backward()
         return sum(sizes)
     assert kept(saving) < 0.7*kept(plain)                       # numbers that wait for the way back
@@ -557,8 +557,8 @@ def test_checkpointed_activations_give_the_same_gradients(kind):
     twin = copy.deepcopy(saving)                                # averaged weights are a copy
     with torch.no_grad():
         for p in twin.parameters(): p.zero_()
-        assert saving(pictures()).loss.equal(plain(
-            pictures()).loss) and not twin(pictures()).loss.equal(plain(pictures()).loss)
+        assert saving(random_images()).loss.equal(plain(
+            random_images()).loss) and not twin(random_images()).loss.equal(plain(random_images()).loss)
     with pytest.raises(ValueError, match='Linear.*checkpointing'):
         AutoencoderTraining(torch.nn.Linear(1, 1)).gradient_checkpointing_enable()
 
@@ -695,7 +695,7 @@ def test_a_finished_cache_is_read_where_nothing_can_be_written(tmp_path, monkeyp
 def test_other_rows_under_the_same_name(tmp_path):
     class Named(list): fingerprint = 'v1'
     cache_latents(Named(rows), PixelLatents(1, 2), tmp_path, progress=False)
-    with pytest.raises(ValueError, match='other pictures or captions .23 rows there, 22 here'):
+    with pytest.raises(ValueError, match='other images or captions .23 rows there, 22 here'):
         cache_latents(Named(rows[1:]), PixelLatents(1, 2), tmp_path, progress=False)
 
 def test_a_fingerprint_that_meets_a_missing_file(tmp_path):

@@ -36,7 +36,7 @@ def made(name, padding=7):
 
 @pytest.mark.parametrize('name', families)
 def test_a_family_gets_visual_words(name, tmp_path):
-    """Text is read as before to the bit, tied tables stay tied, pictures are written inside their words, packed rows
+    """Text is read as before to the bit, tied tables stay tied, images are written inside their words, packed rows
     are alone, and a plain folder says it all"""
     model, tokenizer, tok = made(name)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight

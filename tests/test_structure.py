@@ -114,7 +114,7 @@ def test_the_command_of_a_wheel_finds_the_models_of_a_clone_and_says_where_there
     assert outside.returncode == 1 and 'run inside a clone' in outside.stderr and outside.stderr.count('\n') == 1, outside.stderr
 
 def test_data_are_found_from_anywhere(tmp_path):
-    code = 'from v2flow_nbdev.data.sources import emoji; print(len(emoji("unseen_pictures", size=8)))'
+    code = 'from v2flow_nbdev.data.sources import emoji; print(len(emoji("held_out_bases", size=8)))'
     for cwd in (tmp_path, root/'nbs'):
         done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=cwd, env={**os.environ, 'PYTHONPATH': str(root)})
         assert done.stdout.strip() == '206', done.stderr

@@ -31,7 +31,7 @@ class Joined:
                 v in collate([r[k] for r in rows]).items()}
 
 def loaders(folder):
-    "What the four trainings load: pictures of a folder; cached latents; ids as sequences, padded and packed; a stream"
+    "What the four trainings load: images of a folder; cached latents; ids as sequences, padded and packed; a stream"
     from transformers import AutoTokenizer
     from v2flow_nbdev.training.recipes import DataConfig, load_data
     from v2flow_nbdev.training.tokenizer_recipes import tokenizer_data
@@ -42,11 +42,11 @@ def loaders(folder):
     from v2flow_nbdev.language.sequences import ImageTextSequences, pack
     from v2flow_nbdev.language.visual_tokens import VisualTokens
     from v2flow_nbdev.language.text_models import collate
-    source = DataConfig('image_folder', folder=str(folder/'pictures'), captions=1, crop=0.8, flip=True)
+    source = DataConfig('image_folder', folder=str(folder/'images'), captions=1, crop=0.8, flip=True)
     rows, _ = load_data(source)
     shape = SimpleNamespace(image_channels=1, image_size=(8, 8))
-    pictures = tokenizer_data(source, shape, None, rows)
-    cached = tokenizer_data(DataConfig('image_folder', folder=str(folder/'pictures'), cache=str(folder/'latents')),
+    images = tokenizer_data(source, shape, None, rows)
+    cached = tokenizer_data(DataConfig('image_folder', folder=str(folder/'images'), cache=str(folder/'latents')),
                             shape, PixelLatents(1, 2), rows)
     words = VisualTokens(**{k: tuple(map(tuple, v)) if k == 'grids' else v for k,
                             v in json.loads((shipped/'llm/config.json').read_text())['v2flow'].items()
@@ -56,7 +56,7 @@ def loaders(folder):
                                    texts=['a'], text_share=0.2)
     stream, _ = load_data(DataConfig('hub', path='parquet', data_files=str(folder/'digits.parquet'), streaming=True,
                                      held_out=2))
-    return [Joined([pictures, cached, (sequences, collate), (sequences, partial(pack, length=200))]),
+    return [Joined([images, cached, (sequences, collate), (sequences, partial(pack, length=200))]),
             ImageStream(stream, 1, [(8, 8)], crop=0.8)]
 
 def all_batches(folder, workers):
@@ -70,10 +70,10 @@ def test_workers_are_sent_all_that_they_load_under_spawn(tmp_path):
     from v2flow_nbdev.training.recipes import DataConfig, load_data
     from v2flow_nbdev.data.cache import encode_dataset
     from v2flow_nbdev.models.tokenizer import V2Flow
-    files = sorted(digits_folder(tmp_path/'pictures').iterdir())
+    files = sorted(digits_folder(tmp_path/'images').iterdir())
     Dataset.from_dict(dict(image=[str(f) for f in files], text=[f.stem for f in files])).cast_column('image',
         Image()).to_parquet(tmp_path/'digits.parquet')
-    encode_dataset(load_data(DataConfig('image_folder', folder=str(tmp_path/'pictures')))[0],
+    encode_dataset(load_data(DataConfig('image_folder', folder=str(tmp_path/'images')))[0],
                    V2Flow.from_pretrained(shipped/'image_tokenizer'), tmp_path/'ids', progress=False)
     code = (f'import sys, torch; sys.path.insert(0, {str(root/"tests")!r}); from pathlib import Path; from '
             f'test_systems import all_batches\n'
@@ -366,7 +366,7 @@ def typed_with(shell, name, folder, out, own, *more):
 @pytest.mark.parametrize('n', [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize('name', commands)
 def test_a_folder_of_one_image_or_two(shell, own, tmp_path, name, n):
-    "The usual first check of a training: to overfit a single picture"
+    "The usual first check of a training: to overfit a single image"
     done = typed_with(shell, name, digits_folder(tmp_path/'few', n), tmp_path/'out', own, 'data.held_out=5')
     assert done.returncode == 0, done.stderr
 

@@ -40,7 +40,7 @@ def test_killed_and_resumed_is_the_same_run(text, tmp_path):
     assert found['kills'] >= 2 and found['half_written'] and found[
         'weights_equal'] and found['losses_equal'] and found['lines'] == 24, found
     assert {p.name for p in (tmp_path/'killed').iterdir()} == {'checkpoints', 'log.jsonl', 'model',
-                                                               'pictures'} and not list(
+                                                               'images'} and not list(
                                                                    (tmp_path/'killed/checkpoints').glob('.*'))
 
 def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(text, tmp_path):
@@ -148,7 +148,7 @@ def test_the_paper_recipe_is_the_base_preset_and_is_planned_without_building():
 
 @pytest.mark.long
 def test_pooled_tokens_on_mixed_mosaics(text, tmp_path):
-    "A quarter of the tokens, two shapes of pictures in one training, and both directions on a third shape"
+    "A quarter of the tokens, two shapes of images in one training, and both directions on a third shape"
     from v2flow_nbdev.data.sources import mosaics
     from v2flow_nbdev.base.images import to_tensor
     from v2flow_nbdev.models.tokenizer import V2Flow
@@ -165,8 +165,8 @@ def test_pooled_tokens_on_mixed_mosaics(text, tmp_path):
     with pytest.raises(ValueError, match='need'): tok.decode(ids)  # its own grid is 4×4
 
 @pytest.mark.long
-def test_one_picture_many_times_is_learned():
-    "Overfit four pictures: the first thing to try with any change of the model"
+def test_one_image_many_times_is_learned():
+    "Overfit four images: the first thing to try with any change of the model"
     from v2flow_nbdev.data.sources import digits
     from v2flow_nbdev.evaluation.judges import pixels
     from v2flow_nbdev.evaluation.metrics import psnr
@@ -186,26 +186,26 @@ def test_one_picture_many_times_is_learned():
     assert psnr(back, x).mean() > 18 and len(tok.encode(x).unique()) >= 24
 
 def test_image_folder_can_be_trained_on(text, tmp_path):
-    "A user's own pictures, in colour, not square"
+    "A user's own images, in colour, not square"
     from PIL import Image
-    pictures = tmp_path/'pictures'; pictures.mkdir()
+    images = tmp_path/'images'; images.mkdir()
     for i in range(12):
-        Image.effect_noise((40, 30), 10 + 5*i).convert('RGB').save(pictures/f'noise_{i}.png')
-        (pictures/f'noise_{i}.txt').write_text('a white digit on a black ground\n')
-    (pictures/'torn.png').write_text('broken')
+        Image.effect_noise((40, 30), 10 + 5*i).convert('RGB').save(images/f'noise_{i}.png')
+        (images/f'noise_{i}.txt').write_text('a white digit on a black ground\n')
+    (images/'torn.png').write_text('broken')
     done = v2flow('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', tmp_path/'run',
-                  f'vocabulary={text}', 'data.name=image_folder', f'data.folder={pictures}', 'data.copies=0',
+                  f'vocabulary={text}', 'data.name=image_folder', f'data.folder={images}', 'data.copies=0',
                   'tokenizer.image_size=[8, 12]', 'tokenizer.image_channels=3', 'tokenizer.codebook_size=16',
                   'training.steps=12', 'training.batch_size=8', 'training.evaluate_every=0')
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path/'run/data.json').read_text())['left_out'] == {'torn.png': 'not an image that Pillow '
         'can read'} and '1 left out (1 × not an image that Pillow can read)' in done.stderr
-    done = v2flow('encode', pictures/'noise_0.png', '--model', tmp_path/'run/model')
+    done = v2flow('encode', images/'noise_0.png', '--model', tmp_path/'run/model')
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)) == 24
 
 def test_on_an_autoencoder_and_from_a_cache(text, tmp_path):
-    """A small autoencoder on a drawn world, a tokenizer on its latents, from pictures and from the cache; the model
+    """A small autoencoder on a drawn world, a tokenizer on its latents, from images and from the cache; the model
     carries its autoencoder along"""
     from v2flow_nbdev.data.shapes import shapes
     shell, data = Shell(), ['data.name=shapes', 'data.n=80', 'data.size=32', 'data.copies=0']

@@ -100,7 +100,7 @@ def test_shipped_vocabulary_loads_as_before():
     vocab, config = Vocabulary.load(shipped/'image_tokenizer'), read_json(shipped/'image_tokenizer/config.json')
     assert vocab.checksum == config['vocab_checksum'] and vocab.embeddings.shape == (config['vocab_size'],
         config['vocab_dim'])
-    tuned = Vocabulary.from_pretrained(shipped/'llm')                        # visual words are no words
+    tuned = Vocabulary.from_pretrained(shipped/'llm')                        # visual tokens are no words
     assert set(vocab.tokens) <= set(tuned.tokens) and not [w for w in tuned.tokens if w.startswith('<|')]
 
 def test_one_shard_is_opened(text_tokenizer, tmp_path):

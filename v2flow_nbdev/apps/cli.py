@@ -19,10 +19,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 # %% ../../nbs/apps/81_cli.ipynb #d0716153
 Model = Annotated[str, typer.Option('--model', help='A pipeline folder or a Hub id.')]
-Seed = Annotated[int, typer.Option(min=0, help='Draws everything random: the same seed gives the same picture.')]
+Seed = Annotated[int, typer.Option(min=0, help='Draws everything random: the same seed gives the same image.')]
 Json = Annotated[bool, typer.Option('--json', help='Print JSON on stdout.')]
-Out = Annotated[Path, typer.Option('--out', help='The picture to write.')]
-Picture = Annotated[Path, typer.Argument(help='An image file; it is cropped and resized to the model’s size.')]
+Out = Annotated[Path, typer.Option('--out', help='The image to write.')]
+ImageFile = Annotated[Path, typer.Argument(help='An image file; it is cropped and resized to the model’s size.')]
 Config = Annotated[Path, typer.Option('--config', help='A YAML file, see configs/.')]
 RunFolder = Annotated[Optional[Path], typer.Option('--out',
                                                    help='The folder of the run; made if missing. Its model comes to '
@@ -125,7 +125,7 @@ def save_image(image, path):
     with write_atomically(path) as tmp: image.save(tmp)
 
 def sheet(images):
-    "One picture as it is, several side by side"
+    "One image as it is, several side by side"
     from v2flow_nbdev.base.images import image_grid
     return images[0] if len(images) == 1 else image_grid(images)
 
@@ -134,7 +134,7 @@ def sheet(images):
 def generate_command(
     caption:Annotated[str, typer.Argument(help='What to draw, e.g. "a woman firefighter with dark skin tone".')],
     out:Out=Path('out.png'),
-    num_images:Annotated[int, typer.Option(min=1, max=1000, help='How many pictures.')]=1,
+    num_images:Annotated[int, typer.Option(min=1, max=1000, help='How many images.')]=1,
     seed:Seed=0,
     guidance_scale:Annotated[Optional[float],
                              typer.Option(help='Of the language model; 1 = none. Default: the model’s.')]=None,
@@ -144,7 +144,7 @@ def generate_command(
     model:Model=shipped_model,
     as_json:Json=False,
 ):
-    "Text → image: one picture, or a sheet of several."
+    "Text → image: one image, or a sheet of several."
     check_image_path(out)
     if not caption.isascii() and any('\ud800' <= letter <= '\udfff' for letter in caption):
         raise typer.BadParameter('the caption is not UTF-8', param_hint='caption')
@@ -159,27 +159,27 @@ def generate_command(
            f'{out}: {num_images} × "{caption}"')
 
 @app.command('reconstruct')
-def reconstruct_command(image:Picture, out:Out=Path('out.png'), seed:Seed=0, model:Model=shipped_model,
+def reconstruct_command(image:ImageFile, out:Out=Path('out.png'), seed:Seed=0, model:Model=shipped_model,
                         as_json:Json=False):
     "Image → ids → image, with PSNR and SSIM."
     from v2flow_nbdev.base.images import load_image
     check_image_path(out)
-    picture, pipe = load_image(image), load_pipe(model)
+    opened, pipe = load_image(image), load_pipe(model)
     from v2flow_nbdev.evaluation.metrics import psnr, ssim
-    back = pipe.reconstruct(picture, generator=generator(seed))
+    back = pipe.reconstruct(opened, generator=generator(seed))
     save_image(back, out)
-    a, b = pipe.prepare(picture), pipe.prepare(back)
+    a, b = pipe.prepare(opened), pipe.prepare(back)
     scores = dict(psnr_db=psnr(a, b).item(), ssim=ssim(a, b).item())
     report(as_json, dict(out=str(out), **scores), f"{out}: PSNR {scores['psnr_db']:.1f} dB, SSIM {scores['ssim']:.3f}")
 
 # %% ../../nbs/apps/81_cli.ipynb #aeb67efa
 @app.command('encode')
-def encode_command(image:Picture, model:Model=shipped_model):
+def encode_command(image:ImageFile, model:Model=shipped_model):
     "Image → ids, as JSON on stdout."
     from v2flow_nbdev.base.images import load_image, to_tensor
     from v2flow_nbdev.training.tokenizer_recipes import load_tokenizer
-    picture, tok = load_image(image), load_tokenizer(find_model(model))
-    print(json.dumps(tok.encode(to_tensor([picture], tok.config.image_channels, tok.config.image_size))[0].tolist()))
+    opened, tok = load_image(image), load_tokenizer(find_model(model))
+    print(json.dumps(tok.encode(to_tensor([opened], tok.config.image_channels, tok.config.image_size))[0].tolist()))
 
 @app.command('decode')
 def decode_command(
@@ -203,16 +203,16 @@ def decode_command(
     print(out)
 
 @app.command('caption')
-def caption_command(image:Picture, model:Model=shipped_model, as_json:Json=False):
+def caption_command(image:ImageFile, model:Model=shipped_model, as_json:Json=False):
     "Image → text."
     from v2flow_nbdev.base.images import load_image
-    picture, pipe = load_image(image), load_pipe(model)
-    text = pipe.caption(picture)
+    opened, pipe = load_image(image), load_pipe(model)
+    text = pipe.caption(opened)
     report(as_json, dict(image=str(image), caption=text), text)
 
 # %% ../../nbs/apps/81_cli.ipynb #79840ad8
 def demo_digits(pipe, seed):
-    "What the digits model can do: (titled pictures, scores, what they are of)"
+    "What the digits model can do: (titled images, scores, what they are of)"
     from v2flow_nbdev.data.sources import digits, digit_names
     from v2flow_nbdev.evaluation.digits import digit_targets, digit_scores
     from v2flow_nbdev.evaluation.metrics import score_table
@@ -226,7 +226,7 @@ def demo_digits(pipe, seed):
     parts = [('Real digits that no model was trained on, and the captions they get', real, named),
              ('The same from their ids alone', back, None), ('Drawn from captions', made, prompts)]
     return parts, score_table(digit_scores(pipe, per_digit=20, seed=seed, say=say),
-                              digit_targets), '20 generated pictures a digit; `v2flow evaluate` uses 100'
+                              digit_targets), '20 generated images a digit; `v2flow evaluate` uses 100'
 
 def demo_emoji(pipe, seed):
     "The same for the emoji model"
@@ -234,11 +234,11 @@ def demo_emoji(pipe, seed):
     from v2flow_nbdev.evaluation.metrics import score_table
     parts, scores = emoji_demo(pipe, emoji_judge(), seed, say)
     return parts, score_table(scores,
-        emoji_targets), 'Of the pictures on the page alone; `v2flow evaluate --data emoji` draws thousands'
+        emoji_targets), 'Of the images on the page alone; `v2flow evaluate --data emoji` draws thousands'
 
 @app.command('demo')
 def demo_command(out:Out=Path('outputs/demo.png'), seed:Seed=0, model:Model=shipped_model):
-    "The main job on one page: pictures from captions, captions from pictures, and pictures from their ids."
+    "The main job on one page: images from captions, captions from images, and images from their ids."
     import time
     began = time.time()
     pipe = load_pipe(model)
@@ -255,7 +255,7 @@ def demo_command(out:Out=Path('outputs/demo.png'), seed:Seed=0, model:Model=ship
 
 # %% ../../nbs/apps/81_cli.ipynb #8d91db54
 def stacked(parts, side=80):
-    "Titled sheets of pictures, one above the other"
+    "Titled sheets of images, one above the other"
     from PIL import Image, ImageDraw, ImageFont
     from v2flow_nbdev.base.images import image_grid
     sheets = [image_grid(images, captions, side=side) for _,images,captions in parts]
@@ -267,7 +267,7 @@ def stacked(parts, side=80):
     return whole
 
 # %% ../../nbs/apps/81_cli.ipynb #2a4956e2
-judges = dict(digits=1, shapes=3, emoji=3)                                         # and the channels of their pictures
+judges = dict(digits=1, shapes=3, emoji=3)                                         # and the channels of their images
 def measure(data, pipe, model, per_digit, n, seed):
     "(scores of a pipeline on a data set that has a judge, what they should be)"
     if data == 'digits':
@@ -285,9 +285,9 @@ def evaluate_command(
                                                 help='A pipeline folder or a Hub id. Default: the one that is shipped '
                                                      'for the data.')]=None,
     data:Annotated[str, typer.Option('--data', help=f'What to judge on: {", ".join(judges)}.')]='digits',
-    per_digit:Annotated[int, typer.Option(min=2, help='digits: pictures to generate of each.')]=100,
+    per_digit:Annotated[int, typer.Option(min=2, help='digits: images to generate of each.')]=100,
     n:Annotated[Optional[int], typer.Option('--n', min=2,
-                                            help='shapes: pictures to generate of compositions seen in training, and '
+                                            help='shapes: images to generate of compositions seen in training, and '
                                                  'as many of others; emoji: of both together. '
                                                  'Default: 300, 2,000.')]=None,
     seed:Seed=0, as_json:Json=False,
@@ -311,7 +311,7 @@ def web_page(
         typer.Option(help='Address to listen on; the default is reached from this machine alone.')]='127.0.0.1',
     port:Annotated[int, typer.Option(min=0, max=65535, help='0: any that is free.')]=7860,
 ):
-    "A page for the browser: captions → pictures, pictures → words."
+    "A page for the browser: captions → images, images → words."
     from v2flow_nbdev.apps.app import serve
     quiet()
     with running(): serve(find_model(model), host, port, say)

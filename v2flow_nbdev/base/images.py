@@ -185,9 +185,9 @@ def load_image(
 # %% ../../nbs/base/07_images.ipynb #7463c1cf
 def image_grid(
     images:list,               # images of any size, as `as_image` takes them
-    captions:list|None=None,   # one under each picture; None: no captions
-    columns:int=10,            # pictures in a row
-    side:int=72,               # of a picture on the sheet, pixels
+    captions:list|None=None,   # one under each image; None: no captions
+    columns:int=10,            # images in a row
+    side:int=72,               # of an image on the sheet, pixels
 )->'Image.Image':              # PIL RGB
     "Images side by side, enlarged without smoothing, with their captions below"
     from PIL import Image, ImageDraw, ImageFont
@@ -231,7 +231,7 @@ def to_tensor(
 def to_pil(
     x:torch.Tensor,  # (B, C, H, W), values outside [-1, 1] are clipped
 )->list:             # B PIL images
-    "One float tensor → pictures; the inverse of `to_tensor` up to rounding"
+    "One float tensor → images; the inverse of `to_tensor` up to rounding"
     from PIL import Image
     if not torch.is_tensor(x) or x.dim() != 4 or x.shape[1] not in (1, 3) or not x.is_floating_point():
         raise ValueError(f"{f'shape {tuple(x.shape)} of {x.dtype}' if torch.is_tensor(x) else type(x).__name__}: need "

@@ -16,12 +16,12 @@ def random_tensor(
     kind:Callable,   # `torch.randn`, `torch.rand` or `torch.randperm`
     shape:tuple|int,  # of the result; for `torch.randperm` a number
     # draws on its own device, so that one seed gives the same numbers on CPU and CUDA; or a `ShardedGenerator`; or a
-    # list, one for each picture
+    # list, one for each image
     generator:torch.Generator|list|None=None,
     device:str|torch.device|None=None,  # where the result is wanted
 )->torch.Tensor:     # on `device`
     "Random numbers from an explicit generator, wherever the model is"
-    if isinstance(generator, (list, tuple)):  # the rows of a picture lie side by side
+    if isinstance(generator, (list, tuple)):  # the rows of an image lie side by side
         if not generator or not isinstance(shape, (list, tuple)) or not shape or shape[0] % len(generator):
             raise ValueError(f"{len(generator)} generators for shape {shape}: give one for each image")
         return torch.cat([random_tensor(kind, (shape[0]//len(generator), *shape[1:]), g, device) for g in generator])

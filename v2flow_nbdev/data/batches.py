@@ -15,7 +15,7 @@ from ..base.images import as_image, to_tensor
 
 # %% ../../nbs/data/33_batches.ipynb #0361ff06
 def names_sides(captions)->bool:
-    "Does a caption speak of left or right? Then the picture must not be mirrored"
+    "Does a caption speak of left or right? Then the image must not be mirrored"
     return any(re.search(r'\b(left|right)(wards?|most)?\b', c.lower()) for c in captions)
 
 # %% ../../nbs/data/33_batches.ipynb #525b834e
@@ -28,7 +28,7 @@ class ImageBatches(torch.utils.data.Dataset):
         sizes:list=((64, 64),), # of (height, width)
         corner:bool=False, # cut the upper left corner out, instead of resizing
         crop:float=1.,     # least share of the area that a random crop keeps; 1: no random crops
-        flip:bool=False,   # mirror half of the pictures, but those whose captions name left or right
+        flip:bool=False,   # mirror half of the images, but those whose captions name left or right
     ):
         self.rows,self.channels,self.sizes,self.corner,self.crop,self.flip = rows,channels,[tuple(s)
             for s in sizes],corner,crop,flip
@@ -53,7 +53,7 @@ class ImageBatches(torch.utils.data.Dataset):
         if not self.corner: return to_tensor(images, self.channels, size)
         images = [as_image(im) for im in images]
         if any(im.height < size[0] or im.width < size[1] for im in images):
-            raise ValueError(f"size={size}: cannot be cut out of a picture that is smaller")
+            raise ValueError(f"size={size}: cannot be cut out of an image that is smaller")
         return to_tensor([im.crop((0, 0, size[1], size[0])) for im in images], self.channels)
 
     def collate(self,

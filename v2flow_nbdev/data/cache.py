@@ -79,7 +79,7 @@ def fingerprint(
 # %% ../../nbs/data/34_cache.ipynb #35097ae0
 index_version = 1
 
-key_names = dict(rows='pictures or captions', autoencoder='autoencoder, shift or scale', size='size of pictures',
+key_names = dict(rows='images or captions', autoencoder='autoencoder, shift or scale', size='size of images',
                  dtype='dtype')
 
 def shard_names(
@@ -138,7 +138,7 @@ def _write_shard(usable, latents, folder, index, i, bar):
     for j in range(start, stop, index['batch_size']):
         batch = [usable[k] for k in range(j, min(j + index['batch_size'], stop))]
         if other := {tuple(x.shape[2:]) for x,_ in batch} - {size}:
-            raise ValueError(f"pictures of {size[1]}×{size[0]} and {'×'.join(map(str, other.pop()[::-1]))} pixels; "
+            raise ValueError(f"images of {size[1]}×{size[0]} and {'×'.join(map(str, other.pop()[::-1]))} pixels; "
                              f"give the size that all are brought to")
         z.append(latents.encode(torch.cat([x for x,_ in batch]).to(device)).cpu().to(getattr(torch, key['dtype'])))
         captions += [c for _,c in batch]
@@ -298,7 +298,7 @@ def encode_dataset(
     rows:Sequence,          # captioned images
     v2flow:V2Flow,          # an image tokenizer
     folder:str|Path,        # made if missing
-    size:tuple|None=None,   # (height, width) that pictures are brought to; None: the tokenizer's own
+    size:tuple|None=None,   # (height, width) that images are brought to; None: the tokenizer's own
     **cache_kwargs,                  # batch_size, shard_size, progress: see `cache_latents`
 )->EncodedImages:           # the ids, row by row
     """The ids of a data set, computed once, so that a language model trains from ids alone. A run that was killed

@@ -182,7 +182,7 @@ class ImageFolder:
         self.paths = sorted({*(p for p in files if p.suffix.lower() in kinds), *tables})
         _name_left_out(files, kinds, tables, self.report, self.name)
         if not self.paths:
-            raise FileNotFoundError(f"{readable(folder)}: no pictures below this folder"
+            raise FileNotFoundError(f"{readable(folder)}: no images below this folder"
                                     + f" that can be opened; {self.report}"*bool(self.report.left_out))
         self.captions = _folder_captions(self.paths, files, tables, self.report, self.name)
 
@@ -227,7 +227,7 @@ class ImageFolder:
                                if (kept := [n for n in names if n not in lost])}
         keep = [i for i, p in enumerate(self.paths) if p not in errors]
         if not keep:
-            raise OSError(f"{readable(self.folder)}: not one of {len(self)} pictures can be used; the first: "
+            raise OSError(f"{readable(self.folder)}: not one of {len(self)} images can be used; the first: "
                           f"{next(iter(self.report.left_out.items()))}")
         self.paths, self.captions = [self.paths[i] for i in keep], [self.captions[i] for i in keep]
         return self
@@ -255,7 +255,7 @@ def _read_all(rows, strict, progress):
         return path, name, None, notes
     errors = {}
     with ThreadPoolExecutor() as pool, without_warnings():
-        for path, name, error, notes in tqdm(pool.map(tried, rows.paths), 'reading pictures', len(rows),
+        for path, name, error, notes in tqdm(pool.map(tried, rows.paths), 'reading images', len(rows),
                                              disable=not progress or len(rows) < 2000, mininterval=1):
             for what in notes: rows.report.change(name, what)
             if error and strict:
@@ -275,6 +275,6 @@ def image_folder(
     """A folder of images as captioned images. Captions come from `cat.txt` beside `cat.png`, a line each; from
     `metadata.csv` or `metadata.jsonl`, as Hugging Face's `imagefolder` reads them; or, where there is neither,
     from the images' names"""
-    if not Path(folder).is_dir(): raise FileNotFoundError(f"{readable(folder)}: no such folder of pictures")
+    if not Path(folder).is_dir(): raise FileNotFoundError(f"{readable(folder)}: no such folder of images")
     rows = ImageFolder(folder)
     return rows.check(strict, progress) if check or strict else rows

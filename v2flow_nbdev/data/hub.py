@@ -112,7 +112,7 @@ def hub(
     # a data set of the Hub ("user/name"), a folder, or a format of files: parquet, webdataset, imagefolder, …
     name:str,
     split:str='train',    # as `datasets` calls it
-    image:str='',         # column of the pictures; '': the first that holds any
+    image:str='',         # column of the images; '': the first that holds any
     caption:str='',  # column of the captions, each a text or a list of them; '': captions, caption, text, prompt or txt
     streaming:bool=False, # read it while it is used: for data sets larger than the disk
     seed:int=0,           # of the order of a stream
@@ -126,11 +126,11 @@ def hub(
         raise OSError(
             f"{name}: no data set could be loaded ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
     if data.features is None: data = data._resolve_features()
-    pictures = [c for c,f in data.features.items() if isinstance(f, datasets.Image)]
-    image, caption = image or next(iter(pictures),
+    image_columns = [c for c,f in data.features.items() if isinstance(f, datasets.Image)]
+    image, caption = image or next(iter(image_columns),
                                    ''), caption or next((c for c in ('captions', 'caption', 'text', 'prompt', 'txt')
                                                          if c in data.features), '')
-    for column, what in ((image, 'pictures'), (caption, 'captions')):
+    for column, what in ((image, 'images'), (caption, 'captions')):
         if column and column not in data.features or not image:
             raise ValueError(f"{name}: no column of {what}{f' named {column!r}' if column else ''}; there are "
                              f"{', '.join(data.features)}")

@@ -30,7 +30,7 @@ def fit_ground(
     return ground, float(np.median(off))
 
 # %% ../../nbs/data/36_judge.ipynb #80d242e3
-_blurs = (0, 0.012, 0.024)   # blur that pictures to be read may have, standard deviation as a share of the shorter side
+_blurs = (0, 0.012, 0.024)   # blur that images to be read may have, standard deviation as a share of the shorter side
 
 @lru_cache
 def _area(shape): return float(coverage(shape, 80, 80, 60, 160, 160).sum()/60**2)
@@ -63,7 +63,7 @@ def _thing(alpha, side):
 
 # %% ../../nbs/data/36_judge.ipynb #cece5abd
 def read_scene(
-    image:'Image',  # PIL picture of any mode and size; large ones are reduced first
+    image:'Image',  # PIL image of any mode and size; large ones are reduced first
 )->Scene:       # what is seen, with as many things as are found
     "Number, colours, shapes, sizes and places out of the pixels alone (ours)"
     from scipy import ndimage
@@ -91,10 +91,10 @@ def read_scene(
 
 # %% ../../nbs/data/36_judge.ipynb #a94dbcbd
 def judge(
-    image:'Image',      # PIL picture, drawn by anyone
+    image:'Image',      # PIL image, drawn by anyone
     asked:Scene|Facts,  # what it should show: a scene, or what a caption says (`read_caption`)
 )->dict:                # {"number", "colour", "shape", "size", "relation", "all"}: bools
-    "Does the picture show what was asked? Each answer is for all things at once (ours)"
+    "Does the image show what was asked? Each answer is for all things at once (ours)"
     if isinstance(asked, Scene): asked = facts(asked)
     if not asked.things: raise ValueError(f"{asked}: nothing is asked for")
     seen, wanted = read_scene(image).things, sorted(asked.things)

@@ -168,7 +168,7 @@ def tokens_in_codes(
     images:torch.Tensor,  # (B, C, H, W) in [-1, 1]
     n_codes:int=8,        # the most frequent
     n_words:int=5,        # of each the largest shares
-    batch_size:int=16,    # pictures at a time; memory holds all shares of these, and one row of V for each code
+    batch_size:int=16,    # images at a time; memory holds all shares of these, and one row of V for each code
 )->list:  # (code, its share of all tokens, [(word, mean share in the mixtures that became this code), …])
     "Which words do the frequent codes speak?"
     if tok.vocabulary is None:

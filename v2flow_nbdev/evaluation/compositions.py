@@ -28,12 +28,12 @@ def shape_prompts(
 _answers = ('number', 'colour', 'shape', 'size', 'relation')
 
 def judged(
-    images:list,  # PIL pictures
+    images:list,  # PIL images
     asked:list,   # for each a scene or facts, see `judge`
 )->dict:  # shares: number_accuracy, colour_accuracy, …; accuracy, the mean of the five; all_accuracy, all five at once
     "How often each answer of the judge is yes"
     if len(images) != len(asked):
-        raise ValueError(f"{len(images)} pictures for {len(asked)} questions: need one for each")
+        raise ValueError(f"{len(images)} images for {len(asked)} questions: need one for each")
     answers = [judge(image, wanted) for image,wanted in zip(images, asked)]
     def share(k): return float(np.mean([a[k] for a in answers]))
     return {f'{k}_accuracy': share(k) for k in _answers} | dict(accuracy=float(np.mean([share(k) for k in _answers])),
@@ -45,7 +45,7 @@ def _parts(rows, batch_size):
     return [rows[i:i+batch_size] for i in range(0, len(rows), batch_size)]
 
 def shape_reconstruction_scores(
-    tok,               # a `V2Flow` for RGB pictures
+    tok,               # a `V2Flow` for RGB images
     n:int=500,         # drawings of the split 'test', at the tokenizer's own size
     seed:int=0,        # of the drawings and the decoder's noise
     batch_size:int=64, # drawings at once
@@ -75,11 +75,11 @@ def _generated(pipe, captions, seed, batch_size):
 def shape_generation_scores(
     pipe,              # a `V2FlowPipeline`, or any function of captions and generator with `.images` in what it returns
     split:str='test',  # of `shapes`: whose captions
-    n:int=500,         # captions, a picture for each
-    seed:int=0,        # of the captions and of the pictures
-    batch_size:int=64, # pictures at once
+    n:int=500,         # captions, an image for each
+    seed:int=0,        # of the captions and of the images
+    batch_size:int=64, # images at once
 )->dict:               # see `judged`
-    "Text → image: does the picture show what the caption says? (ours)"
+    "Text → image: does the image show what the caption says? (ours)"
     captions = shape_prompts(shapes(split, n, seed=seed))
     return judged(_generated(pipe, captions, seed, batch_size), [read_caption(c) for c in captions])
 
@@ -94,7 +94,7 @@ def caption_is_right(
     return said.things == true.things and said.relations <= true.relations
 
 def shape_captioning_scores(
-    pipe,              # has `caption`: PIL pictures → captions
+    pipe,              # has `caption`: PIL images → captions
     split:str='test',  # of `shapes`
     n:int=500,         # drawings
     seed:int=0,        # of the drawings
@@ -108,7 +108,7 @@ def shape_captioning_scores(
     return dict(caption_accuracy=float(np.mean([caption_is_right(c, data.scene(i)) for i,c in enumerate(captions)])))
 
 # %% ../../nbs/evaluation/53_compositions.ipynb #fc350199
-_kinds = dict(seen='test', unseen='compositions')
+_kinds = dict(train='test', held_out='compositions')
 
 # %% ../../nbs/evaluation/53_compositions.ipynb #afb6e88c
 def shape_scores(
@@ -116,12 +116,12 @@ def shape_scores(
     n:int=500,             # drawings of each kind, and captions of each kind
     seed:int=0,            # of all that is random
     say:Callable=lambda text: None, # told what is being measured
-    batch_size:int=64,     # pictures at once; another one draws other random numbers
+    batch_size:int=64,     # images at once; another one draws other random numbers
 )->dict:                   # the table; keys as in `shape_targets`
-    """Every score of a pipeline for `shapes`, on compositions of the kind it was trained on (seen) and on those held
-    out (unseen) (ours)"""
+    """Every score of a pipeline for `shapes`, on compositions of the kind it was trained on (`train_`) and on those
+    held out (`held_out_`) (ours)"""
     size = pipe.image_tokenizer.config.image_size
-    say(f'reconstructing {n} unseen drawings')
+    say(f'reconstructing {n} held-out images')
     scores = shape_reconstruction_scores(pipe.image_tokenizer, n, seed, batch_size)
     for kind, split in _kinds.items():
         say(f'drawing {n} captions of {kind} compositions')
@@ -132,24 +132,24 @@ def shape_scores(
     return scores
 
 # %% ../../nbs/evaluation/53_compositions.ipynb #8504cea4
-def _aims(kind, words, aim):
+def _target_rows(kind, what, target):
     return {f'{kind}_{k}': row for k,row in dict(
-        number_accuracy=(f'pictures generated from captions, {words}: as many things as asked', aim),
-        colour_accuracy=('all colours right', aim), shape_accuracy=('all shapes right', aim),
-        size_accuracy=('all shape_sizes right', aim),
-        relation_accuracy=('all relations right', aim), accuracy=('mean of the five', aim),
+        number_accuracy=(f'images generated from captions, {what}: as many things as asked', target),
+        colour_accuracy=('all colours right', target), shape_accuracy=('all shapes right', target),
+        size_accuracy=('all sizes right', target),
+        relation_accuracy=('all relations right', target), accuracy=('mean of the five', target),
         all_accuracy=('all five right', ''),
-        caption_accuracy=(f'captions of drawings, {words}: no thing left out, and all that is said is true',
+        caption_accuracy=(f'captions of images, {what}: no thing left out, and all that is said is true',
                           'reported')).items()}
 
 shape_targets = dict(
-    psnr_db=('reconstruction of unseen drawings from ids, PSNR', 'reported'),
+    psnr_db=('reconstruction of held-out images from ids, PSNR', 'reported'),
     ssim=('structural similarity of the same', ''),
     codebook_usage=('codes in use on these drawings', 'at least 80 %'),
     codebook_perplexity=('the same weighed by use: perplexity', ''),
     reconstruction_accuracy=('the judge’s answers on reconstructions, mean of the five', 'reported'),
     reconstruction_all_accuracy=('all five right', '')
-) | _aims('seen', 'compositions seen in kind', 'at least 95 %') | _aims('unseen', 'compositions never seen',
+) | _target_rows('train', 'training compositions', 'at least 95 %') | _target_rows('held_out', 'held-out compositions',
     'at least 85 %')
 
 def marked(
@@ -157,7 +157,7 @@ def marked(
     right,       # what the judge says
     side:int,    # pixels
 ):               # PIL RGB
-    "The picture enlarged, with a tick or a cross in its upper right corner"
+    "The image enlarged, with a tick or a cross in its upper right corner"
     from PIL import Image, ImageDraw
     image, m = image.convert('RGB').resize((side, side), Image.Resampling.NEAREST), side/8
     pen = ImageDraw.Draw(image)
@@ -172,13 +172,13 @@ def marked(
 # %% ../../nbs/evaluation/53_compositions.ipynb #b6880fd4
 def shape_sheet(
     pipe,              # see `shape_generation_scores`
-    n:int=24,          # pictures: one half of seen compositions, then one of unseen ones
-    seed:int=0,        # chooses the captions, draws the pictures
-    batch_size:int=64, # pictures at once
-    columns:int=6,     # pictures in a row
-    side:int=128,      # of a picture on the sheet, pixels
+    n:int=24,          # images: one half of training compositions, then one of held-out ones
+    seed:int=0,        # chooses the captions, draws the images
+    batch_size:int=64, # images at once
+    columns:int=6,     # images in a row
+    side:int=128,      # of an image on the sheet, pixels
 )->'Image.Image':      # PIL RGB
-    "Generated pictures as they come, each with the judge's verdict, what is wrong, and its caption (ours)"
+    "Generated images as they come, each with the judge's verdict, what is wrong, and its caption (ours)"
     if n < 2: raise ValueError(f"n={n}: use 2 or more, one of each kind")
     images, texts = [], []
     for (kind, split), part in zip(_kinds.items(), (n - n//2, n//2)):

@@ -19,7 +19,7 @@ from .judges import accuracy, memorised, digit_classifier, pixels, diversity
 # %% ../../nbs/evaluation/52_digits.ipynb #db3c4b69
 def digit_scores(
     pipe:V2FlowPipeline,  # a `V2FlowPipeline` for digits
-    per_digit:int=100,   # pictures to generate of each digit
+    per_digit:int=100,   # images to generate of each digit
     seed:int=0,          # of all that is random
     say:Callable=lambda text: None, # told what is being measured
 )->dict:                 # the project's table; keys as in `digit_targets`
@@ -29,7 +29,7 @@ def digit_scores(
     x, y, x_train, y_train = pixels(test), [r['label'] for r in test], pixels(train), torch.tensor([r['label']
         for r in train])
     def gen(): return torch.Generator().manual_seed(seed)
-    say('reconstructing unseen digits')
+    say('reconstructing held-out digits')
     ids, train_ids, k = tok.encode(x), tok.encode(x_train), tok.config.codebook_size
     back, sampled = tok.decode(ids, generator=gen()).cpu(), tok.decode(ids, temperature=1., generator=gen()).cpu()
     say('generating digits from captions')
@@ -37,7 +37,7 @@ def digit_scores(
     prompts = [c for d in range(10) for c in islice(cycle(digit_captions(d)), per_digit)]
     made = pipe(prompts, generator=gen())
     drawn = to_tensor(made.images, channels=1)
-    say('captioning unseen digits')
+    say('captioning held-out digits')
     named = [named_digit(c) for c in pipe.caption([r['image'] for r in test])]
     return dict(
         psnr_db=psnr(back, x).mean().item(), psnr_db_at_temperature_1=psnr(sampled, x).mean().item(),
@@ -50,7 +50,7 @@ def digit_scores(
 
 # %% ../../nbs/evaluation/52_digits.ipynb #bc453810
 digit_targets = dict(
-    psnr_db=('reconstruction of unseen digits from ids, PSNR', 'at least 19 dB'),
+    psnr_db=('reconstruction of held-out digits from ids, PSNR', 'at least 19 dB'),
     psnr_db_at_temperature_1=('the same with full noise in the flow', ''),
     ssim=('structural similarity of the same', ''),
     reconstruction_accuracy=('the classifier reads the reconstructed digit rightly', 'at least 96 %'),
@@ -59,6 +59,6 @@ digit_targets = dict(
     memorised=('generated id sequences equal to a training digit’s', 'reported'),
     codebook_usage=('codes in use on the training digits', 'at least 80 %'),
     codebook_perplexity=('the same weighed by use: perplexity, at most 128', ''),
-    caption_accuracy=('the digit named rightly for unseen real digits', 'at least 93 %'),
+    caption_accuracy=('captions of held-out real digits classified correctly', 'at least 93 %'),
     ids_kept=('ids that survive encode → decode → encode', 'reported'),
     real_accuracy=('the classifier on the real test digits', 'about 98 %'))

@@ -38,17 +38,17 @@ def accuracy(
 # %% ../../nbs/evaluation/51_judges.ipynb #d99f458f
 def mean_distance(
     images:torch.Tensor,  # (B, C, H, W)
-)->float:                 # mean Euclidean distance of two different pictures
+)->float:                 # mean Euclidean distance of two different images
     "Mean pairwise distance"
     return torch.pdist(images.flatten(1)).mean().item()
 
 def diversity(
     images:torch.Tensor,  # generated, (B, C, H, W)
     labels:torch.Tensor,  # their digits, (B,)
-    real:torch.Tensor,    # real pictures, (M, C, H, W)
+    real:torch.Tensor,    # real images, (M, C, H, W)
     real_labels:torch.Tensor, # their digits, (M,)
 )->float:                 # mean over the digits; 1 = as varied as real handwriting
-    "Mean pairwise distance of the pictures of one digit, as a share of the same for real ones"
+    "Mean pairwise distance of the images of one digit, as a share of the same for real ones"
     check_counts(len(images), 'images', labels=labels); check_counts(len(real), 'real images', labels=real_labels)
     return float(np.mean([mean_distance(images[labels == d])/mean_distance(real[real_labels == d])
                           for d in labels.unique()]))
@@ -56,9 +56,9 @@ def diversity(
 # %% ../../nbs/evaluation/51_judges.ipynb #348e73b2
 def memorised(
     ids:torch.Tensor,        # generated, (B, N)
-    train_ids:torch.Tensor,  # of the training pictures, (M, N)
-)->float:                    # share of `ids` that equal a training picture's, all N
-    "How much of what is generated is a training picture, to the letter"
+    train_ids:torch.Tensor,  # of the training images, (M, N)
+)->float:                    # share of `ids` that equal a training image's, all N
+    "How much of what is generated is a training image, to the letter"
     known = {tuple(row) for row in train_ids.tolist()}
     return sum(tuple(row) in known for row in ids.tolist())/len(ids)
 
@@ -79,7 +79,7 @@ def icon_views(
     images:torch.Tensor,  # (B, 3, H, W) in [-1, 1]
     generator=None,       # draws everything
 )->torch.Tensor:          # (B, 3, H, W) in [-1, 1]
-    """The same pictures seen a little differently (ours): moved by up to 5 % of the side, up to 8 % larger or
+    """The same images seen a little differently (ours): moved by up to 5 % of the side, up to 8 % larger or
     smaller, blurred, noisy, all channels lighter or darker by up to 4 %. So little that one skin tone never
     becomes the next; and never mirrored, for `facing right` means something"""
     b, device = len(images), images.device
@@ -94,7 +94,7 @@ def icon_views(
 
 # %% ../../nbs/evaluation/51_judges.ipynb #88bb1d2f
 class ImageClassifier(nn.Module):
-    """A small judge of pictures that needs no download: five convolutions, averaged to features, and a linear head
+    """A small judge of images that needs no download: five convolutions, averaged to features, and a linear head
     for each question (ours)"""
     def __init__(self,
         heads:dict,           # question → its possible answers, a list of str
@@ -156,7 +156,7 @@ class ImageClassifier(nn.Module):
         folder = resolve_folder(name, subfolder, revision, ['config.json', 'model.safetensors'])
         try: model = cls(**read_json(folder/'config.json', ['heads']))
         except (AttributeError, TypeError, ValueError) as e:
-            raise OSError(f"{folder/'config.json'}: not a picture classifier's config ({e})") from None
+            raise OSError(f"{folder/'config.json'}: not an image classifier's config ({e})") from None
         try: model.load_state_dict(read_tensors(folder/'model.safetensors'))
         except RuntimeError as e:
             raise OSError(f"{folder/'model.safetensors'}: does not fit its config.json "
@@ -177,7 +177,7 @@ def _in_chunks(groups, rng, size=8):
 def train_classifier(
     images:torch.Tensor,  # (M, 3, H, W) in [-1, 1]; real ones only
     labels:dict,  # question → M answers (str); relatives, told apart by the others, have equal answers to the first
-    steps:int=1000,       # of `batch_size` pictures, each in two views
+    steps:int=1000,       # of `batch_size` images, each in two views
     batch_size:int=64,
     lr:float=3e-3,        # AdamW, warmed up over a tenth of the steps, then to 0 along a cosine
     seed:int=0,           # of weights, order and views; the global random state is left alone
@@ -185,12 +185,12 @@ def train_classifier(
     log:Callable|None=None,  # called with (step, losses) every 50 steps
     **config,             # to `ImageClassifier`
 )->ImageClassifier:     # in `eval()`
-    """Teach a judge on real pictures: cross-entropy of every question on two views of each picture, and of finding
-    each picture's other view among those of the batch by cosine (NT-Xent as in SimCLR, Chen et al. 2020), so that
+    """Teach a judge on real images: cross-entropy of every question on two views of each image, and of finding
+    each image's other view among those of the batch by cosine (NT-Xent as in SimCLR, Chen et al. 2020), so that
     features also tell apart what has the same answers"""
     wrong = {k: len(v) for k,v in labels.items() if len(v) != len(images)}
     if wrong or not labels:
-        raise ValueError(f"labels for {wrong or 'no'} questions: need one answer for each of {len(images)} pictures")
+        raise ValueError(f"labels for {wrong or 'no'} questions: need one answer for each of {len(images)} images")
     heads = {k: sorted(set(v)) for k,v in labels.items()}
     y = {k: torch.tensor([{a: i for i,a in enumerate(heads[k])}[a] for a in v], device=images.device) for k,
          v in labels.items()}
@@ -224,7 +224,7 @@ def candidate_sets(
     n_random:int=50,     # others, drawn for each row
     seed:int=0,          # draws them
 )->list:                 # for each row: its relatives (with itself) and the others, as indices
-    "What each picture is to be told apart from: all its relatives, and some strangers"
+    "What each image is to be told apart from: all its relatives, and some strangers"
     groups, rng, found = np.asarray(groups), np.random.default_rng(seed), []
     of = {g: np.flatnonzero(groups == g) for g in np.unique(groups)}
     for g in groups:
@@ -234,31 +234,31 @@ def candidate_sets(
 
 @torch.no_grad()
 def nearest_real(
-    pictures:torch.Tensor,  # (B, C, H, W) in [-1, 1]
+    images:torch.Tensor,  # (B, C, H, W) in [-1, 1]
     real:torch.Tensor,      # (M, C, H, W) in [-1, 1]
     candidates:list,        # for each of B the indices among M to choose from; see `candidate_sets`
-    represent=blurred,      # pictures → vectors or maps to compare, (B, …)
+    represent=blurred,      # images → vectors or maps to compare, (B, …)
     cosine:bool=False,      # compare by angle, which suits a classifier's features, instead of Euclidean distance
 )->torch.Tensor:            # (B,) indices among M
-    "The candidate that a picture is nearest to, in a given representation"
-    check_counts(len(pictures), 'images', candidates=candidates)
+    "The candidate that an image is nearest to, in a given representation"
+    check_counts(len(images), 'images', candidates=candidates)
     chosen = [torch.as_tensor(c, device=real.device) for c in candidates]
-    # of all real pictures, those that are somebody's candidates
+    # of all real images, those that are somebody's candidates
     used, places = torch.unique(torch.cat(chosen), return_inverse=True)
-    a, b = (represent(x).flatten(1).float() for x in (pictures, real[used]))
+    a, b = (represent(x).flatten(1).float() for x in (images, real[used]))
     if cosine: a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
     return torch.stack([c[(b[p] - x).square().sum(-1).argmin()] for x,c,
                         p in zip(a, chosen, places.split([len(c) for c in chosen]))])
 
 # %% ../../nbs/evaluation/51_judges.ipynb #18d86198
 def top1_retrieval(
-    pictures:torch.Tensor,  # (B, C, H, W) in [-1, 1]
+    images:torch.Tensor,  # (B, C, H, W) in [-1, 1]
     real:torch.Tensor,      # (M, C, H, W) in [-1, 1]
-    true:list,              # B indices among M: what each picture should show
+    true:list,              # B indices among M: what each image should show
     candidates:list,        # for each of B the indices among M to choose from
-    represent:Callable|None=blurred,  # pictures → vectors or maps to compare, (B, …)
+    represent:Callable|None=blurred,  # images → vectors or maps to compare, (B, …)
     cosine:bool=False,      # compare by angle, which suits a classifier's features, instead of Euclidean distance
 )->torch.Tensor:            # (B,) bool
     "Whether the nearest of the real candidates is the one it should be"
-    check_counts(len(pictures), 'images', true=true)
-    return nearest_real(pictures, real, candidates, represent, cosine) == torch.as_tensor(true, device=real.device)
+    check_counts(len(images), 'images', true=true)
+    return nearest_real(images, real, candidates, represent, cosine) == torch.as_tensor(true, device=real.device)

@@ -16,12 +16,12 @@ from .visual_tokens import VisualTokens
 # %% ../../nbs/language/24_adapters.ipynb #f64c4642
 class TargetLoss(torch.nn.Module):
     """A language model while it learns: the loss on targets alone, and nothing else. With `visual_softmax`, a visual
-    word is chosen among the visual words, as when a picture is written; a word of text always among all. A word
-    of text may count several times, for a picture has hundreds of words and its caption ten"""
+    word is chosen among the visual tokens, as when an image is written; a word of text always among all. A word
+    of text may count several times, for an image has hundreds of words and its caption ten"""
     def __init__(self,
-        llm:nn.Module,         # a causal language model of `transformers` with visual words
+        llm:nn.Module,         # a causal language model of `transformers` with visual tokens
         text_weight:float=1.,  # how much a word of text counts beside a visual one
-        visual_softmax:bool=True,   # visual words are chosen among visual words; not with adapters on the head
+        visual_softmax:bool=True,   # visual tokens are chosen among visual tokens; not with adapters on the head
     ):                         # `ValueError` for a model whose scores are not its head times its last states
         super().__init__()
         self.llm, self.visual, self.text_weight, self.visual_softmax = llm, VisualTokens.of(llm), 1., False
@@ -63,7 +63,7 @@ class TargetLoss(torch.nn.Module):
         states, labels = self.llm.get_decoder()(input_ids=input_ids, **batch).last_hidden_state[:, :-1], labels[:, 1:]
         own = (labels >= w.first) & ~torch.isin(labels,
                                                 torch.tensor(w.begins, device=labels.device)) & self.visual_softmax
-        rest = (labels >= 0) & ~own  # text, and the words that open a picture inside it
+        rest = (labels >= 0) & ~own  # text, and the words that open an image inside it
         weight = torch.where(labels[rest] < w.first, self.text_weight, 1.)
         loss = (weight*F.cross_entropy(head(states[rest]).float(), labels[rest], reduction='none')).sum()
         if self.visual_softmax:
@@ -86,7 +86,7 @@ ways = ('all', 'new', 'lora')  # what of a language model may be trained
 
 # %% ../../nbs/language/24_adapters.ipynb #2ff5c03a
 def choose_trained(
-    model:nn.Module,     # a language model with visual words; changed in place
+    model:nn.Module,     # a language model with visual tokens; changed in place
     # 'all': every weight; 'new': the rows of the new words alone; 'lora': these rows, and low-rank updates of all
     # linear layers
     train:str='all',

@@ -23,18 +23,18 @@ from .sequences import code_ids, image_to_text
 
 # %% ../../nbs/language/23_generation.ipynb #056fcee0
 class VisualTokenProcessor(LogitsProcessor):
-    """Writes a picture inside `model.generate`: only visual words, exactly as many as the grid needs, then the end
+    """Writes an image inside `model.generate`: only visual tokens, exactly as many as the grid needs, then the end
     word; mixes the two branches of guidance (rows 0…B-1 with caption, B…2B-1 without) and picks the word itself,
     with the caller's generator"""
     def __init__(self,
         visual:VisualTokens,         # where they are
-        prompt_length:int,         # columns before the first visual word
+        prompt_length:int,         # columns before the first visual token
         guidance_scale:float=1.,   # 1 = the batch has one branch only
         temperature:float=1.,      # 0 = always the likeliest word
         top_k:int|None=None,       # only the k likeliest words
         top_p:float|None=None,     # only the likeliest words that hold this share
         generator:torch.Generator|None=None,  # draws the words; or a list with one for each row
-        grid:tuple|None=None,      # (h, w) of the picture; None: the main one
+        grid:tuple|None=None,      # (h, w) of the image; None: the main one
         # or `linear_guidance`: (scale, share written) → scale at this place, see `flow`
         guidance_schedule:Callable=constant_guidance,
         # only words at least this share as likely as the likeliest, before guidance and temperature
@@ -129,7 +129,7 @@ def generate_tokens(
 # %% ../../nbs/language/23_generation.ipynb #e08ddc20
 @torch.no_grad()
 def generate_image_ids(
-    model:nn.Module,          # a language model with visual words
+    model:nn.Module,          # a language model with visual tokens
     tokenizer:'PreTrainedTokenizerBase',  # its text tokenizer
     captions:list[str],       # B captions
     guidance_scale:float=1.,  # 1 = none: no second branch is computed
@@ -137,9 +137,9 @@ def generate_image_ids(
     top_k:int|None=None,      # only the k likeliest words
     top_p:float|None=None,    # only the likeliest words that hold this share
     min_p:float|None=None,  # only words at least this share as likely as the likeliest, before guidance and temperature
-    # draws the words; or a list with one for each caption, whose picture is then the same in any batch
+    # draws the words; or a list with one for each caption, whose image is then the same in any batch
     generator:torch.Generator|list|None=None,
-    grid:tuple|None=None,     # (h, w) of the pictures, one that the model knows; None: the main one
+    grid:tuple|None=None,     # (h, w) of the images, one that the model knows; None: the main one
     guidance_schedule:Callable=constant_guidance, # or `linear_guidance`, see `flow`
     # called after each word with the ids so far, (B, 1 to N); what it raises ends the writing
     callback:Callable|None=None,
@@ -156,7 +156,7 @@ def generate_image_ids(
     longest, space = max(map(len, prompts)), max_sequence_length(model) - n - 1
     if longest > space:
         raise ValueError(f"a caption of {longest - 2} tokens is too long: this model takes {space - 2} beside a "
-                         f"picture of {n}; shorten it")
+                         f"image of {n}; shorten it")
     if guidance_scale != 1: prompts += [[bos, begin]]*len(prompts)
     batch = left_pad(prompts, model.device)
     length = batch['input_ids'].shape[1]
@@ -183,7 +183,7 @@ def decode_caption(
 # %% ../../nbs/language/23_generation.ipynb #09a4a583
 @torch.no_grad()
 def generate_captions(
-    model:nn.Module,       # a language model with visual words
+    model:nn.Module,       # a language model with visual tokens
     tokenizer:'PreTrainedTokenizerBase',  # its text tokenizer
     ids:torch.Tensor,      # (B, N), of any integer type
     grid:tuple|None=None,  # (h, w), h·w = N; None: the main one
@@ -192,10 +192,10 @@ def generate_captions(
     callback:Callable|None=None,
     **generate_kwargs,                 # static_cache, compile: see `generate_tokens`
 )->list[str]:              # B captions
-    "Ids → captions, greedily; visual words are suppressed"
+    "Ids → captions, greedily; visual tokens are suppressed"
     visual = VisualTokens.of(model)
     grid, ids = tuple(grid or visual.grid), code_ids(ids, visual.codebook_size)
-    if not ids.numel(): raise ValueError("no ids: there is no picture to caption")
+    if not ids.numel(): raise ValueError("no ids: there is no image to caption")
     if ids.dim() != 2 or ids.shape[1] != math.prod(grid):
         raise ValueError(f"ids of shape {tuple(ids.shape)}: need (B, {math.prod(grid)}) for the grid "
                          f"{grid[0]}×{grid[1]}")
@@ -203,7 +203,7 @@ def generate_captions(
                      model.device)
     length = batch['input_ids'].shape[1]
     if length >= max_sequence_length(model):
-        raise ValueError(f"no positions are left for a caption beside a picture of {ids.shape[1]} visual words")
+        raise ValueError(f"no positions are left for a caption beside an image of {ids.shape[1]} visual tokens")
     if callback: generate_kwargs['stopping_criteria'] = StoppingCriteriaList([Watch(callback, length)])
     out = generate_tokens(model, tokenizer, batch, min(max_new_tokens, max_sequence_length(model) - length),
                           eos_token_id=last_id(tokenizer), suppress_tokens=list(visual.new), **generate_kwargs)

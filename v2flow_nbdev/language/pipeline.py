@@ -29,7 +29,7 @@ generation_defaults = dict(guidance_scale=2., temperature=1., top_k=None, top_p=
 @dataclass
 class PipelineOutput:
     "What a pipeline call gives"
-    images:list          # PIL images; the pictures of one prompt lie side by side
+    images:list          # PIL images; the images of one prompt lie side by side
     ids:torch.Tensor     # their visual tokens, (len(images), N)
 
 # %% ../../nbs/language/25_pipeline.ipynb #aefde71f
@@ -75,7 +75,7 @@ class V2FlowPipeline:
 
     def __init__(self,
         image_tokenizer:V2Flow,   # image ↔ ids
-        llm:nn.Module,            # a causal language model with visual words
+        llm:nn.Module,            # a causal language model with visual tokens
         tokenizer:'PreTrainedTokenizerBase',  # its text tokenizer
         defaults:dict|None=None,  # over `generation_defaults`
     ):
@@ -144,7 +144,7 @@ class V2FlowPipeline:
 
     def __call__(self,
         prompt:str|list[str],                     # caption or captions
-        num_images_per_prompt:int=1,              # pictures for each
+        num_images_per_prompt:int=1,              # images for each
         guidance_scale:float|None=None,  # of the language model; 1 = none. None: the model's default, as for all below
         temperature:float|None=None,              # of the language model's words; 0 = the likeliest
         top_k:int|None=None,                      # only the k likeliest words
@@ -154,12 +154,12 @@ class V2FlowPipeline:
         decoder_temperature:float|None=None,      # standard deviation of the flow's noise
         n_iter:int|None=None,                     # mask rounds of the decoder
         n_steps:int|None=None,                    # ODE steps of the decoder
-        # draws words, orders and noise; or a list with one for each picture, which is then the same in any batch
+        # draws words, orders and noise; or a list with one for each image, which is then the same in any batch
         generator:torch.Generator|list|None=None,
-        # of the pictures, pixels; None: the model's main size. The language model must know their grid
+        # of the images, pixels; None: the model's main size. The language model must know their grid
         height:int|None=None,
         width:int|None=None,
-        # of the language model, over the places of a picture; or `linear_guidance`, see `flow`
+        # of the language model, over the places of an image; or `linear_guidance`, see `flow`
         guidance_schedule:Callable=constant_guidance,
         static_cache:bool=False,                  # of the language model: keys and values in tensors of fixed size
         # of the language model: `torch.compile` over a static cache; pays on CUDA and for many calls of one shape
@@ -168,7 +168,7 @@ class V2FlowPipeline:
         # call
         callback_on_step_end:Callable|None=None,
     )->PipelineOutput:
-        "Captions → pictures"
+        "Captions → images"
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
             raise ValueError("the caption is empty; say what to draw")
@@ -192,7 +192,7 @@ class V2FlowPipeline:
         # called with (pipeline, step from 0, share of the way done in (0, 1], {ids: (B, words so far)}, and in mask
         # rounds images: (B, C, H, W) in [-1, 1], so far); or None
         callback:Callable,
-        grid:tuple,  # (h, w) of the visual words
+        grid:tuple,  # (h, w) of the visual tokens
         n_iter:int|None=None, # mask rounds; None: the model's default
     )->Callable|None:  # what `generate_image_ids` calls after each word, and what `decode` calls after each round
         "One count of steps over both halves of a call: first the words, then the rounds"
@@ -203,7 +203,7 @@ class V2FlowPipeline:
         return lambda ids: tell(ids.shape[1] - 1, ids=ids), lambda i, images: tell(n + i - 1, images=images)
 
     def grid_of(self, height:int|None=None, width:int|None=None)->tuple:
-        "The grid of visual words of a picture of this size, pixels; `ValueError` if there is none"
+        "The grid of visual tokens of an image of this size, pixels; `ValueError` if there is none"
         c = self.image_tokenizer.config
         side, (height, width) = c.patch_size*c.pool, (n or m for n,m in zip((height, width), c.image_size))
         if height < 1 or width < 1 or height % side or width % side:
@@ -245,10 +245,10 @@ class V2FlowPipeline:
 
     def reconstruct(self,
         images:Any,      # as in `prepare`
-        generator:torch.Generator|list|None=None,  # draws orders and noise; or a list with one for each picture
+        generator:torch.Generator|list|None=None,  # draws orders and noise; or a list with one for each image
         **kwargs,        # to `V2Flow.decode`
     )->'Image|list':     # a PIL image or a list of them
-        "Images → ids → pictures: what the ids alone remember"
+        "Images → ids → images: what the ids alone remember"
         tok = self.image_tokenizer
         x = self.prepare(images)
         check_counts(len(x), 'images', generators=generator)

@@ -28,8 +28,8 @@ def code_ids(
         raise ValueError(f"ids from {ids.min()} to {ids.max()}: the codebook has 0 to {codebook_size - 1}")
     return ids
 
-def picture(
-    visual:VisualTokens,  # where the visual words are
+def image_tokens(
+    visual:VisualTokens,  # where the visual tokens are
     ids:torch.Tensor,   # codes, (h, w), of any integer type
 )->list[int]:           # h·w + 2 ids
     "<|image_hxw|> v … v <|/image|>"
@@ -38,40 +38,40 @@ def picture(
 
 # %% ../../nbs/language/21_sequences.ipynb #42ae1180
 def text_to_image(
-    visual:VisualTokens,  # where the visual words are
+    visual:VisualTokens,  # where the visual tokens are
     bos:int,            # first word of every sequence, see `first_id`
     caption:list[int],  # text ids; empty = the null caption of guidance
     ids:torch.Tensor,   # codes, (h, w)
 )->tuple:               # prompt and target
     "<s> caption <|image_hxw|> → v … v <|/image|>"
-    begin, *rest = picture(visual, ids)
+    begin, *rest = image_tokens(visual, ids)
     return [bos, *caption, begin], rest
 
 def image_to_text(
-    visual:VisualTokens,  # where the visual words are
+    visual:VisualTokens,  # where the visual tokens are
     bos:int,            # first word of every sequence
     ids:torch.Tensor,   # codes, (h, w)
     target:list[int],   # text ids, then the end of text; empty when the caption is to be written
 )->tuple:               # prompt and target
     "<s> <|image_hxw|> v … v <|/image|> → caption </s>"
-    return [bos, *picture(visual, ids)], target
+    return [bos, *image_tokens(visual, ids)], target
 
 # %% ../../nbs/language/21_sequences.ipynb #c7217da9
 def text_with_images(
-    visual:VisualTokens,  # where the visual words are
+    visual:VisualTokens,  # where the visual tokens are
     bos:int,            # first word of every sequence
-    parts:list,         # in their order: text ids (lists), and codes of pictures ((h, w) tensors)
+    parts:list,         # in their order: text ids (lists), and codes of images ((h, w) tensors)
     eos:int,            # last word
 ):                      # prompt and target
-    "<s> → text <|image_hxw|> v … v <|/image|> text … </s>: pictures at their places"
-    return [bos], [i for p in parts for i in (picture(visual, p) if torch.is_tensor(p) else p)] + [eos]
+    "<s> → text <|image_hxw|> v … v <|/image|> text … </s>: images at their places"
+    return [bos], [i for p in parts for i in (image_tokens(visual, p) if torch.is_tensor(p) else p)] + [eos]
 
 # %% ../../nbs/language/21_sequences.ipynb #4a8737e4
 def by_shape(
     rows,         # as below
-    most=2**14,   # pictures that are kept
+    most=2**14,   # images that are kept
 )->dict:          # {(h, w): (N, h, w)}
-    "The codes of a data set's pictures, evenly chosen from it, side by side"
+    "The codes of a data set's images, evenly chosen from it, side by side"
     found = [torch.as_tensor(ids).long() for i in range(0, len(rows), math.ceil(len(rows)/most))
              for ids in [rows[i].get('ids')] if ids is not None]
     return {shape: torch.stack([ids for ids in found if ids.shape == shape]) for shape in {ids.shape for ids in found}}
@@ -87,19 +87,19 @@ def inverse_sqrt_frequency(
 # %% ../../nbs/language/21_sequences.ipynb #e3b2648e
 class ImageTextSequences(torch.utils.data.Dataset):
     """Ids and captions → sequences for both directions; which caption and which direction is drawn anew each time. A
-    row with `parts` (texts and ids in turn) is one text with its pictures at their places"""
+    row with `parts` (texts and ids in turn) is one text with its images at their places"""
     def __init__(self,
         rows:Sequence,  # rows {"ids": (h, w) codes, "captions": [str, …]}, or {"parts": [str or (h, w) codes, …]}
-        tokenizer:'PreTrainedTokenizerBase',  # with visual words
+        tokenizer:'PreTrainedTokenizerBase',  # with visual tokens
         visual:VisualTokens,           # where they are
         write_share:float=0.5,       # share of caption → image; the rest is image → caption
         caption_dropout:float=0.1,   # share of caption → image without its caption, for guidance
-        id_noise:float=0.1,          # share of visual words replaced by random ones when the picture is only read
+        id_noise:float=0.1,          # share of visual tokens replaced by random ones when the image is only read
         loss:str='target',  # 'target': on what is to be written; 'both': on the prompt too, which is then never noisy
         texts:list[str]|None=(),     # plain text to mix in, so that the language is kept
         text_share:float=0.,         # share of rows that are plain text instead
         longest:int=2**31,           # tokens that a sequence may have, see `max_sequence_length`; longer texts are cut
-        # largest share of visual words replaced by those of a picture much like it in what is written already; each
+        # largest share of visual tokens replaced by those of an image much like it in what is written already; each
         # draws its own
         write_noise:float=0.,
         # weights of the rows when they are to be written, see `inverse_sqrt_frequency`; None: all the same. Read they
@@ -135,9 +135,9 @@ class ImageTextSequences(torch.utils.data.Dataset):
                            ids) if share else ids
 
     def confused(self,
-        ids:torch.Tensor,  # codes of the picture that is to be written, (h, w)
+        ids:torch.Tensor,  # codes of the image that is to be written, (h, w)
     )->torch.Tensor:       # (h, w)
-        """Some of its codes replaced by those of the likest of 1,024 other pictures: only the caption tells which
+        """Some of its codes replaced by those of the likest of 1,024 other images: only the caption tells which
         are which"""
         crowd = self.crowd.get(ids.shape, ids[None])                               # a rare shape may have nobody else
         crowd = crowd[torch.randint(len(crowd), (1024,))]
@@ -146,9 +146,9 @@ class ImageTextSequences(torch.utils.data.Dataset):
         return torch.where(torch.rand(ids.shape) < self.write_noise*torch.rand(()), other, ids)
 
     def fitting(self,
-        parts:list,  # texts and pictures
-    )->list:         # text ids and pictures
-        "What fits into the longest sequence: the text at its end is cut, a picture never"
+        parts:list,  # texts and images
+    )->list:         # text ids and images
+        "What fits into the longest sequence: the text at its end is cut, an image never"
         left, found = self.longest - 2, []
         for p in parts:
             part = self.tokens(p)[:left] if isinstance(p, str) else code_ids(p, self.visual.codebook_size)
@@ -175,7 +175,7 @@ class ImageTextSequences(torch.utils.data.Dataset):
         if write >= self.write_share: return image_to_text(w, bos, self.noisy(ids, self.id_noise), caption + [self.eos])
         prompt, target = text_to_image(w, bos, [] if drop < self.caption_dropout else caption, ids)
         if not self.write_noise: return prompt, target
-        return prompt, target, picture(w, self.confused(ids))[1:]
+        return prompt, target, image_tokens(w, self.confused(ids))[1:]
 
 # %% ../../nbs/language/21_sequences.ipynb #b75027c3
 def pack(

@@ -19,12 +19,12 @@ from .text_models import collate, first_id, max_sequence_length, text_sequences
 # %% ../../nbs/language/20_visual_tokens.ipynb #d77d552e
 @dataclass
 class VisualTokens:
-    "Where the visual words lie in a language model; kept in its `config.json` under `v2flow`"
+    "Where the visual tokens lie in a language model; kept in its `config.json` under `v2flow`"
     first:int          # id of the word for code 0; code i is word first + i
     codebook_size:int  # K
-    begins:tuple       # ids of the words that open a picture, one for each grid
+    begins:tuple       # ids of the words that open an image, one for each grid
     end:int            # id of the word that closes it; the last of the new words
-    grids:tuple        # (h, w) of each: a picture has h·w visual words. The first is the main one
+    grids:tuple        # (h, w) of each: an image has h·w visual tokens. The first is the main one
     codebook:str       # checksum of the codebook that they stand for
     format_version = 1 # of what is written into config.json
 
@@ -45,10 +45,10 @@ class VisualTokens:
     def begin(self,
         grid:tuple,  # (h, w)
     )->int:          # `ValueError` for a grid that the model does not know
-        "The word that opens a picture of this grid"
+        "The word that opens an image of this grid"
         known = dict(zip(self.grids, self.begins))
         if tuple(grid) not in known:
-            raise ValueError(f"a picture of {'×'.join(map(str, grid))} visual words: this language model was made for "
+            raise ValueError(f"an image of {'×'.join(map(str, grid))} visual tokens: this language model was made for "
                              f"{', '.join(f'{h}×{w}' for h,w in self.grids)}")
         return known[tuple(grid)]
 
@@ -64,14 +64,15 @@ class VisualTokens:
         vocab, names = tokenizer.get_vocab(), dict(zip(self.names(),
                                                        [*range(self.first, self.first + self.codebook_size),
                                                         *self.begins, self.end]))
-        # older folders open a picture by another name
+        # older folders open an image by another name
         wrong = next((n for n,i in names.items() if vocab.get(n) != i and (n in vocab or i not in self.begins)), None)
         if wrong:
-            raise ValueError(f"the text tokenizer does not know the language model's visual words: {wrong} is "
+            raise ValueError(f"the text tokenizer does not know the language model's visual tokens: {wrong} is "
                              f"{vocab.get(wrong)} there, {names[wrong]} here; it is another model's")
         clash = next((n for n,i in vocab.items() if n not in names and i in self.new and i not in self.begins), None)
         if clash:
-            raise ValueError(f"the text tokenizer gives the id of a visual word, {vocab[clash]}, to {clash} too; it is "
+            raise ValueError(f"the text tokenizer gives the id of a visual token, {vocab[clash]}, to {clash} too; it "
+                             f"is "
                              f"another model's")
 
     def entry(self)->dict:  # `of` reads it
@@ -82,12 +83,12 @@ class VisualTokens:
     def of(cls, model:nn.Module)->'VisualTokens':
         "Those of a model that `add_visual_tokens` has seen"
         found = getattr(model.config, 'v2flow', None)
-        if not found: raise ValueError("this language model has no visual words; give it some with add_visual_tokens")
+        if not found: raise ValueError("this language model has no visual tokens; give it some with add_visual_tokens")
         damaged = "the language model's config.json is damaged: its v2flow entry"
         if not isinstance(found, dict): raise ValueError(f"{damaged} is {found!r:.80}")
         version = found.get('version', 0)
         if type(version) is int and version > cls.format_version:
-            raise ValueError(f"the visual words were written by a newer version of this library (format {version}, "
+            raise ValueError(f"the visual tokens were written by a newer version of this library (format {version}, "
                              f"this one reads up to {cls.format_version}): update it")
         found = {k: v for k,v in found.items() if k != 'version'}
         # as version 0.1 wrote it
@@ -107,7 +108,7 @@ class VisualTokens:
 # %% ../../nbs/language/20_visual_tokens.ipynb #aad60c97
 @torch.no_grad()
 def text_perplexity(
-    model:nn.Module,    # a causal language model; visual words, if it has any, are left out, as when it writes text
+    model:nn.Module,    # a causal language model; visual tokens, if it has any, are left out, as when it writes text
     tokenizer:'PreTrainedTokenizerBase',  # its text tokenizer
     texts:list[str],    # a corpus
     batch_size:int=64,  # texts at a time
@@ -146,7 +147,7 @@ def initial_embeddings(
 
 # %% ../../nbs/language/20_visual_tokens.ipynb #ee916f78
 def check_match(
-    model,      # should be a causal language model without visual words
+    model,      # should be a causal language model without visual tokens
     tokenizer,  # should be its text tokenizer
     v2flow,     # should speak in its words
     grids,      # should fit its positions
@@ -154,9 +155,9 @@ def check_match(
     "`ValueError` that says what does not go together, if anything"
     kind, table, head = type(model).__name__, model.get_input_embeddings().weight, model.get_output_embeddings()
     if model.config.is_encoder_decoder or head is None or 'CausalLM' not in kind and 'LMHead' not in kind:
-        raise ValueError(f"{kind}: visual words need a causal language model, one that `AutoModelForCausalLM` loads")
+        raise ValueError(f"{kind}: visual tokens need a causal language model, one that `AutoModelForCausalLM` loads")
     if getattr(model.config, 'v2flow', None):
-        raise ValueError("this language model has visual words already, of other codes")
+        raise ValueError("this language model has visual tokens already, of other codes")
     for what, weight in (('input', table), ('output', head.weight)):
         if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16) or weight.dim() != 2:
             raise ValueError(f"{kind}: its {what} embeddings are {weight.dtype} of shape {tuple(weight.shape)}: a "
@@ -165,7 +166,7 @@ def check_match(
             raise ValueError(f"{kind}: its {what} embeddings are not in memory; load the model without offloading")
     if table.shape != head.weight.shape:
         raise ValueError(f"{kind}: input embeddings of shape {tuple(table.shape)}, output embeddings of "
-                         f"{tuple(head.weight.shape)}: visual words need the same for both")
+                         f"{tuple(head.weight.shape)}: visual tokens need the same for both")
     first_id(tokenizer)                                                            # it must have one
     top = max(tokenizer.get_vocab().values(), default=-1)
     if top >= len(table):
@@ -191,7 +192,7 @@ def check_match(
         raise ValueError(f"grids={grids}: needs (height, width) of at least one grid, each once")
     longest = max(h*w for h,w in grids) + 4  # with first word, begin, end and a word of text
     if longest > max_sequence_length(model):
-        raise ValueError(f"a picture of {longest - 4} visual words is too long for this language model, which takes "
+        raise ValueError(f"an image of {longest - 4} visual tokens is too long for this language model, which takes "
                          f"{max_sequence_length(model)} tokens in all")
 
 # %% ../../nbs/language/20_visual_tokens.ipynb #6f000ae9
@@ -213,7 +214,7 @@ def with_tokens(
     where ids have gaps, that is the id of another token. There the ids are written into its vocabulary first"""
     vocab = tokenizer.get_vocab()
     if known := vocab.keys() & {*names}:
-        raise ValueError(f"the text tokenizer has visual words already ({', '.join(sorted(known)[:3])}); give the "
+        raise ValueError(f"the text tokenizer has visual tokens already ({', '.join(sorted(known)[:3])}); give the "
                          f"language model's own")
     taken, error = {*taken, *vocab.values()}, None
     for free in (None, max(taken) + 1):  # by its own count, else where nothing is
@@ -275,13 +276,13 @@ def add_visual_tokens(
     v2flow:V2Flow,     # the `V2Flow` whose codes become words
     start:str='codebook',  # how input rows start, see `initial_embeddings`
     head_start:str|None=None, # the same for output rows, where they have a table of their own; None: as `start`
-    grids:Sequence=None,        # (h, w) of the pictures to come; None or empty: the image tokenizer's own
+    grids:Sequence=None,        # (h, w) of the images to come; None or empty: the image tokenizer's own
     seed:int=0,        # of random starts
     # where they are; `ValueError` if model, tokenizer and `v2flow` do not go together, and then nothing is changed
 )->VisualTokens:
     """Make the K codes K new words (V²Flow, joining the tokenizer with a pretrained LLM). Input rows start as the
     codebook, at the words' mean distance from the words' mean; output rows as the same directions at the output
-    rows' own. Words that open and close a picture start in the mean"""
+    rows' own. Words that open and close an image start in the mean"""
     grids = tuple(map(tuple, grids or [v2flow.config.grid]))
     check_match(model, tokenizer, v2flow, grids)
     codes, words, K, G = v2flow.quantizer.codebook.float(
@@ -313,7 +314,7 @@ def add_visual_tokens(
     except BaseException as e:
         undo()
         if isinstance(e, Exception):
-            raise ValueError(f"{type(model).__name__} cannot be given visual words, and was left as it was "
+            raise ValueError(f"{type(model).__name__} cannot be given visual tokens, and was left as it was "
                              f"({type(e).__name__}: {e})") from e
         raise
     vars(tokenizer).update(vars(new))

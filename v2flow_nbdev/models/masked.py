@@ -15,12 +15,12 @@ from ..base.random import random_tensor
 
 # %% ../../nbs/models/16_masked.ipynb #91cb6fd0
 def random_orders(
-    b:int,            # pictures
+    b:int,            # images
     n:int,            # positions
     generator=None,   # draws them
     device=None,      # where they are wanted
 )->torch.Tensor:      # (b, n) int64, each row a permutation of 0…n-1
-    "An order of revealing for each picture"
+    "An order of revealing for each image"
     return random_tensor(torch.rand, (b, n), generator, device).argsort(-1)
 
 # %% ../../nbs/models/16_masked.ipynb #a5719f4f
@@ -40,7 +40,7 @@ def reveal_counts(
     n:int,       # positions
     n_iter:int,  # rounds, 1 to n
 )->list[int]:    # positions revealed in each round: none is 0, they sum to n
-    "The cosine schedule (MaskGIT, arXiv 2202.04200; MAR): few positions first, many once the picture stands"
+    "The cosine schedule (MaskGIT, arXiv 2202.04200; MAR): few positions first, many once the image stands"
     if not 1 <= n_iter <= n: raise ValueError(f"n_iter={n_iter}: need 1 to {n} rounds for {n} positions")
     counts, left = [], n
     for i in range(1, n_iter + 1):
@@ -117,7 +117,7 @@ def gather_tokens(
     x:torch.Tensor,    # (B, N, D)
     idx:torch.Tensor,  # positions, (B, M)
 )->torch.Tensor:       # (B, M, D)
-    "The rows of `x` at `idx`, picture by picture"
+    "The rows of `x` at `idx`, image by image"
     return x.gather(1, repeat(idx, 'b m -> b m d', d=x.shape[-1]))
 
 # %% ../../nbs/models/16_masked.ipynb #22ff92ba

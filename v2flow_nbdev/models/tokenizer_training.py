@@ -50,9 +50,9 @@ def masked_flow_loss(
     z:torch.Tensor,            # latents, (B, N, C)
     grid:tuple,                # (h, w) of the latents
     mask_ratio_min:float=0.7,  # least share hidden
-    code_dropout:float=0.1,    # share of pictures with the null condition
+    code_dropout:float=0.1,    # share of images with the null condition
     n_draws:int=4,             # noise and time draws per hidden position
-    generator:torch.Generator|None=None,  # draws masks, dropped pictures, noise and times
+    generator:torch.Generator|None=None,  # draws masks, dropped images, noise and times
 )->torch.Tensor:               # scalar
     "Hide a random share of the positions and score the velocity there, and only there"
     b, n, _ = z.shape
@@ -179,7 +179,7 @@ class DecoderTraining(nn.Module):
     def forward(self,
         images:torch.Tensor,  # (B, C, H, W) in [-1, 1]
     )->AutoencoderOutput:     # its `loss` is a scalar
-        "Images → ids → latents → pictures, and how far off they are"
+        "Images → ids → latents → images, and how far off they are"
         tok, c = self.tok, self.config
         with torch.no_grad():
             real = tok.to_latents(images)

@@ -55,10 +55,10 @@ def costs(
 
 # %% ../../nbs/training/44_costs.ipynb #28673caf
 def llm_costs(
-    config:Any,            # of a `transformers` causal language model, with or without the visual words
-    grids:Sequence,        # (h, w) of the pictures
+    config:Any,            # of a `transformers` causal language model, with or without the visual tokens
+    grids:Sequence,        # (h, w) of the images
     codebook_size:int,     # K
-    text:int=64,           # text tokens beside a picture
+    text:int=64,           # text tokens beside an image
     pack:int=0,            # tokens of a sequence, if short ones are packed
     trained:float=1.,      # share of the weights that learns
     batch_size:int=8,      # sequences per forward and process

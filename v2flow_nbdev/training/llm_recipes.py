@@ -119,12 +119,12 @@ def pretrain_llm(
 @dataclass
 class LLMConfig:
     "The language model that learns to write and read ids: the section `llm` of an `LLMRecipe`"
-    # a `transformers` folder or Hub id; one that has the visual words of this image tokenizer learns on
+    # a `transformers` folder or Hub id; one that has the visual tokens of this image tokenizer learns on
     pretrained:str=''
     # how the input rows of new words start: codebook, rotated, mean or random, see `add_visual_tokens`
     start:str='codebook'
     head_start:str=''          # the same for output rows with a table of their own; '': as `start`
-    # [height, width] in visual words of the pictures to learn, the image tokenizer's own among them; none: that alone
+    # [height, width] in visual tokens of the images to learn, the image tokenizer's own among them; none: that alone
     grids:tuple=()
     train:str='all'  # what learns: all, new (the new rows alone) or lora (these, and low-rank updates through `peft`)
     rank:int=16                # of LoRA's updates
@@ -133,18 +133,18 @@ class LLMConfig:
     write_share:float=0.5      # share of caption → image, the rest is image → caption
     caption_dropout:float=0.1  # share of caption → image without its caption, for guidance
     id_noise:float=0.1         # share of ids replaced at random in image → caption
-    # largest share of ids replaced by those of a picture much like it in what caption → image has written already; each
+    # largest share of ids replaced by those of an image much like it in what caption → image has written already; each
     # draws its own
     write_noise:float=0.
     # field of the rows, such as emoji's base: what few of them share is written more often, see
     # `inverse_sqrt_frequency`; '': all alike
     rare:str=''
-    text_weight:float=1.       # how much a word of text counts in the loss beside a visual word, see `TargetLoss`
-    # a visual word is chosen among visual words alone, as when it is written: less to compute; needs `train: all`
+    text_weight:float=1.       # how much a word of text counts in the loss beside a visual token, see `TargetLoss`
+    # a visual token is chosen among visual tokens alone, as when it is written: less to compute; needs `train: all`
     visual_softmax:bool=False
     # share of the weights it began with that is mixed into the last ones, see `interpolate_weights`; needs `train: all`
     interpolate_weights:float=0.
-    text_share:float=0.        # share of plain text instead of pictures, so that the language is kept
+    text_share:float=0.        # share of plain text instead of images, so that the language is kept
     texts:str=''  # file of that text, one a line; '': the captions, on which perplexity is then measured too
     pack:int=0                 # tokens of the sequences that short ones are packed into; 0: each row is padded
     attention:str=''  # how attention is computed: sdpa, eager, flash_attention_2, …; '': as `transformers` thinks best
@@ -231,14 +231,14 @@ def weights_of(rows, field):
 
 def ids_of(source, tok, grids, out, rare=''):
     """(rows of ids to learn from, how often each is to be written, rows to judge on, all that has a report): of a
-    folder that encode-dataset wrote, or of pictures encoded into the run's folder"""
+    folder that encode-dataset wrote, or of images encoded into the run's folder"""
     if source.name != 'ids':
         rows, held_out = load_data(source)
         # a wrong field is found before anything is encoded
         often = weights_of(rows, rare).repeat(max(1, len(grids))) if rare else None
         done = encoded(rows, tok, out/'ids', image_sizes(tok, grids))
         return ConcatDataset(done), often, held_out, [rows, *done]
-    if rare: raise ValueError(f"llm.rare={rare!r}: a folder of ids keeps captions alone, use the pictures themselves")
+    if rare: raise ValueError(f"llm.rare={rare!r}: a folder of ids keeps captions alone, use the images themselves")
     with running():
         folders = sorted(p.parent for p in Path(source.folder).glob('*/index.json'))
         if not folders: raise FileNotFoundError(f"{source.folder}: no ids here; make them with `v2flow encode-dataset`")
@@ -253,16 +253,16 @@ def ids_of(source, tok, grids, out, rare=''):
 def text_corpus(tuning, rows):
     "(text to mix in, text to measure perplexity on)"
     if tuning.texts: return lines_of(tuning.texts)
-    texts = sorted({c for r in usable_sample(rows, 2000) for c in r['captions'] if c}) or ['a picture']
+    texts = sorted({c for r in usable_sample(rows, 2000) for c in r['captions'] if c}) or ['an image']
     return texts, usable_sample(texts, 500)
 
 def known_visual_tokens(llm, tok, grids):
-    """The visual words of a language model that knows these codes already and is to learn on; None if it knows none,
+    """The visual tokens of a language model that knows these codes already and is to learn on; None if it knows none,
     or others"""
     if (getattr(llm.config, 'v2flow', None) or {}).get('codebook') != tok.codebook_checksum: return None
     words = VisualTokens.of(llm)
     if {tuple(g) for g in grids} - set(words.grids):
-        raise ValueError(f"llm.grids={list(grids)}: this language model has visual words already, for "
+        raise ValueError(f"llm.grids={list(grids)}: this language model has visual tokens already, for "
                          f"{', '.join(f'{h}×{w}' for h,w in words.grids)}")
     return words
 
@@ -312,8 +312,8 @@ def train_llm(
     def scores(model):
         model = inner(model)
         fits = lambda c: len(text_ids(tokenizer, [c])[0]) < max_sequence_length(model) - n
-        shown = [c for r in usable_sample(held_out, 10) for c in [next(iter(r['captions']), '') or 'a picture']
-                 if fits(c)] or ['a picture']
+        shown = [c for r in usable_sample(held_out, 10) for c in [next(iter(r['captions']), '') or 'an image']
+                 if fits(c)] or ['an image']
         made = pipe(model)(shown, generator=torch.Generator().manual_seed(0)).images
         return dict(evaluate(pipe(model)) if evaluate else {}, text_perplexity=text_perplexity(model, tokenizer,
             unseen_texts),

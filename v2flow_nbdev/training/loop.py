@@ -119,7 +119,7 @@ def start_loader(loader):
 
 # %% ../../nbs/training/43_loop.ipynb #22cd2744
 class Record:
-    "What is kept of a run: log, trackers, pictures, checkpoints. Every process has one, the first process writes"
+    "What is kept of a run: log, trackers, images, checkpoints. Every process has one, the first process writes"
     def __init__(self,
         out,                 # folder of the run; None: keep nothing
         config:TrainConfig,
@@ -144,20 +144,20 @@ class Record:
         self.rows += self.settings['examples_per_step']
 
     def evaluate(self, step, model, evaluate):
-        "Scores and pictures of the averaged model"
+        "Scores and images of the averaged model"
         paused, scores = time.time(), evaluate(model) if self.main else {}
         self.began += time.time() - paused  # rows per second are those of the training
-        pictures = {k: v for k,v in scores.items() if hasattr(v, 'save')}
-        for name, picture in pictures.items() if self.out else ():
-            path = Path(self.out)/'pictures'/f'{name}-{step:08}.png'
+        images = {k: v for k,v in scores.items() if hasattr(v, 'save')}
+        for name, image in images.items() if self.out else ():
+            path = Path(self.out)/'images'/f'{name}-{step:08}.png'
             path.parent.mkdir(exist_ok=True)
-            with write_atomically(path) as tmp: picture.save(tmp)
+            with write_atomically(path) as tmp: image.save(tmp)
             import numpy as np
             for tracker in self.accelerator.trackers:
                 if tracker.name == 'tensorboard':
-                    tracker.log_images({name: np.asarray(picture.convert('RGB'))}, step, dataformats='HWC')
-                elif hasattr(tracker, 'log_images'): tracker.log_images({name: [picture]}, step)
-        self.scores = {k: v for k,v in scores.items() if k not in pictures}
+                    tracker.log_images({name: np.asarray(image.convert('RGB'))}, step, dataformats='HWC')
+                elif hasattr(tracker, 'log_images'): tracker.log_images({name: [image]}, step)
+        self.scores = {k: v for k,v in scores.items() if k not in images}
 
     def line(self, step):
         "A line for the log and the trackers"
@@ -287,8 +287,8 @@ def train(
     data:Sequence,        # rows by number, or a stream with `stream(start)`, see `hub`
     config:TrainConfig,   # the run
     collate:Callable|None=None,  # rows → batch, a dict of tensors
-    evaluate:Callable|None=None,  # callable (averaged model) → dict of scores and pictures; called in the first process
-    out:str|Path|None=None, # folder for `log.jsonl`, `checkpoints/`, `pictures/` and trackers; None: write nothing
+    evaluate:Callable|None=None,  # callable (averaged model) → dict of scores and images; called in the first process
+    out:str|Path|None=None, # folder for `log.jsonl`, `checkpoints/`, `images/` and trackers; None: write nothing
     resume:bool=False,  # go on from the newest whole checkpoint in `out`, if there is one; the same as `config.resume`
     progress:bool=True,   # show a progress bar
     settings:dict|None=None, # what else a resumed run must have in common with its beginning: data, model, …

@@ -60,17 +60,17 @@ class DataConfig:
     "Where captioned images come from, and what is done to them: the section `data` of every config"
     name:str='digits'     # digits, mosaics, shapes, emoji, image_folder, hub, or ids: what encode-dataset wrote
     split:str='train'     # of digits, shapes, emoji or hub
-    folder:str=''         # image_folder: of the pictures; ids: of what encode-dataset wrote
+    folder:str=''         # image_folder: of the images; ids: of what encode-dataset wrote
     path:str=''           # hub: name on the Hub, a folder, or a format of files such as parquet
     data_files:str=''     # hub: files, with * for many
-    image:str=''          # hub: column of the pictures; '': the first that holds any
+    image:str=''          # hub: column of the images; '': the first that holds any
     caption:str=''        # hub: column of the captions; '': captions, caption, text, prompt or txt
     streaming:bool=False  # hub: read while training, for data larger than the disk
     n:int=2000            # mosaics, shapes: how many
     size:int=64           # shapes, emoji: pixels to the side
     tiles:tuple=(6, 6)    # mosaics: rows and columns
-    captions:int=0        # at most so many of a picture's captions, drawn once; 0: all
-    copies:int=0          # moved copies of each picture beside it, by `augment` with the next four
+    captions:int=0        # at most so many of an image's captions, drawn once; 0: all
+    copies:int=0          # moved copies of each image beside it, by `augment` with the next four
     degrees:float=8.
     shift:float=0.06
     scale:float=0.08
@@ -78,11 +78,11 @@ class DataConfig:
     # least share of the area that a random crop keeps; 1: none. For train-tokenizer and train-autoencoder, as the next
     # two
     crop:float=1.
-    flip:bool=False       # mirror half of the pictures, but not those whose captions name left or right
-    sizes:tuple=()        # [height, width] of training pictures, one for each batch; none: the model's own
+    flip:bool=False       # mirror half of the images, but not those whose captions name left or right
+    sizes:tuple=()        # [height, width] of training images, one for each batch; none: the model's own
     cache:str=''          # folder for the latents, computed once: for train-tokenizer
     held_out:float=0.1    # share (below 1) or number of rows to judge on, where the source has no split for that
-    # image_folder, hub: read every picture once at the beginning; false: a broken one is replaced when it is met
+    # image_folder, hub: read every image once at the beginning; false: a broken one is replaced when it is met
     check:bool=True
     strict:bool=False     # fail on the first file that cannot be used
     seed:int=0            # of all this
@@ -100,7 +100,7 @@ class DataConfig:
             raise ValueError(f"streaming=True with data.name={self.name}: only hub can stream")
         if self.cache and (self.streaming or self.crop < 1 or self.flip or len(self.sizes) > 1):
             raise ValueError(f"cache={self.cache!r} with streaming, crop, flip or several sizes: a cache holds every "
-                             f"picture once, as it is")
+                             f"image once, as it is")
         if not all(isinstance(s, (list, tuple)) and [type(n) for n in s] == [int, int] for s in self.sizes):
             raise ValueError(f"sizes={list(self.sizes)}: needs a list of [height, width]")
         if self.strict and self.streaming:
@@ -136,11 +136,11 @@ def load_data(
     elif c.name == 'mosaics':
         rows, held_out = mosaics('train', c.n, c.tiles, c.seed), mosaics('test', 100, c.tiles, c.seed)
     elif c.name == 'shapes': rows, held_out = shapes(c.split, c.n, c.size, c.seed), shapes('test', 300, c.size, c.seed)
-    elif c.name == 'emoji': rows, held_out = emoji(c.split, c.size), emoji('unseen_pictures', c.size)
+    elif c.name == 'emoji': rows, held_out = emoji(c.split, c.size), emoji('held_out_bases', c.size)
     elif c.name == 'image_folder':
         whole = image_folder(c.folder, c.strict, c.check)
         if is_main_process():
-            say(f"{c.folder}: {len(whole)} pictures " + (f'can be used; {whole.report}' if c.check
+            say(f"{c.folder}: {len(whole)} images " + (f'can be used; {whole.report}' if c.check
                                                          or c.strict else 'that nobody has looked at yet')
                                                          + ('; a single one, so it is judged on too'*(len(whole) == 1)))
         rows, held_out = split(whole)

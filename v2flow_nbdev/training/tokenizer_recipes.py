@@ -40,13 +40,13 @@ def image_data(
     return kind(rows, channels, sizes, source.name == 'mosaics', source.crop, source.flip)
 
 def restored_scores(
-    unseen,    # real images, (B, C, H, W)
+    held_out_images,    # real images, (B, C, H, W)
     back,      # the same restored
     evaluate,  # (restored, real) → scores; None: images alone
 )->dict:
     "Scores of restored images, and ten of them to look at"
-    scores = evaluate(back, unseen) if evaluate else {}
-    return {**scores, 'reconstructions': image_grid(to_pil(unseen[:10]) + to_pil(back[:10]))}
+    scores = evaluate(back, held_out_images) if evaluate else {}
+    return {**scores, 'reconstructions': image_grid(to_pil(held_out_images[:10]) + to_pil(back[:10]))}
 
 def load_tokenizer(
     name,  # a pipeline's folder, a tokenizer's, or a Hub id
@@ -87,11 +87,12 @@ def train_autoencoder(
     sizes = source.sizes or [(source.size, source.size)]
     rows, held_out = load_data(source)
     data = image_data(source, rows, model.model.config.in_channels, sizes)
-    images, unseen = (data.at([r['image'] for r in usable_sample(r_, n)], sizes[0]) for r_,
+    images, held_out_images = (data.at([r['image'] for r in usable_sample(r_, n)], sizes[0]) for r_,
                       n in ((rows, 1500), (held_out, 200)))
     def scores(m):
         latents = AutoencoderLatents(m.model, 1., 0.)
-        return restored_scores(unseen, latents.decode(latents.encode(unseen.to(next(m.parameters()).device))).cpu(),
+        return restored_scores(held_out_images,
+                               latents.decode(latents.encode(held_out_images.to(next(m.parameters()).device))).cpu(),
                                evaluate)
     with running(): model = train(model, data, training, data.collate, scores, out, resume, settings=in_common(recipe))
     latents = AutoencoderLatents.fit(model.model, images.to(next(model.parameters()).device))
@@ -106,13 +107,13 @@ class TokenizerRecipe:
     vocabulary:str            # a `transformers` folder or Hub id, over whose tokens the codes lie
     tokenizer:V2FlowConfig
     training:TrainConfig
-    tokens:str='all'          # 'all', or 'seen': those that the captions hold
+    tokens:str='all'          # 'all', or 'captions': those that the captions hold
     tokenizer_training:TokenizerTrainingConfig=field(default_factory=TokenizerTrainingConfig)
 
     def __post_init__(self):
         shape, training = self.tokenizer, self.training
-        if self.tokens not in ('all', 'seen'):
-            raise ValueError(f"tokens={self.tokens!r}: use all, or seen for those that the captions hold")
+        if self.tokens not in ('all', 'captions'):
+            raise ValueError(f"tokens={self.tokens!r}: use all, or captions for those that the captions hold")
         # a size that does not fit is found now
         grids = [replace(shape, image_size=s).grid for s in self.data.sizes or [shape.image_size]]
         if training.batch_size*training.gradient_accumulation_steps*min(h*w for h,w in grids) < shape.codebook_size:
@@ -166,19 +167,19 @@ def train_tokenizer(
     n = max(32, min(1500, 2**28//(4*shape.image_channels*shape.image_size[0]*shape.image_size[1])))
     sample = usable_sample(rows, n)
     view = ImageBatches(sample, shape.image_channels, [shape.image_size], source.name == 'mosaics')
-    images, unseen = (view.at([r['image'] for r in r_], shape.image_size)
+    images, held_out_images = (view.at([r['image'] for r in r_], shape.image_size)
                       for r_ in (sample, usable_sample(held_out, min(n, 300))))
     for size in source.sizes: view.at([sample[0]['image']], size)                  # mosaics may be too small to be cut
     latents, shape = open_latents(shape, images)
     with running():
         vocabulary = Vocabulary.from_pretrained(recipe.vocabulary)
-        if recipe.tokens == 'seen':
+        if recipe.tokens == 'captions':
             vocabulary = vocabulary.seen_in(all_captions(rows), AutoTokenizer.from_pretrained(recipe.vocabulary))
         data, collate = tokenizer_data(source, shape, latents, rows)
     torch.manual_seed(training.seed)
     model = TokenizerTraining(V2Flow(shape, vocabulary, latents if shape.autoencoder else None),
                               recipe.tokenizer_training)
-    scores = evaluate and (lambda m: evaluate(m.tok, unseen, images))
+    scores = evaluate and (lambda m: evaluate(m.tok, held_out_images, images))
     with running():
         tok = train(model, data, training, collate, scores, out, resume,
                     settings=in_common(recipe, vocabulary=vocabulary.checksum)).tok
@@ -226,11 +227,11 @@ def train_decoder(
     model = DecoderTraining(tok, loss, tuning.flow)
     rows, held_out = load_data(source)
     data = image_data(source, rows, tok.config.image_channels, [tok.config.image_size])
-    unseen = data.at([r['image'] for r in usable_sample(held_out, 200)], tok.config.image_size)
+    held_out_images = data.at([r['image'] for r in usable_sample(held_out, 200)], tok.config.image_size)
     def scores(m):
-        back = m.tok.decode(m.tok.encode(unseen.to(tok.device)),
+        back = m.tok.decode(m.tok.encode(held_out_images.to(tok.device)),
                             generator=torch.Generator(tok.device).manual_seed(0)).cpu()
-        return restored_scores(unseen, back, evaluate)
+        return restored_scores(held_out_images, back, evaluate)
     with running():
         model = train(model, data, training, data.collate, scores, out, resume,
                       settings=in_common(recipe, image_tokenizer=tok.codebook_checksum))

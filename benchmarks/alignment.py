@@ -40,10 +40,10 @@ def rows_of(name):
     if name == 'digits': return augment(digits('train'), 8, seed=1), digits('test')
     return shapes('train', 12_000, 32), shapes('test', 256, 32)
 
-def pairs(rows, ids, tokenizer, words):
+def pairs(examples, ids, tokenizer, words):
     "One fixed sequence per held-out image and direction"
     tokens = [tokenizer(r['captions'][i % len(r['captions'])], add_special_tokens=False).input_ids for i,
-              r in enumerate(rows)]
+              r in enumerate(examples)]
     bos, eos = first_id(tokenizer), tokenizer.eos_token_id
     return [text_to_image(words, bos, c, x) for c,x in zip(tokens, ids)], [image_to_text(words, bos, x, c + [eos])
         for c,x in zip(tokens, ids)]
@@ -57,17 +57,17 @@ def mean_loss(model, sequences):
         total, count = total + n*model(**batch).loss.item(), count + n
     return total/count
 
-def drawn_right(name, model, tokenizer, tok, rows, seed=0):
+def drawn_right(name, model, tokenizer, tok, examples, seed=0):
     """Share of images from held-out captions that show what was asked: the digit; the mean over the judge's five
     answers"""
     g = torch.Generator().manual_seed(seed)
     if name == 'digits':
         labels = [d for d in range(10) for _ in range(20)]
         captions = [digit_captions(d)[i % len(digit_captions(d))] for i,d in enumerate(labels)]
-    else: captions = [r['captions'][i % len(r['captions'])] for i,r in enumerate(rows[:100])]
+    else: captions = [r['captions'][i % len(r['captions'])] for i,r in enumerate(examples[:100])]
     images = tok.decode(generate_image_ids(model, tokenizer, captions, generator=g), generator=g)
     if name == 'digits': return accuracy(digit_classifier(), images, labels)
-    answers = [judge(im, facts(r['scene'])) for im,r in zip(to_pil(images), rows)]
+    answers = [judge(im, facts(r['scene'])) for im,r in zip(to_pil(images), examples)]
     return float(np.mean([[a[k] for k in ('number', 'colour', 'shape', 'size', 'relation')] for a in answers]))
 
 def one_run(name, start, seed, args, tok, train_ids, held_out, held_ids):
@@ -123,9 +123,9 @@ def main():
     found = json.loads(results.read_text()) if results.exists() else []
     if args.what == 'plot': return plot(found, results.with_suffix('.png'))
     tok = V2Flow.from_pretrained(args.tokenizer)
-    rows, held_out = rows_of(args.what)
+    examples, held_out = rows_of(args.what)
     held_out = held_out[:256] if args.what == 'shapes' else [held_out[i] for i in range(len(held_out))]
-    train_ids = encode_dataset(rows, tok, Path(args.cache)/f'{args.what}-train')
+    train_ids = encode_dataset(examples, tok, Path(args.cache)/f'{args.what}-train')
     held_ids = [r['ids'] for r in encode_dataset(held_out, tok, Path(args.cache)/f'{args.what}-test')]
     for seed in range(args.seeds):
         for start in starts:

@@ -18,7 +18,7 @@ from v2flow_nbdev.language.pipeline import V2FlowPipeline
 
 def open_all(folder): return V2FlowPipeline.from_pretrained(folder), emoji_judge(folder), emoji_examples()
 
-def image_tensor(rows): return to_tensor([r['image'] for r in rows], 3)
+def image_tensor(examples): return to_tensor([r['image'] for r in examples], 3)
 
 def save(image, path):
     "A PNG of few colours, so that it is small"
@@ -27,17 +27,17 @@ def save(image, path):
 
 def write_pages(folder, out, seed=0):
     "Samples, reconstructions and failures; what is shown is drawn at random and not by hand"
-    pipe, judge, rows = open_all(folder)
+    pipe, judge, examples = open_all(folder)
     for split, name in (('train', 'train'), ('held_out_compositions', 'held_out')):
         save(emoji_sheet(pipe, judge, split, seed=seed), out/f'{name}.png')
-    unseen = [r['image'] for r in rows if r['split'] == 'held_out_bases'][3::17]
+    unseen = [r['image'] for r in examples if r['split'] == 'held_out_bases'][3::17]
     save(image_grid(unseen + pipe.reconstruct(unseen, generator=torch.Generator().manual_seed(seed)),
                     columns=len(unseen), side=64), out/'reconstructions.png')
-    real, wrong = image_tensor(rows), []
+    real, wrong = image_tensor(examples), []
     for split, n in (('train', 160), ('held_out_compositions', 96)):
         made, captions, numbers = generate_split(pipe, split, n, seed + 7)
-        right = retrieval_scores(made, numbers, rows, real, judge)['features']
-        wrong += [(image, caption, rows[i]['image']) for image, caption, i, ok in zip(to_pil(made), captions, numbers,
+        right = retrieval_scores(made, numbers, examples, real, judge)['features']
+        wrong += [(image, caption, examples[i]['image']) for image, caption, i, ok in zip(to_pil(made), captions, numbers,
             right) if not ok]
     random.Random(seed).shuffle(wrong)
     made, captions, meant = zip(*wrong[:10])
@@ -51,10 +51,10 @@ def plot_curves(folder, out):
     def log(name): return [json.loads(line) for line in (folder/f'{name}-log.jsonl').read_text().splitlines()]
     def over_all():  # scores over all rows that the language model has seen, in its three logs
         seen = 0
-        for name, rows in (('llm', 16), ('llm-rare', 16), ('llm-long', 128)):
+        for name, examples in (('llm', 16), ('llm-rare', 16), ('llm-long', 128)):
             lines = log(name)
-            yield from ({**line, 'step': (seen + rows*line['step'])/1000} for line in lines)
-            seen += rows*lines[-1]['step']
+            yield from ({**line, 'step': (seen + examples*line['step'])/1000} for line in lines)
+            seen += examples*lines[-1]['step']
     drawn = ['train_pixels_accuracy', 'held_out_pixels_accuracy']
     panels = [[('autoencoder: mean squared error', log('autoencoder'), ['loss']),
                ('held-out images, PSNR in dB', log('autoencoder'), ['psnr_db'])],
@@ -83,14 +83,14 @@ def plot_curves(folder, out):
 @torch.no_grad()
 def id_figures(folder, same=0.02):
     "How much of what two images share do their ids share, and how much do the ids of nothing say?"
-    pipe, _, rows = open_all(folder)
-    rows = [r for r in rows if r['split'] == 'train']
-    x, tok = image_tensor(rows), pipe.image_tokenizer
+    pipe, _, examples = open_all(folder)
+    examples = [r for r in examples if r['split'] == 'train']
+    x, tok = image_tensor(examples), pipe.image_tokenizer
     ids = torch.cat([tok.encode(part) for part in x.split(64)]).unflatten(1, tok.config.grid)           # (N, h, w)
     # (N, h, w, numbers of a square)
     squares = x.unflatten(2, (ids.shape[1], -1)).unflatten(4, (ids.shape[2], -1)).permute(0, 2, 4, 1, 3, 5).flatten(3)
     relatives = {}
-    for i,r in enumerate(rows): relatives.setdefault(r['base'], []).append(i)
+    for i,r in enumerate(examples): relatives.setdefault(r['base'], []).append(i)
     shares = []
     for first, *others in relatives.values():
         if len(others) < 4: continue
@@ -106,13 +106,13 @@ def id_figures(folder, same=0.02):
 
 def compare_settings(folder, settings, n=160):
     "Captions of the training split, drawn in several ways"
-    pipe, judge, rows = open_all(folder)
-    train, real = [i for i,r in enumerate(rows) if r['split'] == 'train'], image_tensor(rows)
-    asked = some_captions([rows[i] for i in train], n, seed=3)
+    pipe, judge, examples = open_all(folder)
+    train, real = [i for i,r in enumerate(examples) if r['split'] == 'train'], image_tensor(examples)
+    asked = some_captions([examples[i] for i in train], n, seed=3)
     print('| how | right in pixels | in features | empty | Fréchet ratio |\n|---|--:|--:|--:|--:|')
     for way in settings or [{}]:
         made = generate_emoji(lambda *args, **more: pipe(*args, **more, **way), [c for _,c in asked], seed=1)
-        right = retrieval_scores(made, [train[i] for i,_ in asked], rows, real, judge)
+        right = retrieval_scores(made, [train[i] for i,_ in asked], examples, real, judge)
         empty = ((made > 0.9).all(1).float().mean((1, 2)) > 0.97).float().mean()
         print(f"| {', '.join(f'{k}={v:g}' for k,v in way.items()) or 'as it is'} | "
               f"{right['pixels'].float().mean():.1%} | {right['features'].float().mean():.1%} | {empty:.1%} | "
@@ -120,13 +120,13 @@ def compare_settings(folder, settings, n=160):
 
 def family_figures(folder, n=384):
     "Is it those without relatives that come out wrong?"
-    pipe, judge, rows = open_all(folder)
+    pipe, judge, examples = open_all(folder)
     made, _, numbers = generate_split(pipe, 'train', n, seed=21)
-    right, sizes = retrieval_scores(made, numbers, rows, image_tensor(rows), judge), Counter(r['base'] for r in rows
+    right, sizes = retrieval_scores(made, numbers, examples, image_tensor(examples), judge), Counter(r['base'] for r in examples
         if r['split'] == 'train')
     print('| images of the same base in training | drawn | right in pixels | in features |\n|---|--:|--:|--:|')
     for low, high in ((1, 1), (2, 6), (7, 20), (21, 10**6)):
-        mine = torch.tensor([low <= sizes[rows[i]['base']] <= high for i in numbers])
+        mine = torch.tensor([low <= sizes[examples[i]['base']] <= high for i in numbers])
         name = low if low == high else f'{low} and more' if high == 10**6 else f'{low} to {high}'
         print(f"| {name} | {mine.sum()} | {right['pixels'][mine].float().mean():.0%} | "
               f"{right['features'][mine].float().mean():.0%} |")

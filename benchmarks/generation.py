@@ -55,8 +55,8 @@ def small_model(words=4000, codes=1024, grids=((8, 8), (16, 16)), device='cpu', 
 def prompts(model, tokenizer, captions, grid, guided=False):
     "The batch that `generate_image_ids` makes of captions: (B or 2·B, L)"
     begin, bos = VisualTokens.of(model).begin(grid), first_id(tokenizer)
-    rows = [[bos, *c, begin] for c in tokenizer(captions, add_special_tokens=False).input_ids]
-    return left_pad(rows + [[bos, begin]]*len(rows)*guided, model.device)
+    examples = [[bos, *c, begin] for c in tokenizer(captions, add_special_tokens=False).input_ids]
+    return left_pad(examples + [[bos, begin]]*len(examples)*guided, model.device)
 
 def plain(model, tokenizer, captions, grid, guided=False):
     "Greedy `model.generate` of as many words, of any kind, without any logits processor"
@@ -134,11 +134,11 @@ def measure(model, tokenizer, batch, grid, rounds, rate, **more):
                 share=digits(statistics.median(s for _,s in turns)),
                 bound=digits(weights_read(model)/rate*n/batch))
 
-def table(rows):
+def table(examples):
     "Rows of `measure` as a table in Markdown"
     lines = ['| images at once | visual tokens | images/s | s per image | at least, s | ms per token | guided / '
              'plain 2·B | processor | unguided / plain B | two passes / guided |', '|' + '--:|'*10]
-    for r in rows:
+    for r in examples:
         s, n = r['seconds'], r['batch']
         lines.append(f"| {n} | {r['tokens']} | {n/s['guided']:.3g} | {s['guided']/n:.3g} | {r['bound']:.2g} | "
                      f"{1e3*s['guided']/r['tokens']:.3g} "
@@ -160,7 +160,7 @@ def main():
     rate, cached = bandwidth(args.device), bandwidth(args.device, weights_read(model)//4, 99)
     found = dict(machine=bench.machine().replace('one of', f'{torch.get_num_threads()} threads on'),
                  parameters=sum(q.numel() for q in model.parameters()), bytes=weights_read(model),
-                 bandwidth=rate, cached=cached, rounds=args.rounds, rows=[])
+                 bandwidth=rate, cached=cached, rounds=args.rounds, examples=[])
     print(f"{found['machine']}; {found['parameters']/1e6:.2f}M parameters, {found['bytes']/1e6:.1f} MB a step; "
           f"{rate/1e9:.1f} GB/s over 1 GB, {cached/1e9:.1f} GB/s over as much as the weights", flush=True)
     for side in args.sides:

@@ -38,7 +38,7 @@ def measure():
     from v2flow_nbdev.data.sources import mosaics
     from v2flow_nbdev.evaluation.metrics import psnr
     from v2flow_nbdev.models.tokenizer import V2Flow
-    rows = []
+    examples = []
     for name, (_, sizes) in families.items():
         images = [r['image'] for r in mosaics('test', 300 if name == 'digits' else 100, tiles[name])]
         batches = ImageBatches(images, 1, sizes, corner=True)
@@ -52,9 +52,9 @@ def measure():
                 x = batches.at(images, size)
                 grid = size[0]//side, size[1]//side
                 back = tok.decode(tok.encode(x), grid, generator=torch.Generator().manual_seed(0))
-                rows.append(dict(family=name, model=kind if kind in ('mixed', 'pooled') else 'alone', size=size,
+                examples.append(dict(family=name, model=kind if kind in ('mixed', 'pooled') else 'alone', size=size,
                                  tokens=grid[0]*grid[1], psnr_db=round(psnr(back, x).mean().item(), 2)))
-                print(rows[-1], flush=True)
-    (root/'benchmarks/grids.json').write_text(json.dumps(rows, indent=1) + '\n')
+                print(examples[-1], flush=True)
+    (root/'benchmarks/grids.json').write_text(json.dumps(examples, indent=1) + '\n')
 
 if __name__ == '__main__': dict(train=train, measure=measure)[sys.argv[1]]()

@@ -12,7 +12,7 @@ from v2flow_nbdev.data.cache import cache_latents
 from v2flow_nbdev.models.autoencoder import small_autoencoder
 
 def bench_cache(
-    rows,               # captioned images, of one size
+    examples,               # captioned images, of one size
     latents,            # `PixelLatents` or `AutoencoderLatents`
     batch_size:int=32,  # images per batch
     turns:int=5,        # epochs of each kind
@@ -30,25 +30,25 @@ def bench_cache(
         out = f()
         return time.perf_counter() - start, out
     with tempfile.TemporaryDirectory() as folder:
-        making, cached = seconds(lambda: cache_latents(rows, latents, folder, progress=False))
-        ways, times = dict(images=(rows, encode), cache=(cached, stack)), dict(images=[], cache=[])
+        making, cached = seconds(lambda: cache_latents(examples, latents, folder, progress=False))
+        ways, times = dict(images=(examples, encode), cache=(cached, stack)), dict(images=[], cache=[])
         batches = {}
         for way in [*ways]*turns:
             took, batches[way] = seconds(lambda: epoch(*ways[way]))
             times[way].append(took)
     apart = max((a - b).abs().max().item() for a, b in zip(batches['images'], batches['cache']))
-    return dict(**{way: len(rows)/statistics.median(times[way]) for way in ways}, making=len(rows)/making, apart=apart)
+    return dict(**{way: len(examples)/statistics.median(times[way]) for way in ways}, making=len(examples)/making, apart=apart)
 
 def main():
     torch.set_num_threads(1)
     if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    rows = mosaics('train', 256, (8, 8))                       # 64×64
+    examples = mosaics('train', 256, (8, 8))                       # 64×64
     cases = {'`PixelLatents(3, 8)`': PixelLatents(3, 8),
              '`small_autoencoder()`': AutoencoderLatents(small_autoencoder())}
     print('| latents, of 64×64 pixels | from images, images/s | from the cache, images/s | times faster | making '
           'the cache, images/s | largest difference |\n|---|--:|--:|--:|--:|--:|')
     for name, latents in cases.items():
-        r = bench_cache(rows, latents)
+        r = bench_cache(examples, latents)
         print(f"| {name} | {r['images']:,.0f} | {r['cache']:,.0f} | {r['cache']/r['images']:.1f} | {r['making']:,.0f} "
               f"| {r['apart']:.0e} |", flush=True)
 

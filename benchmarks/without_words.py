@@ -40,16 +40,16 @@ def main():
     args = parser.parse_args()
     recipe = read_recipe(args.config, args.overrides, TokenizerRecipe)
     training, shape, source = recipe.training, recipe.tokenizer, recipe.data
-    rows, held_out = load_data(source)
-    view = ImageBatches(some(rows, 1500), shape.image_channels, [shape.image_size])
-    images, unseen = (view.at([r['image'] for r in r_], shape.image_size) for r_ in (some(rows, 1500),
+    examples, held_out = load_data(source)
+    view = ImageBatches(some(examples, 1500), shape.image_channels, [shape.image_size])
+    images, unseen = (view.at([r['image'] for r in r_], shape.image_size) for r_ in (some(examples, 1500),
         some(held_out, 300)))
     latents, shape = open_latents(shape, images)
-    data, collate = tokenizer_data(source, shape, latents, rows)
+    data, collate = tokenizer_data(source, shape, latents, examples)
     torch.manual_seed(training.seed)
     words = Vocabulary.from_pretrained(recipe.vocabulary)
     if recipe.tokens == 'captions':
-        words = words.seen_in(all_captions(rows), AutoTokenizer.from_pretrained(recipe.vocabulary))
+        words = words.seen_in(all_captions(examples), AutoTokenizer.from_pretrained(recipe.vocabulary))
     model = V2Flow(shape, words, latents)
     model.resampler = WithoutWords(shape.channels, model.config.vocab_dim, shape.resampler_width, shape.resampler_depth,
                                    shape.pool)

@@ -23,18 +23,18 @@ seeds = dict(digits=0, shapes=0, emoji=0)            # of the sampled tokens
 
 def held_out(name):
     "16 images that the model was never trained on, (16, C, H, W)"
-    rows = dict(digits=lambda: digits('test')[:16], shapes=lambda: list(shapes('test', 16, 32, 0)),
+    examples = dict(digits=lambda: digits('test')[:16], shapes=lambda: list(shapes('test', 16, 32, 0)),
                 emoji=lambda: emoji('held_out_bases')[:16])[name]()
-    return to_tensor([r['image'] for r in rows], 1 if name == 'digits' else 3)
+    return to_tensor([r['image'] for r in examples], 1 if name == 'digits' else 3)
 
 def prompts(name):
     "8 captions; those of the shapes and the emoji name compositions that were held out"
     if name == 'digits':
         return ['a handwritten seven', 'the digit 3', 'a bright 6 on black', 'an eight', 'number 0',
                 'a scan of the digit two', 'this is the number 9', 'the figure four']
-    rows = shapes('compositions', 8, 32,
+    examples = shapes('compositions', 8, 32,
         0) if name == 'shapes' else emoji('held_out_compositions')[::len(emoji('held_out_compositions'))//8][:8]
-    return [rows[i]['captions'][0] for i in range(8)]
+    return [examples[i]['captions'][0] for i in range(8)]
 
 def ids_of(pipe, name): return pipe.image_tokenizer.encode(held_out(name))
 

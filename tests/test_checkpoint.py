@@ -113,8 +113,8 @@ def test_the_emoji_model_does_what_its_pages_say():
     assert abs(psnr(tok.latents.decode(z), x).mean().item() - committed['psnr_db_autoencoder']) < 0.1
     assert abs(psnr(tok.decode(tok.encode(latents=z[::6]), generator=torch.Generator().manual_seed(0)),
                     x[::6]).mean().item() - committed['psnr_db']) < 1
-    drawn, rows = emoji_generation_scores(pipe, 12, judge, seed=5), emoji_examples()
-    read = emoji_captioning_scores(pipe, [r for r in rows if r['split'] == 'held_out_compositions'][::8], rows)
+    drawn, examples = emoji_generation_scores(pipe, 12, judge, seed=5), emoji_examples()
+    read = emoji_captioning_scores(pipe, [r for r in examples if r['split'] == 'held_out_compositions'][::8], examples)
     print(drawn, read)
     # three deviations of a share of 12
     assert all(abs(v - committed[k]) < 0.4 for k,v in (drawn | read).items()), (drawn, read)

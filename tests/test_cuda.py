@@ -37,9 +37,9 @@ def test_one_step_of_each_and_both_directions(parts):
     g = lambda: torch.Generator().manual_seed(0)
     for scale in (1., 2.): assert tok.decode(ids, guidance_scale=scale, generator=g()).isfinite().all()
     words = add_visual_tokens(llm, tokenizer, tok)
-    rows = ImageTextSequences([dict(ids=i.view(4, 4), captions=texts) for i in ids.cpu()], tokenizer, words)
-    llm = train(llm, rows, step, collate, progress=False)
-    llm = train(llm.requires_grad_(True), rows, step, lambda rows: pack(rows, 64), progress=False)
+    examples = ImageTextSequences([dict(ids=i.view(4, 4), captions=texts) for i in ids.cpu()], tokenizer, words)
+    llm = train(llm, examples, step, collate, progress=False)
+    llm = train(llm.requires_grad_(True), examples, step, lambda examples: pack(examples, 64), progress=False)
     for scale in (1., 2.):
         written = generate_image_ids(llm, tokenizer, texts, guidance_scale=scale, generator=g())
         assert written.shape == (3, 16) and written.device.type == 'cuda'
@@ -71,9 +71,9 @@ def test_ids_are_those_of_the_cpu(name):
     import golden
     if name == 'emoji': pytest.importorskip('diffusers'); pytest.importorskip('pyarrow')
     tok = V2Flow.from_pretrained(golden.root/'data/checkpoints'/name, 'image_tokenizer')
-    rows = golden.shapes('test', 256, 32,
+    examples = golden.shapes('test', 256, 32,
         0) if name == 'shapes' else golden.emoji('held_out_bases') + golden.emoji('held_out_compositions')
-    x = golden.to_tensor([rows[i]['image'] for i in range(min(256, len(rows)))])
+    x = golden.to_tensor([examples[i]['image'] for i in range(min(256, len(examples)))])
     ids, there = tok.encode(x), copy.deepcopy(tok).cuda()
     before = torch.get_float32_matmul_precision()
     try:

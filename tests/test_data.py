@@ -41,10 +41,11 @@ def test_one_of_every_kind(tmp_path):
     names = [save_broken(f, i, kind) for i, kind in enumerate(broken)]
     (f/'plain.txt').write_bytes(b'a red thing\n\xff\xfe broken\n')
     (f/'grey.txt').write_text('a grey thing\nin two wordings\n', encoding='utf-8')
-    rows = image_folder(f)
-    assert [p.name for p in rows.paths] == ['clear.png', 'deep.png', 'grey.png', 'ink.jpg', 'moving.gif', 'palette.png',
+    examples = image_folder(f)
+    assert [p.name for p in examples.paths] == ['clear.png', 'deep.png', 'grey.png', 'ink.jpg', 'moving.gif',
+                                                'palette.png',
                                             'plain.png', 'turned.jpg']
-    by = {p.name: rows[i] for i, p in enumerate(rows.paths)}
+    by = {p.name: examples[i] for i, p in enumerate(examples.paths)}
     assert all(r['image'].mode == 'RGB' for r in by.values())
     assert by['turned.jpg']['image'].size == (20, 30) and by['clear.png']['image'].getpixel((25, 5)) == (255, 255,
         255) and by['clear.png']['image'].getpixel((5, 5)) == (0, 0, 255)
@@ -54,11 +55,11 @@ def test_one_of_every_kind(tmp_path):
     assert by['moving.gif']['image'].getpixel((5, 5))[0] > 150  # the first frame, not the blue one
     assert by['plain.png']['captions'] == ['a red thing'] and by['grey.png']['captions'] == ['a grey thing',
         'in two wordings'] and by['ink.jpg']['captions'] == ['']
-    assert rows.report.left_out.keys() == set(names)
-    for name, reason in zip(names, broken.values()): assert reason in rows.report.left_out[name], name
+    assert examples.report.left_out.keys() == set(names)
+    for name, reason in zip(names, broken.values()): assert reason in examples.report.left_out[name], name
     for what in ('EXIF rotation', 'transparent', 'grayscale', 'palette', 'CMYK', '16 bits', 'several frames',
                  'caption not UTF-8', 'caption missing'):
-        assert what in str(rows.report)
+        assert what in str(examples.report)
     (f/'grey.txt').unlink(); (f/'plain.txt').unlink()
     with pytest.raises(OSError, match='strict reading ends here'): image_folder(f, strict=True)
 
@@ -73,15 +74,16 @@ def test_captions_as_hugging_face_reads_them(tmp_path):
                                                       for r in (dict(file_name='a.png', captions=['red, and wide']),
                                                                 dict(file_name='sub/b.png', captions=['b']),
                                                                 dict(file_name='lost.png', captions=['x']))))
-        rows = image_folder(f)
-        assert rows.captions == [['red, and wide'], [''],
-                                 ['b']] and rows.report.left_out == {'lost.png': 'no such image file'}
+        examples = image_folder(f)
+        assert examples.captions == [['red, and wide'], [''],
+                                 ['b']] and examples.report.left_out == {'lost.png': 'no such image file'}
     (f/'metadata.jsonl').write_text('{"file_name": "a.png", "text": "red"}\n{"text": "nobody"}\n[1]\n{"file_name": '
                                     '"c.png", "text": 5}')
-    rows = image_folder(f)
-    assert rows.captions == [['red'], [''],
-                             ['']] and rows.report.changed['row without file_name: passed over'] == ['metadata.jsonl, '
-                                 'row 2', 'metadata.jsonl, row 3']
+    examples = image_folder(f)
+    assert examples.captions == [['red'], [''],
+                             ['']] and examples.report.changed[
+                                 'example without file_name: passed over'] == ['metadata.jsonl, '
+                                 'example 2', 'metadata.jsonl, example 3']
     (f/'metadata.jsonl').write_text('{"name": 1}')
     with pytest.raises(OSError, match='needs the columns file_name and text'): image_folder(f)
 
@@ -91,10 +93,10 @@ def test_ten_thousand_files_of_which_one_in_twenty_is_broken(tmp_path):
     for i in range(10_000):
         if i in bad: save_broken(tmp_path, i, bad[i])
         else: (tmp_path/f'{i:05}.png').write_bytes(good)
-    rows = image_folder(tmp_path, progress=False)
-    assert [p.name for p in rows.paths] == [f'{i:05}.png' for i in range(10_000) if i not in bad]
-    assert rows.report.left_out.keys() == {f'{i:05}.png' for i in bad}
-    for i, kind in bad.items(): assert broken[kind] in rows.report.left_out[f'{i:05}.png']
+    examples = image_folder(tmp_path, progress=False)
+    assert [p.name for p in examples.paths] == [f'{i:05}.png' for i in range(10_000) if i not in bad]
+    assert examples.report.left_out.keys() == {f'{i:05}.png' for i in bad}
+    for i, kind in bad.items(): assert broken[kind] in examples.report.left_out[f'{i:05}.png']
 
 def test_files_that_break_later_are_replaced_and_named(tmp_path):
     "Without the first reading, or when a file is damaged while the run goes on"
@@ -132,18 +134,19 @@ def parquet(tmp_path_factory):
     return f
 
 def test_hub_rows_and_streams(parquet):
-    rows = hub(str(parquet))
-    assert len(rows) == 20 and rows[3]['captions'] == ['red 3'] and rows[3]['image'].getpixel((0, 0)) == (30, 0,
-        0) and rows.captions[0] == ['']
-    with pytest.raises(OSError, match='row 5: not an image'): rows[5]
-    good = usable(rows)
+    examples = hub(str(parquet))
+    assert len(examples) == 20 and examples[3]['captions'] == ['red 3'] and examples[3]['image'].getpixel((0,
+        0)) == (30, 0,
+        0) and examples.captions[0] == ['']
+    with pytest.raises(OSError, match='example 5: not an image'): examples[5]
+    good = usable(examples)
     assert len(good) == 19 and good.report.left_out == {
-        'row 5': 'not an image that Pillow can read'} and good.report.changed == {
-            'caption missing: left empty': ['row 0']}
-    with pytest.raises(OSError, match='strict reading ends here'): usable(rows, strict=True)
+        'example 5': 'not an image that Pillow can read'} and good.report.changed == {
+            'caption missing: left empty': ['example 0']}
+    with pytest.raises(OSError, match='strict reading ends here'): usable(examples, strict=True)
     flow = hub(str(parquet), streaming=True, held_out=4, seed=1)
     assert [r['captions'][0] for r in flow.take(3)] == ['', 'red 1', 'red 2']
-    def some(start, n): return [(p, row.args[0]['number']) for (p, row), _ in zip(flow.stream(start), range(n))]
+    def some(start, n): return [(p, example.args[0]['number']) for (p, example), _ in zip(flow.stream(start), range(n))]
     first = some(0, 40)
     # two passes, in two orders
     assert sorted(n for _, n in first[:16]) == list(range(4, 20)) == sorted(n for _,

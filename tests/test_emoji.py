@@ -10,12 +10,12 @@ splits = ('train', 'held_out_compositions', 'held_out_bases')
 drawn_again = '😀 👋 👋🏾 👩🏽‍🚒 🧑🏿‍🚀 👨🏻‍🦰 👫 🧑🏻‍❤️‍💋‍🧑🏿 🫱🏼‍🫲🏿 👨‍👩‍👧 🏃🏽‍♀️‍➡️ 🇯🇵 🏴󠁧󠁢󠁳󠁣󠁴󠁿 🏳️‍🌈 #️⃣ 🔟 ❤️ ▪️ 🕰️ 🚒'.split()
 
 @pytest.fixture(scope='module')
-def rows():
+def examples():
     pq = pytest.importorskip('pyarrow.parquet')
     return {s: pq.read_table(folder/f'{s}.parquet').to_pylist() for s in splits}
 
 @pytest.fixture(scope='module')
-def every(rows): return [r for s in splits for r in rows[s]]
+def every(examples): return [r for s in splits for r in examples[s]]
 
 @pytest.fixture(scope='module')
 def draw():
@@ -24,8 +24,8 @@ def draw():
     try: return importlib.import_module('draw')
     finally: sys.path.remove(str(folder))
 
-def test_counts_and_sizes(rows):
-    assert [len(rows[s]) for s in splits] == [3356, 208, 206]   # 3,770 together
+def test_counts_and_sizes(examples):
+    assert [len(examples[s]) for s in splits] == [3356, 208, 206]   # 3,770 together
     sizes = [p.stat().st_size for p in folder.iterdir() if p.is_file()]
     assert sum(sizes) < 13*2**20 and max(sizes) < 15*2**20
 
@@ -45,29 +45,29 @@ def test_tone_and_sex_are_said(every):
             for t in filter(None, r['tone'].split(', ')): assert t in c, c
             for s in set(r['sex'].split()) & set(said): assert any(w in c for w in said[s].split()), c
 
-def test_held_out_bases_are_unseen_in_every_variant(rows, every):
-    seen = {r['base'] for r in rows['train'] + rows['held_out_compositions']}
-    assert not seen & {r['base'] for r in rows['held_out_bases']}
-    assert .05 <= len(rows['held_out_bases'])/len(every) < .06
+def test_held_out_bases_are_unseen_in_every_variant(examples, every):
+    seen = {r['base'] for r in examples['train'] + examples['held_out_compositions']}
+    assert not seen & {r['base'] for r in examples['held_out_bases']}
+    assert .05 <= len(examples['held_out_bases'])/len(every) < .06
 
-def test_every_part_of_an_unseen_composition_is_trained_on(rows):
-    trained = rows['train']
+def test_every_part_of_an_unseen_composition_is_trained_on(examples):
+    trained = examples['train']
     who, tones, together = ({tuple(r[k] for k in keys) for r in trained} for keys in (('base', 'look', 'sex'),
         ('base', 'tone'), ('tone', 'sex')))
-    for r in rows['held_out_compositions']:
+    for r in examples['held_out_compositions']:
         assert (r['base'], r['look'], r['sex']) in who         # the same person at the same activity, in another tone
         assert (r['base'], r['tone']) in tones                 # the activity in that tone, by another person
         assert (r['tone'], r['sex']) in together               # such a person in that tone, at another activity
-    mixed = sum(bool(r['tone'] or r['sex']) for r in trained) + len(rows['held_out_compositions'])
-    assert .095 <= len(rows['held_out_compositions'])/mixed <= .105
-    assert not {(r['base'], r['look'], r['sex'], r['tone']) for r in rows['held_out_compositions']} & {(r['base'],
+    mixed = sum(bool(r['tone'] or r['sex']) for r in trained) + len(examples['held_out_compositions'])
+    assert .095 <= len(examples['held_out_compositions'])/mixed <= .105
+    assert not {(r['base'], r['look'], r['sex'], r['tone']) for r in examples['held_out_compositions']} & {(r['base'],
         r['look'], r['sex'], r['tone']) for r in trained}
 
-def test_split_can_be_made_again(rows, every, draw):
+def test_split_can_be_made_again(examples, every, draw):
     again = draw.split(sorted(every, key=lambda r: (r['base'], r['name'])))
-    assert Counter(again) == {s: len(rows[s]) for s in splits}
+    assert Counter(again) == {s: len(examples[s]) for s in splits}
     assert {r['name'] for r, s in zip(sorted(every, key=lambda r: (r['base'], r['name'])), again)
-            if s == 'held_out_bases'} == {r['name'] for r in rows['held_out_bases']}
+            if s == 'held_out_bases'} == {r['name'] for r in examples['held_out_bases']}
 
 def test_names_can_be_made_again(every, draw):
     for r in every:
@@ -96,10 +96,10 @@ def test_datasets_reads_it():
     assert isinstance(schema['image'], datasets.Image) and set(schema) == {'image', 'captions', 'emoji', 'name', 'base',
         'tone', 'sex', 'look'}
 
-def test_loader(rows):
+def test_loader(examples):
     from v2flow_nbdev.data.sources import emoji
     unseen, small = emoji('held_out_bases'), emoji('held_out_bases', size=32)
-    assert [r['name'] for r in unseen] == [r['name'] for r in rows['held_out_bases']]
+    assert [r['name'] for r in unseen] == [r['name'] for r in examples['held_out_bases']]
     assert {r['image'].size for r in unseen} == {(64, 64)} and {r['image'].size for r in small} == {(32,
         32)} and unseen[0]['image'].mode == 'RGB'
     with pytest.raises(ValueError, match='held_out_compositions'): emoji('test')

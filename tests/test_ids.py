@@ -81,7 +81,8 @@ def surroundings(tok):
         in_training_mode=lambda t: t.train().encode(x),
         a_frozen_step=lambda t: under(lambda: torch.autocast('cpu', torch.bfloat16))(type('', (),
             dict(encode=lambda s, x: in_training(t)))()),
-        evaluated=lambda t: TokenizerTraining(t).eval()(x).ids, decoder_training=decoder_training, latents_first=latents_first,
+        evaluated=lambda t: TokenizerTraining(t).eval()(x).ids, decoder_training=decoder_training,
+        latents_first=latents_first,
         loaded_onto_itself=lambda t: (t.load_state_dict(t.half().state_dict()), t.encode(x))[1])
 
 @pytest.mark.parametrize('where', list(surroundings(None)))

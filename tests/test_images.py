@@ -73,7 +73,7 @@ def test_an_image_is_the_same_however_it_comes(name, tmp_path):
     ways = dict(path=path, str=str(path), array_of_bytes=bytearray(content), file=f, opened=waiting, again=waiting,
                 from_memory=Image.open(io.BytesIO(content)), example=dict(bytes=content, path=None),
                 by_path=dict(bytes=None, path=str(path)),
-                row=dict(image=Image.open(path), captions=['']), result=one, array=np.asarray(one))
+                example=dict(image=Image.open(path), captions=['']), result=one, array=np.asarray(one))
     # Pillow has lost what it needs, or fails itself
     if name not in ('text behind', 'deep key', 'grey key 2', 'grey key 4'):
         ways['loaded'] = loaded(); ways['copied'] = loaded().copy()
@@ -88,7 +88,7 @@ def test_an_image_is_the_same_however_it_comes(name, tmp_path):
     assert all(np.array_equal(s, x) for s in seen)
     f = tmp_path/'set'; f.mkdir(); (f/'a.png').write_bytes(content)
     assert same(image_folder(f)[0]['image'], one) and same(hub_example(dict(i=dict(bytes=content, path=None)), 'i', '',
-        'row')['image'], one)
+        'example')['image'], one)
 
 def test_the_rules_give_what_they_say():
     def near(name, want, by=1):
@@ -100,8 +100,8 @@ def test_the_rules_give_what_they_say():
     near('lab', rgb, 60); near('cmyk tiff', rgb, 1)
     p = Image.open(io.BytesIO(files['palette'])); near('palette', on_white(np.asarray(p.convert('RGBA'))))
     for d, k in ((2, 2), (2, 0), (4, 7), (4, 15), (8, 100), (8, 0), (16, 30000), (16, 0)):
-        row, shown = np.asarray(read_image(grey_key(d, k)))[0, :, 0], round((0 if k else 1)*255/(2**d - 1))
-        assert (row[::2] == 255).all() and (row[1::2] == shown).all(), (d, k)
+        example, shown = np.asarray(read_image(grey_key(d, k)))[0, :, 0], round((0 if k else 1)*255/(2**d - 1))
+        assert (example[::2] == 255).all() and (example[1::2] == shown).all(), (d, k)
     assert np.asarray(read_image(grey_key(1, 1))).min() == 0 and np.asarray(read_image(grey_key(1, 0))).min() == 255
     # the second differs in the last bit alone
     assert np.asarray(read_image(files['deep key'])).tolist() == [[[255]*3, [0x12, 0x56, 0x9a], [0]*3]]
@@ -345,8 +345,8 @@ def folder_of(f, *names):
         (f/n).parent.mkdir(parents=True, exist_ok=True); Image.new('RGB', (4, 4), (i, 0, 0)).save(f/n, 'PNG')
     return f
 
-def said(rows): return json.dumps([rows.report.left_out, rows.report.changed], ensure_ascii=False)
-def captions(rows): return {Path(rows.name(p)).as_posix(): c for p, c in zip(rows.paths, rows.captions)}
+def said(examples): return json.dumps([examples.report.left_out, examples.report.changed], ensure_ascii=False)
+def captions(examples): return {Path(examples.name(p)).as_posix(): c for p, c in zip(examples.paths, examples.captions)}
 
 def test_a_table_cannot_name_files_outside_its_folder(tmp_path):
     f = folder_of(tmp_path, 'out.png', 'set/in.png', 'set/sub/b.png', 'set/sub/deep/c.png', 'store/linked.png')/'set'
@@ -355,13 +355,13 @@ def test_a_table_cannot_name_files_outside_its_folder(tmp_path):
              './sub//b.png', 'linked.png', 'more/linked.png', 'nul\0.png', 'x'*300 + '.png', '\ud800.png']
     (f/'metadata.jsonl').write_text('\n'.join(json.dumps(dict(file_name=n, text=f'{i}')) for i, n in enumerate(names)))
     (f/'sub/metadata.csv').write_text('file_name,text\n../in.png,sneaked\ndeep/c.png,fine\n')
-    rows = image_folder(f)
-    assert captions(rows) == {'in.png': ['4'], 'linked.png': ['6'], 'more/linked.png': ['7'], 'sub/b.png': ['5'],
+    examples = image_folder(f)
+    assert captions(examples) == {'in.png': ['4'], 'linked.png': ['6'], 'more/linked.png': ['7'], 'sub/b.png': ['5'],
                               'sub/deep/c.png': ['fine']}
     for n in (*names[:4], 'sub/../in.png'):
-        assert rows.report.left_out[Path(n).as_posix()].startswith('outside of the folder'), n
-    assert len(rows.report.left_out) == 5 + 3 and json.loads(
-        json.dumps(rows.report.left_out)) and 'sneaked' not in said(rows)
+        assert examples.report.left_out[Path(n).as_posix()].startswith('outside of the folder'), n
+    assert len(examples.report.left_out) == 5 + 3 and json.loads(
+        json.dumps(examples.report.left_out)) and 'sneaked' not in said(examples)
 
 def test_links_are_followed_once_and_cycles_end(tmp_path):
     f = folder_of(tmp_path, 'set/a.png', 'set/real/b.png', 'store/c.png', 'store/deep/d.png')/'set'
@@ -369,10 +369,12 @@ def test_links_are_followed_once_and_cycles_end(tmp_path):
                      ('self', f/'self'), ('lost.png', tmp_path/'none.png')):
         (f/name).symlink_to(to)
     (tmp_path/'store/deep/back').symlink_to(f/'up')
-    rows = image_folder(f)
-    assert [Path(rows.name(p)).as_posix() for p in rows.paths] == ['a.png', 'real/b.png', 'up/c.png', 'up/deep/d.png']
+    examples = image_folder(f)
+    assert [Path(examples.name(p)).as_posix() for p in examples.paths] == ['a.png', 'real/b.png', 'up/c.png',
+        'up/deep/d.png']
     assert {'again', 'around', 'up/deep/back',
-            'lost.png'} <= set(rows.report.left_out) and rows.report.left_out['lost.png'] == 'no such image file'
+            'lost.png'} <= set(examples.report.left_out) and examples.report.left_out[
+                'lost.png'] == 'no such image file'
 
 def test_what_looks_like_an_image_or_a_caption_is_used_or_named(tmp_path):
     f = folder_of(tmp_path, 'DSC_1.jpg', 'b.png', 'c.png', 'd.jpg', 'd.png', 'noend', 'odd.jpg_large', 'f.JPEG')
@@ -384,12 +386,12 @@ def test_what_looks_like_an_image_or_a_caption_is_used_or_named(tmp_path):
     (f/'folder.png').mkdir()
     (f/'folder.txt').mkdir(); (f/'metadata.parquet').write_bytes(b'PAR1'); (f/'notes.md').write_text('x')
     if hasattr(os, 'mkfifo'): os.mkfifo(f/'pipe.png')
-    rows = image_folder(f)
-    assert captions(rows) == {'DSC_1.jpg': ['loud'], 'b.png': ['by its whole name'], 'c.png': ['two', 'one'],
+    examples = image_folder(f)
+    assert captions(examples) == {'DSC_1.jpg': ['loud'], 'b.png': ['by its whole name'], 'c.png': ['two', 'one'],
                               'd.jpg': ['both'], 'd.png': ['both'], 'f.JPEG': ['a b', 'c', 'd']}
     want = {'x.heic', 'x.HEIF', 'x.svg', 'x.eps', 'x.cr2', 'x.NEF', 'x.dng', 'x.psd', 'x.jxl', 'lonely.txt', 'noend',
             'odd.jpg_large', 'metadata.parquet'} | ({'pipe.png'} if hasattr(os, 'mkfifo') else set())
-    assert set(rows.report.left_out) == want and rows.report.left_out[
+    assert set(examples.report.left_out) == want and examples.report.left_out[
         'x.heic'] == 'HEIC is not opened; save it as PNG or JPEG'
     with pytest.raises(OSError, match='strict reading ends here'): image_folder(f, strict=True)
     g = tmp_path/'phone'; g.mkdir(); (g/'a.heic').write_bytes(b'1')
@@ -406,15 +408,15 @@ def test_strange_lines_of_a_table_are_named_and_the_others_used(tmp_path):
              '{"file_name": "g.png", "text": "first"}', '{"file_name": "g.png", "text": "second"}']
     for end in ('\n', '\r\n'):
         (f/'metadata.jsonl').write_bytes(('\ufeff' + end.join(lines) + end).encode())
-        rows = image_folder(f)
-        assert captions(rows) == {'a.png': ['a cat, asleep now'], 'b.png': ['one two', 'three'], 'c.png': [''],
+        examples = image_folder(f)
+        assert captions(examples) == {'a.png': ['a cat, asleep now'], 'b.png': ['one two', 'three'], 'c.png': [''],
                                   'd.png': ['by the other column'], 'e.png': [''], 'f.png': [''],
                                   'g.png': ['first', 'second'], 'h.png': ['']}
-        assert {'z.png', 'metadata.jsonl, line 3', 'metadata.jsonl, line 4'} == set(rows.report.left_out)
-        assert rows.report.changed['row without file_name: passed over'] == [f'metadata.jsonl, row {i}'
+        assert {'z.png', 'metadata.jsonl, line 3', 'metadata.jsonl, line 4'} == set(examples.report.left_out)
+        assert examples.report.changed['example without file_name: passed over'] == [f'metadata.jsonl, example {i}'
             for i in (6, 7, 8, 12)]
-        assert rows.report.changed['caption not a text: dropped'] == ['b.png', 'c.png',
-            'f.png'] and rows.report.changed['caption not UTF-8: dropped'] == ['e.png']
+        assert examples.report.changed['caption not a text: dropped'] == ['b.png', 'c.png',
+            'f.png'] and examples.report.changed['caption not UTF-8: dropped'] == ['e.png']
 
 def test_a_caption_with_a_line_break_is_one_caption_in_a_table(tmp_path):
     f = folder_of(tmp_path, 'a.png', 'b.png', 'c.png', 'sub/d.png')
@@ -428,13 +430,15 @@ def test_a_caption_with_a_line_break_is_one_caption_in_a_table(tmp_path):
                                          'sub/d.png': ['of the text', 'of the table']}
     (f/'metadata.csv').write_text('file_name,text\na.png,"a ""big"" dog\nat home"\n\nb.png,"open\nc.png,a '
                                   'cat\nsub/d.png,a bird')
-    rows = image_folder(f); assert rows.report.left_out == {'metadata.csv, line 5': 'a quote is not closed'}
-    assert captions(rows) == {'a.png': ['a "big" dog at home', 'of the other table'], 'b.png': [''], 'c.png': ['a cat'],
+    examples = image_folder(f); assert examples.report.left_out == {'metadata.csv, line 5': 'a quote is not closed'}
+    assert captions(examples) == {'a.png': ['a "big" dog at home', 'of the other table'], 'b.png': [''],
+                                  'c.png': ['a cat'],
                               'sub/d.png': ['of the text', 'a bird']}
     (f/'metadata.csv').write_bytes(b'file_name,text\na.png,' + b'x'*200_000 + b'\nb.png,fine\nc.png,\xff\n')
-    rows = image_folder(f)
-    assert captions(rows)[
-        'b.png'] == ['fine'] and 'metadata.csv, line 2' in rows.report.left_out and rows.report.changed['caption not '
+    examples = image_folder(f)
+    assert captions(examples)[
+        'b.png'] == ['fine'] and 'metadata.csv, line 2' in examples.report.left_out and examples.report.changed[
+            'caption not '
             'UTF-8: dropped'] == ['c.png']
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='other systems have no such names')
@@ -445,14 +449,15 @@ def test_names_that_are_not_utf8(tmp_path, capsys):
     (f/'set/bad.png').write_text('x')
     os.rename(f/'set/bad.png', raw + b'/b\xe4d.png')
     (f/'set/x').write_text('x'); os.rename(f/'set/x', raw + b'/t\xe4xt.heic')
-    rows = image_folder(f/'set')
-    assert captions(rows) == {'caf\\xe9_one.png': ['caf\ufffd one'],
-                              'good.png': ['good']} and set(rows.report.left_out) == {'b\\xe4d.png', 't\\xe4xt.heic'}
-    assert 'file name not UTF-8' in str(rows.report); print(rows.report, rows.report.left_out)
+    examples = image_folder(f/'set')
+    assert captions(examples) == {'caf\\xe9_one.png': ['caf\ufffd one'],
+                              'good.png': ['good']} and set(examples.report.left_out) == {'b\\xe4d.png',
+                                  't\\xe4xt.heic'}
+    assert 'file name not UTF-8' in str(examples.report); print(examples.report, examples.report.left_out)
     odd = Report()
     odd.leave_out(os.fsdecode(b'\xe9.png'), 'x')
     odd.change(os.fsdecode(b'\xe9.png'), 'y'); odd.leave_out('a', 'x'); odd.leave_out('a', 'z'); print(odd)
-    for report in (rows.report, odd):
+    for report in (examples.report, odd):
         report.save(f/'report.json')
         assert json.loads((f/'report.json').read_text(encoding='utf-8'))['left_out'] == report.left_out
     assert odd.left_out['a'] == 'x' and odd.left_out['a (2)'] == 'z'
@@ -479,12 +484,12 @@ def test_a_copy_has_the_same_fingerprint_and_any_change_another(tmp_path, monkey
     (f/'broken.png').unlink(); assert image_folder(f, check=False).fingerprint == before
     reads, true = [], folders.file_bytes
     monkeypatch.setattr(folders, 'file_bytes', lambda p, n: reads.append(p) or true(p, n))
-    rows = image_folder(f); rows.fingerprint; rows.fingerprint; assert len(reads) == 2                     # once each
+    examples = image_folder(f); examples.fingerprint; examples.fingerprint; assert len(reads) == 2  # once each
     content, date = (f/'sub/b.png').read_bytes(), os.stat(f/'sub/b.png')
     bad = bytearray(content)
     bad[-5] ^= 1
     (f/'sub/b.png').write_bytes(bytes(bad)); os.utime(f/'sub/b.png', ns=(date.st_atime_ns, date.st_mtime_ns + 10**9))
-    assert rows.fingerprint != before and image_folder(f, check=False).fingerprint != before
+    assert examples.fingerprint != before and image_folder(f, check=False).fingerprint != before
     (f/'sub/b.png').write_bytes(content); assert image_folder(f).fingerprint == before
     (f/'a.txt').write_text('a Cat'); assert image_folder(f).fingerprint != before
     (f/'a.txt').write_text('a cat'); (f/'sub/b.png').rename(f/'sub/c.png'); assert image_folder(f).fingerprint != before
@@ -492,10 +497,10 @@ def test_a_copy_has_the_same_fingerprint_and_any_change_another(tmp_path, monkey
 def test_an_unchecked_row_that_breaks_is_an_error_that_names_it(tmp_path):
     f = folder_of(tmp_path, 'a.png', 'b.png')
     (f/'b.png').write_bytes((f/'a.png').read_bytes()[:44]); (f/'gone.png').write_bytes(b'x')
-    rows = image_folder(f, check=False); (f/'gone.png').unlink()
+    examples = image_folder(f, check=False); (f/'gone.png').unlink()
     for i, name in ((1, 'b.png'), (2, 'gone.png')):
-        with pytest.raises(OSError, match=f'^{name}: '): rows[i]
-    assert len(rows.fingerprint) == 16
+        with pytest.raises(OSError, match=f'^{name}: '): examples[i]
+    assert len(examples.fingerprint) == 16
 
 def test_rows_of_the_hub(tmp_path):
     import datasets
@@ -505,29 +510,29 @@ def test_rows_of_the_hub(tmp_path):
               dict(bytes=None, path=str(f/'none.png')), 5, [1], {}, 'nowhere.png', rgb/255,
               dict(bytes='text', path=None)]
     for stored in broken:
-        with pytest.raises(OSError, match='^(row 3|x|nowhere.png|.*none.png): '):
-            hub_example(dict(i=stored), 'i', '', 'row 3')
+        with pytest.raises(OSError, match='^(example 3|x|nowhere.png|.*none.png): '):
+            hub_example(dict(i=stored), 'i', '', 'example 3')
     for stored in (dict(bytes=files['rgba'], path='a.png'), Image.fromarray(holes), np.asarray(holes), str(f/'a.png')):
-        assert hub_example(dict(i=stored), 'i', 't', 'row 3')['captions'] == ['']
-    rows = hub('imagefolder', data_dir=str(f), cache_dir=str(tmp_path/'1'))
+        assert hub_example(dict(i=stored), 'i', 't', 'example 3')['captions'] == ['']
+    examples = hub('imagefolder', data_dir=str(f), cache_dir=str(tmp_path/'1'))
     shutil.copytree(f, tmp_path/'copy', copy_function=shutil.copyfile)
     assert hub('imagefolder', data_dir=str(tmp_path/'copy'),
-               cache_dir=str(tmp_path/'2')).fingerprint == rows.fingerprint
+               cache_dir=str(tmp_path/'2')).fingerprint == examples.fingerprint
     (tmp_path/'copy/metadata.csv').write_text('file_name,text\na.png,a dog\n')
     assert hub('imagefolder', data_dir=str(tmp_path/'copy'),
-               cache_dir=str(tmp_path/'3')).fingerprint != rows.fingerprint
+               cache_dir=str(tmp_path/'3')).fingerprint != examples.fingerprint
     class Torn:
         def __getitem__(self, i):
             if i > 4: raise IndexError(i)
             raise RuntimeError('page is corrupt')
-    with pytest.raises(OSError, match='row 3: cannot be read'): HubDataset(Torn(), 'i', '')[3]
+    with pytest.raises(OSError, match='example 3: cannot be read'): HubDataset(Torn(), 'i', '')[3]
 
 def test_a_part_of_rows_that_have_no_fingerprint_has_none():
     "Else two data sets in memory would have one, and share a cache"
     from v2flow_nbdev.data.cache import fingerprint
     from v2flow_nbdev.data.sources import FewCaptions
-    def rows(colour): return [dict(image=Image.new('RGB', (4, 4), colour), captions=['a', 'b'])]*3
+    def examples(colour): return [dict(image=Image.new('RGB', (4, 4), colour), captions=['a', 'b'])]*3
     for part in (lambda r: Subset(Subset(r, [0, 1]), [1]), lambda r: FewCaptions(Subset(r, [0, 1]), 1),
                  lambda r: Subset(FewCaptions(r, 1), [0])):
-        assert fingerprint(part(rows('red'))) != fingerprint(
-            part(rows('blue'))) and fingerprint(part(rows('red'))) == fingerprint(part(rows('red')))
+        assert fingerprint(part(examples('red'))) != fingerprint(
+            part(examples('blue'))) and fingerprint(part(examples('red'))) == fingerprint(part(examples('red')))

@@ -198,7 +198,7 @@ def test_small_autoencoder_learns_with_the_projects_engine():
     for wrong in (dict(channels=7), dict(image_channels=2)):
         with pytest.raises(ValueError, match=next(iter(wrong))): small_autoencoder(**wrong)
 
-rows = mosaics('train', 23, (2, 3))
+examples = mosaics('train', 23, (2, 3))
 
 def contents(folder): return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
 
@@ -220,28 +220,29 @@ def test_killed_and_resumed_is_bit_equal(tmp_path):
     run = subprocess.run([sys.executable, '-c', killed, tmp_path/'killed'])
     assert run.returncode == -signal.SIGKILL and (tmp_path/'killed/.lock').exists()
     assert len(json.loads((tmp_path/'killed/index.json').read_text())['shards']) == 2
-    with pytest.raises(OSError, match='holds 8 of 23 rows; go on with `cache_latents`'):
+    with pytest.raises(OSError, match='holds 8 of 23 examples; go on with `cache_latents`'):
         CachedLatents(tmp_path/'killed')
     (tmp_path/'killed/.abcdefgh.safetensors').write_bytes(b'what a kill in the midst of writing leaves')
     kept = {n: (tmp_path/'killed'/n).stat().st_mtime_ns for n in shard_names(0)}
-    whole = cache_latents(rows, PixelLatents(1, 2), tmp_path/'whole', batch_size=2, shard_size=4, progress=False)
+    whole = cache_latents(examples, PixelLatents(1, 2), tmp_path/'whole', batch_size=2, shard_size=4, progress=False)
     # goes on as it was begun
-    resumed = cache_latents(rows, PixelLatents(1, 2), tmp_path/'killed', batch_size=64, shard_size=4096, progress=False)
+    resumed = cache_latents(examples, PixelLatents(1, 2), tmp_path/'killed', batch_size=64, shard_size=4096,
+                            progress=False)
     assert contents(tmp_path/'killed') == contents(tmp_path/'whole') and len(resumed) == len(whole) == 23
     assert kept == {n: (tmp_path/'killed'/n).stat().st_mtime_ns for n in kept}  # and not from the beginning
 
 def test_a_finished_cache_encodes_nothing(tmp_path):
     latents = PixelLatents(1, 2)
-    cache_latents(rows, latents, tmp_path, progress=False)
+    cache_latents(examples, latents, tmp_path, progress=False)
     latents.encode = None
-    assert len(cache_latents(rows, latents, tmp_path, progress=False)) == 23
+    assert len(cache_latents(examples, latents, tmp_path, progress=False)) == 23
 
-@pytest.mark.parametrize('what, change', [('images or captions', dict(rows=rows[::-1])),
+@pytest.mark.parametrize('what, change', [('images or captions', dict(examples=examples[::-1])),
                                           ('autoencoder', dict(latents=PixelLatents(1, 2, 0.5))),
                                           ('size of images', dict(size=(8, 8))),
                                           ('dtype', dict(dtype=torch.float16))])
 def test_stale_cache_is_refused(tmp_path, what, change):
-    before = dict(rows=rows, latents=PixelLatents(1, 2), folder=tmp_path, progress=False)
+    before = dict(examples=examples, latents=PixelLatents(1, 2), folder=tmp_path, progress=False)
     cache_latents(**before)
     files = contents(tmp_path)
     with pytest.raises(ValueError, match=f'other {what}.*give another folder, or remove this one'):
@@ -254,7 +255,7 @@ def test_stale_cache_is_refused(tmp_path, what, change):
 @pytest.mark.parametrize('name', shard_names(1) + ('index.json',))
 @pytest.mark.parametrize('how', ['changed', 'missing'])
 def test_damage_is_found_and_named(tmp_path, name, how):
-    make = lambda: cache_latents(rows, PixelLatents(1, 2), tmp_path, shard_size=8, progress=False)
+    make = lambda: cache_latents(examples, PixelLatents(1, 2), tmp_path, shard_size=8, progress=False)
     make()
     files, path = contents(tmp_path), tmp_path/name
     if how == 'missing': path.unlink()
@@ -271,16 +272,16 @@ def test_damage_is_found_and_named(tmp_path, name, how):
         assert contents(tmp_path) == files
 
 def test_fingerprint_is_of_pixels_captions_and_order():
-    changed = [{**rows[0], 'captions': ['another']}, *rows[1:]]
-    redrawn = [{**rows[0], 'image': rows[1]['image']}, *rows[1:]]
-    assert len({fingerprint(r) for r in (rows, rows[::-1], rows[1:], changed,
-                                         redrawn)}) == 5 and fingerprint(rows) == fingerprint(mosaics('train', 23,
+    changed = [{**examples[0], 'captions': ['another']}, *examples[1:]]
+    redrawn = [{**examples[0], 'image': examples[1]['image']}, *examples[1:]]
+    assert len({fingerprint(r) for r in (examples, examples[::-1], examples[1:], changed,
+                                         redrawn)}) == 5 and fingerprint(examples) == fingerprint(mosaics('train', 23,
                                              (2, 3)))
     class Named(list): fingerprint = 'v1'
-    assert fingerprint(Named(rows)) == 'v1'
+    assert fingerprint(Named(examples)) == 'v1'
 
 def test_sizes_and_dtypes(tmp_path):
-    odd = [*rows, *mosaics('train', 2, (3, 3))]
+    odd = [*examples, *mosaics('train', 2, (3, 3))]
     with pytest.raises(ValueError, match='images of 24×16 and 24×24 pixels; give the size'):
         cache_latents(odd, PixelLatents(1, 2), tmp_path/'a', progress=False)
     cached = cache_latents(odd, PixelLatents(1, 2), tmp_path/'b', size=(16, 16), dtype=torch.bfloat16, progress=False)
@@ -289,7 +290,7 @@ def test_sizes_and_dtypes(tmp_path):
             24]['captions'] == odd[24]['captions'] == cached.captions[24]
     for i in (25, -26):
         with pytest.raises(IndexError): cached[i]
-    with pytest.raises(ValueError, match='0 rows'): cache_latents([], PixelLatents(1, 2), tmp_path/'c')
+    with pytest.raises(ValueError, match='0 examples'): cache_latents([], PixelLatents(1, 2), tmp_path/'c')
 
 def test_training_from_the_cache_gives_the_same_numbers(tmp_path):
     "The tokenizer itself, through the loader of the project's engine, with and without worker processes"
@@ -299,12 +300,12 @@ def test_training_from_the_cache_gives_the_same_numbers(tmp_path):
     from v2flow_nbdev.training.loop import train
     from v2flow_nbdev.models.vocabulary import Vocabulary
     latents = PixelLatents(1, 2, -0.4, 1.7)
-    cached = cache_latents(rows, latents, tmp_path, batch_size=5, shard_size=6, progress=False)
+    cached = cache_latents(examples, latents, tmp_path, batch_size=5, shard_size=6, progress=False)
     vocabulary = Vocabulary([str(i) for i in range(40)],
                             torch.randn(40, 16, generator=torch.Generator().manual_seed(0)))
     config = V2FlowConfig(codebook_size=16, dim=32, depth=1, velocity_width=32, velocity_depth=1, resampler_width=32,
                           latent_shift=-0.4, latent_scale=1.7, image_size=(16, 24))
-    x = to_tensor([r['image'] for r in rows], 1)
+    x = to_tensor([r['image'] for r in examples], 1)
     def losses(data, collate=None, **how):
         torch.manual_seed(0)
         out = tmp_path/f'run{len(list(tmp_path.iterdir()))}'
@@ -321,16 +322,17 @@ def share(folder):
     import torch.distributed as dist
     dist.init_process_group('gloo')
     how = dict(batch_size=2, shard_size=4, progress=False)
-    assert len(cache_latents(rows, PixelLatents(1, 2), Path(folder)/'plain', **how)) == 23
+    assert len(cache_latents(examples, PixelLatents(1, 2), Path(folder)/'plain', **how)) == 23
     class Fails(PixelLatents):
         def encode(self, images):
             if dist.get_rank(): raise MemoryError('too large')
             return super().encode(images)
     # an error in one ends both
     with pytest.raises((MemoryError, OSError)) as e:
-        cache_latents(Broken(rows, odd), Fails(1, 2), Path(folder)/'broken', **how)
+        cache_latents(Broken(examples, odd), Fails(1, 2), Path(folder)/'broken', **how)
     assert str(e.value) == ('too large' if dist.get_rank() else 'process 1 of 2 failed (MemoryError: too large)')
-    assert cache_latents(Broken(rows, odd), PixelLatents(1, 2), Path(folder)/'broken', **how).report.left_out == named
+    assert cache_latents(Broken(examples, odd), PixelLatents(1, 2), Path(folder)/'broken',
+                         **how).report.left_out == named
     from v2flow_nbdev.apps.cli import leave
     leave(0)                                                                     # as the command does
 
@@ -348,7 +350,7 @@ def test_two_processes_share_the_work(tmp_path):
     for p in running:
         _, err = p.communicate(timeout=120)
         assert p.returncode == 0, err
-    for name, data in (('plain', rows), ('broken', Broken(rows, odd))):
+    for name, data in (('plain', examples), ('broken', Broken(examples, odd))):
         cache_latents(data, PixelLatents(1, 2), tmp_path/'one'/name, batch_size=2, shard_size=4, progress=False)
         assert contents(tmp_path/'one'/name) == contents(tmp_path/'two'/name)
 
@@ -565,8 +567,8 @@ def test_checkpointed_activations_give_the_same_gradients(kind):
 # --- one odd thing does not end everything
 
 class Broken(list):
-    "Rows of which some raise, in many ways"
-    def __init__(self, rows, how): super().__init__(rows); self.how = how
+    "Examples of which some raise, in many ways"
+    def __init__(self, examples, how): super().__init__(examples); self.how = how
 
     def __getitem__(self, k):
         if k in self.how: raise self.how[k]
@@ -574,14 +576,14 @@ class Broken(list):
 
 odd = {3: OSError('sea/a: b.png: the image is damaged'), 7: ValueError('a strange\nimage'),
        8: FileNotFoundError(2, 'No such file or directory', 'gone.png'), 22: OSError('image file is truncated')}
-named = {'sea/a': 'b.png: the image is damaged', 'row 7': 'ValueError: a strange image',
-         'gone.png': 'No such file or directory', 'row 22': 'OSError: image file is truncated'}
-instead = [*rows[:3], rows[4], *rows[4:7], rows[9], rows[9], *rows[9:22], rows[0]]
+named = {'sea/a': 'b.png: the image is damaged', 'example 7': 'ValueError: a strange image',
+         'gone.png': 'No such file or directory', 'example 22': 'OSError: image file is truncated'}
+instead = [*examples[:3], examples[4], *examples[4:7], examples[9], examples[9], *examples[9:22], examples[0]]
 
 @pytest.mark.parametrize('batch_size, shard_size', [(64, 4096), (2, 4), (1, 1)])
 def test_broken_rows_are_replaced_and_named(tmp_path, batch_size, shard_size):
     how = dict(batch_size=batch_size, shard_size=shard_size, progress=False)
-    cached, good = cache_latents(Broken(rows, odd), PixelLatents(1, 2), tmp_path/'broken',
+    cached, good = cache_latents(Broken(examples, odd), PixelLatents(1, 2), tmp_path/'broken',
                                  **how), cache_latents(instead, PixelLatents(1, 2), tmp_path/'good', **how)
     for name in contents(tmp_path/'good').keys() - {'index.json'}:
         assert contents(tmp_path/'broken')[name] == contents(tmp_path/'good')[name], name
@@ -594,28 +596,28 @@ def test_broken_rows_are_replaced_and_named(tmp_path, batch_size, shard_size):
 def test_broken_images_sizes_and_all_broken(tmp_path):
     import io
     from PIL import Image
-    file = io.BytesIO(); rows[1]['image'].resize((240, 160)).save(file, 'png')
-    truncated = [dict(image=Image.open(io.BytesIO(file.getvalue()[:300])), captions=['cut']), *rows,
+    file = io.BytesIO(); examples[1]['image'].resize((240, 160)).save(file, 'png')
+    truncated = [dict(image=Image.open(io.BytesIO(file.getvalue()[:300])), captions=['cut']), *examples,
                  dict(captions=['none']), dict(image=None), 5]
-    # the first row gives no size, either
+    # the first example gives no size, either
     cached = cache_latents(truncated, PixelLatents(1, 2), tmp_path/'a', progress=False)
-    assert cached.shape == (4, 8, 12) and list(cached.report.left_out) == ['row 0', 'row 24', 'row 25',
-        'row 26'] and cached[0]['captions'] == rows[0]['captions'] == cached[26]['captions']
-    every = Broken(rows, {k: OSError(f'{k}.png: gone') for k in range(23)})
+    assert cached.shape == (4, 8, 12) and list(cached.report.left_out) == ['example 0', 'example 24', 'example 25',
+        'example 26'] and cached[0]['captions'] == examples[0]['captions'] == cached[26]['captions']
+    every = Broken(examples, {k: OSError(f'{k}.png: gone') for k in range(23)})
     assert isinstance(fingerprint(every), str)
     for size in (None, (8, 8)):
-        with pytest.raises(OSError, match='not one of 23 rows can be used; the first: 0.png: gone'):
+        with pytest.raises(OSError, match='not one of 23 examples can be used; the first: 0.png: gone'):
             cache_latents(every, PixelLatents(1, 2), tmp_path/'b', size, progress=False)
     for size in (8, (8,), (0, 8), (8., 8), 'ab'):
         with pytest.raises(ValueError, match='height, width'):
-            cache_latents(rows, PixelLatents(1, 2), tmp_path/'b', size, progress=False)
+            cache_latents(examples, PixelLatents(1, 2), tmp_path/'b', size, progress=False)
     assert not (tmp_path/'b').exists() or not list((tmp_path/'b').glob('[!.]*'))
-    twice = Broken(rows, {1: OSError('x.png: a'), 2: OSError('x.png: b')})
+    twice = Broken(examples, {1: OSError('x.png: a'), 2: OSError('x.png: b')})
     assert cache_latents(twice, PixelLatents(1, 2), tmp_path/'c', progress=False).report.left_out == {'x.png': 'a',
-        'x.png (row 2)': 'b'}
+        'x.png (example 2)': 'b'}
 
 def test_strict_ends_at_the_first(tmp_path):
-    broken = Broken(rows, odd)
+    broken = Broken(examples, odd)
     with pytest.raises(OSError, match='sea/a: b.png: the image is damaged; strict reading ends here'):
         cache_latents(broken, PixelLatents(1, 2), tmp_path, progress=False, strict=True)
     assert not list(tmp_path.glob('[!.]*')) and not (tmp_path/'.lock').exists()
@@ -626,15 +628,16 @@ def test_strict_ends_at_the_first(tmp_path):
 
 def test_a_mended_row_is_other_data():
     from PIL import Image
-    prints = [fingerprint(Broken(rows, odd)), fingerprint(Broken(rows, {k: odd[k] for k in (3, 7, 8)})),
-              fingerprint(rows)]
-    assert len(set(prints)) == 3 and fingerprint(Broken(rows, odd)) == prints[0]
-    first, second = Broken(rows, {0: OSError('x')}), Broken([rows[1], rows[0], *rows[2:]], {1: OSError('x')})
-    assert fingerprint(first) != fingerprint(second)  # the same good rows, the bad one elsewhere: other latents
+    prints = [fingerprint(Broken(examples, odd)), fingerprint(Broken(examples, {k: odd[k] for k in (3, 7, 8)})),
+              fingerprint(examples)]
+    assert len(set(prints)) == 3 and fingerprint(Broken(examples, odd)) == prints[0]
+    first, second = Broken(examples, {0: OSError('x')}), Broken([examples[1], examples[0], *examples[2:]],
+                                                                {1: OSError('x')})
+    assert fingerprint(first) != fingerprint(second)  # the same good examples, the bad one elsewhere: other latents
     class Unreadable:
         def __len__(self): return 1
-        def __getitem__(self, k): return [dict(image=rows[0]['image'], captions=[object()])][k]
-    with pytest.raises(TypeError): fingerprint(Unreadable())                  # a fault of the program is no broken row
+        def __getitem__(self, k): return [dict(image=examples[0]['image'], captions=[object()])][k]
+    with pytest.raises(TypeError): fingerprint(Unreadable())  # a fault of the program is no broken example
 
 def test_broken_rows_after_a_kill_are_those_of_a_whole_run(tmp_path):
     class GivesUp(PixelLatents):
@@ -644,10 +647,10 @@ def test_broken_rows_after_a_kill_are_those_of_a_whole_run(tmp_path):
             if self.calls == 4: raise InterruptedError('killed')
             return super().encode(images)
     how = dict(batch_size=2, shard_size=4, progress=False)
-    with pytest.raises(InterruptedError): cache_latents(Broken(rows, odd), GivesUp(1, 2), tmp_path/'killed', **how)
+    with pytest.raises(InterruptedError): cache_latents(Broken(examples, odd), GivesUp(1, 2), tmp_path/'killed', **how)
     assert len(json.loads((tmp_path/'killed/index.json').read_text(
         ))['shards']) == 1 and not (tmp_path/'killed/.lock').exists()
-    for name in ('killed', 'whole'): cache_latents(Broken(rows, odd), PixelLatents(1, 2), tmp_path/name, **how)
+    for name in ('killed', 'whole'): cache_latents(Broken(examples, odd), PixelLatents(1, 2), tmp_path/name, **how)
     assert contents(tmp_path/'killed') == contents(tmp_path/'whole')
 
 class Counting(PixelLatents):
@@ -657,7 +660,7 @@ class Counting(PixelLatents):
 
 @pytest.mark.parametrize('how', ['zeros', 'half', 'gone', 'empty'])
 def test_a_damaged_shard_alone_is_computed_again(tmp_path, how):
-    make = lambda: cache_latents(rows, latents, tmp_path, shard_size=8, progress=False)
+    make = lambda: cache_latents(examples, latents, tmp_path, shard_size=8, progress=False)
     latents = Counting(1, 2)
     make(); files = contents(tmp_path)
     for name in shard_names(1):
@@ -666,20 +669,20 @@ def test_a_damaged_shard_alone_is_computed_again(tmp_path, how):
         else: path.write_bytes(dict(zeros=bytes(len(whole)), half=whole[:len(whole)//2], empty=b'')[how])
         latents.images = 0
         cached = make()
-        assert contents(tmp_path) == files and latents.images == 8 and cached[9]['captions'] == rows[9]['captions']
+        assert contents(tmp_path) == files and latents.images == 8 and cached[9]['captions'] == examples[9]['captions']
 
 @pytest.mark.parametrize('content', [bytes(700), b'', b'[]', b'{"version": 1}',
-                                     b'{"version": 1, "key": {}, "rows": 23, "batch_size": 8, "shard_size": 8, '
+                                     b'{"version": 1, "key": {}, "examples": 23, "batch_size": 8, "shard_size": 8, '
                                      b'"shards": [3]}', b'\xff\xfe'])
 def test_an_index_that_is_none_is_named(tmp_path, content):
     (tmp_path/'index.json').write_bytes(content)
-    for use in (lambda: cache_latents(rows, PixelLatents(1, 2), tmp_path, progress=False),
+    for use in (lambda: cache_latents(examples, PixelLatents(1, 2), tmp_path, progress=False),
                 lambda: CachedLatents(tmp_path)):
         with pytest.raises(OSError, match=r'index\.json: ') as e: use()
         assert '\n' not in str(e.value)
 
 def test_captions_and_names_with_half_characters(tmp_path):
-    strange = Broken([{**rows[0], 'captions': ['caf\udce9', 'häuser 🐤']}, *rows[1:]],
+    strange = Broken([{**examples[0], 'captions': ['caf\udce9', 'häuser 🐤']}, *examples[1:]],
                      {2: OSError('caf\udce9.png: gone')})
     cached = cache_latents(strange, PixelLatents(1, 2), tmp_path, progress=False)
     assert cached[0]['captions'] == ['caf\udce9',
@@ -687,22 +690,22 @@ def test_captions_and_names_with_half_characters(tmp_path):
                                          tmp_path).report.left_out == {'caf\udce9.png': 'gone'}
 
 def test_a_finished_cache_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
-    cache_latents(rows, PixelLatents(1, 2), tmp_path, progress=False)
+    cache_latents(examples, PixelLatents(1, 2), tmp_path, progress=False)
     def no(*_, **__): raise AssertionError('writes')
     for name in ('open', 'rename', 'replace', 'utime', 'unlink', 'mkdir'): monkeypatch.setattr(os, name, no)
-    assert len(cache_latents(rows, PixelLatents(1, 2), tmp_path, progress=False)) == 23
+    assert len(cache_latents(examples, PixelLatents(1, 2), tmp_path, progress=False)) == 23
 
 def test_other_rows_under_the_same_name(tmp_path):
     class Named(list): fingerprint = 'v1'
-    cache_latents(Named(rows), PixelLatents(1, 2), tmp_path, progress=False)
-    with pytest.raises(ValueError, match='other images or captions .23 rows there, 22 here'):
-        cache_latents(Named(rows[1:]), PixelLatents(1, 2), tmp_path, progress=False)
+    cache_latents(Named(examples), PixelLatents(1, 2), tmp_path, progress=False)
+    with pytest.raises(ValueError, match='other images or captions .23 examples there, 22 here'):
+        cache_latents(Named(examples[1:]), PixelLatents(1, 2), tmp_path, progress=False)
 
 def test_a_fingerprint_that_meets_a_missing_file(tmp_path):
     class Dated(list):
         @property
         def fingerprint(self): raise FileNotFoundError(2, 'No such file', 'a.png')
-    assert fingerprint(Dated(rows)) == fingerprint(rows)
+    assert fingerprint(Dated(examples)) == fingerprint(examples)
 
 class Stack:
     def __call__(self, batch): return torch.stack([r['latents'] for r in batch])
@@ -710,7 +713,7 @@ class Stack:
 @pytest.mark.long
 def test_loaders_with_workers_that_are_spawned(tmp_path):
     import pickle
-    cached = cache_latents(rows, PixelLatents(1, 2), tmp_path, shard_size=8, progress=False)
+    cached = cache_latents(examples, PixelLatents(1, 2), tmp_path, shard_size=8, progress=False)
     cached[0]                                                                 # an open file stays behind
     assert torch.equal(pickle.loads(pickle.dumps(cached))[22]['latents'], cached[22]['latents'])
     found = torch.cat(list(torch.utils.data.DataLoader(cached, 6, collate_fn=Stack(), num_workers=1,
@@ -746,14 +749,14 @@ def test_of_two_runs_one_computes_and_both_read(tmp_path):
     assert [p.returncode for p in running] == [0, 0], [path.read_text() for path in said]
     assert (tmp_path/'counted').read_text() == 'x'*23 and sums[0] == sums[1]  # each image once
     assert sum('waiting for process' in path.read_text() for path in said) == 1
-    cache_latents(rows, PixelLatents(1, 2), tmp_path/'one', batch_size=2, shard_size=4, progress=False)
+    cache_latents(examples, PixelLatents(1, 2), tmp_path/'one', batch_size=2, shard_size=4, progress=False)
     assert contents(tmp_path/'one') == contents(tmp_path/'cache')
 
 def test_locks_of_the_dead_are_taken_over_and_those_of_the_living_are_not(tmp_path, monkeypatch, capfd):
     import platform
     from v2flow_nbdev.base import locks as module
     from v2flow_nbdev.base.locks import FolderLock
-    make = lambda: cache_latents(rows, PixelLatents(1, 2), tmp_path)
+    make = lambda: cache_latents(examples, PixelLatents(1, 2), tmp_path)
     ended = subprocess.Popen([sys.executable, '-c', '']); ended.wait()
     (tmp_path/'.lock').write_text(f'{ended.pid} {platform.node()} token')
     # at once
@@ -785,7 +788,7 @@ def test_no_file_of_a_run_that_is_at_work_is_removed(tmp_path):
     import threading
     lock, theirs = FolderLock(tmp_path), tmp_path/'.abcdefgh.safetensors'
     assert lock.take(); theirs.write_bytes(b'being written')
-    run = threading.Thread(target=lambda: cache_latents(rows, PixelLatents(1, 2), tmp_path, progress=False))
+    run = threading.Thread(target=lambda: cache_latents(examples, PixelLatents(1, 2), tmp_path, progress=False))
     run.start()
     run.join(1); assert run.is_alive() and theirs.exists() and not (tmp_path/'index.json').exists()
     lock.release(); run.join(60)

@@ -54,9 +54,9 @@ def test_a_family_gets_visual_words(name, tmp_path):
     assert ids.shape == (3, 16) and 0 <= ids.min() and ids.max() < 16 and torch.equal(generate_image_ids(model,
         tokenizer, texts[:1], guidance_scale=3., temperature=2., generator=g(1)), ids[:1])
     assert len(generate_captions(model, tokenizer, ids, max_new_tokens=4)) == 3
-    rows = [text_to_image(words, 0, tokenizer(t).input_ids, torch.randint(16, grid)) for t in texts[:4]
+    examples = [text_to_image(words, 0, tokenizer(t).input_ids, torch.randint(16, grid)) for t in texts[:4]
             for grid in words.grids]
-    with torch.no_grad(): assert abs(model(**pack(rows, 64)).loss - model(**collate(rows)).loss) < 1e-5
+    with torch.no_grad(): assert abs(model(**pack(examples, 64)).loss - model(**collate(examples)).loss) < 1e-5
     model.save_pretrained(tmp_path); tokenizer.save_pretrained(tmp_path)
     # AutoTokenizer makes any folder of a Qwen2 a Qwen2 tokenizer, which this is not
     load = type(tokenizer) if name == 'qwen2' else AutoTokenizer

@@ -87,9 +87,11 @@ def site(tmp_path_factory):
     wheel, = place.glob('*.whl')
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', place/'env'], check=True)
     python = place/'env'/('Scripts' if os.name == 'nt' else 'bin')/'python'
-    own = Path(subprocess.run([python, '-c', 'import site; print(site.getsitepackages()[0])'], capture_output=True, text=True, check=True).stdout.strip())
-    subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', own, wheel], check=True, capture_output=True)
-    (own/'others.pth').write_text('\n'.join(here.getsitepackages()) + '\n')                       # its own packages come first
+    own = Path(subprocess.run([python, '-c', 'import site; print(site.getsitepackages()[0])'], capture_output=True,
+                              text=True, check=True).stdout.strip())
+    subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', own, wheel], check=True,
+                   capture_output=True)
+    (own/'others.pth').write_text('\n'.join(here.getsitepackages()) + '\n')  # its own packages come first
     return python
 
 def in_environment(python, code, cwd, *args):
@@ -108,33 +110,39 @@ def test_the_command_of_a_wheel_finds_the_models_of_a_clone_and_says_where_there
     from PIL import Image
     Image.new('L', (8, 8)).save(tmp_path/'x.png')
     code = "import sys; sys.argv = ['v2flow', *sys.argv[1:]]; from v2flow_nbdev.apps.cli import main; main()"
-    inside = in_environment(site, code, root/'nbs'/'models', 'encode', str(tmp_path/'x.png'), '--model', 'data/checkpoints/digits')
+    inside = in_environment(site, code, root/'nbs'/'models', 'encode', str(tmp_path/'x.png'), '--model',
+                            'data/checkpoints/digits')
     assert inside.returncode == 0 and len(json.loads(inside.stdout)) == 16, inside.stderr
     outside = in_environment(site, code, tmp_path, 'encode', str(tmp_path/'x.png'))
-    assert outside.returncode == 1 and 'run inside a clone' in outside.stderr and outside.stderr.count('\n') == 1, outside.stderr
+    assert outside.returncode == 1 and 'run inside a clone' in outside.stderr and outside.stderr.count(
+        '\n') == 1, outside.stderr
 
 def test_data_are_found_from_anywhere(tmp_path):
     code = 'from v2flow_nbdev.data.sources import emoji; print(len(emoji("held_out_bases", size=8)))'
     for cwd in (tmp_path, root/'nbs'):
-        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=cwd, env={**os.environ, 'PYTHONPATH': str(root)})
+        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=cwd,
+                              env={**os.environ, 'PYTHONPATH': str(root)})
         assert done.stdout.strip() == '206', done.stderr
 
 front_door = """V2Flow V2FlowConfig V2FlowPipeline TokenizerTraining Vocabulary AutoencoderLatents VectorQuantizer VocabularyResampler
 add_visual_tokens VisualTokens TrainConfig train image_folder hub to_tensor to_pil""".split()
 
 def test_the_front_door_offers_its_names_and_imports_nothing_before_they_are_asked_for():
-    code = ('import sys, v2flow_nbdev as v\nassert not {m for m in sys.modules if m.split(".")[0] in ("torch", "numpy", "transformers")}\n'
+    code = ('import sys, v2flow_nbdev as v\nassert not {m for m in sys.modules if m.split(".")[0] in ("torch", '
+            '"numpy", "transformers")}\n'
             f'assert set({front_door!r}) == set(v.__all__) - {{"__version__"}} and set(v.__all__) <= set(dir(v))\n'
             f'for n in {front_door!r}: assert getattr(v, n).__name__ == n\n'
             'from v2flow_nbdev import V2Flow, hub\n'
             'try: v.V2Flo\nexcept AttributeError as e: print(e)')
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(root)})
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                          env={**os.environ, 'PYTHONPATH': str(root)})
     assert done.returncode == 0 and "no attribute 'V2Flo'" in done.stdout, done.stderr
 
 def public(path):
     "The names that `from module import *` gives"
     tree = ast.parse(path.read_text(encoding='utf-8'))
-    found = [ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == '__all__']
+    found = [ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id',
+        '') == '__all__']
     return found[0] if found else []
 
 def test_public_names_are_few_hinted_and_belong_to_one_thing_each():
@@ -144,11 +152,16 @@ def test_public_names_are_few_hinted_and_belong_to_one_thing_each():
         for name in names: owners.setdefault(name, []).append(path.stem)
         for node in tree.body:
             if getattr(node, 'name', None) not in names: continue
-            methods = [node] if isinstance(node, ast.FunctionDef) else [n for n in node.body if isinstance(n, ast.FunctionDef)
-                                                                        and (not n.name.startswith('_') or n.name in ('__init__', '__call__'))]
+            methods = [node] if isinstance(node, ast.FunctionDef) else [n for n in node.body
+                if isinstance(n, ast.FunctionDef)
+                                                                        and (not n.name.startswith('_')
+                                                                            or n.name in ('__init__', '__call__'))]
             for f in methods:
-                bare = [a.arg for a in [*f.args.args, *f.args.kwonlyargs] if a.annotation is None and a.arg not in ('self', 'cls')]
-                assert not bare and (f.returns or f.name == '__init__'), f'{path.stem}: {node.name}, {f.name}: no type of {bare or "what it returns"}'
+                bare = [a.arg for a in [*f.args.args, *f.args.kwonlyargs] if a.annotation is None
+                        and a.arg not in ('self', 'cls')]
+                assert (not bare and (f.returns
+                                     or f.name
+                                     == '__init__')), f'{path.stem}: {node.name}, {f.name}: no type of {bare or "what it returns"}'
     assert not {n: o for n, o in owners.items() if len(o) > 1}
     assert len(owners) <= 130, len(owners)
 
@@ -171,8 +184,10 @@ def test_names_have_docstrings():
     for path in lib.glob('*/[a-z]*.py'):
         tree, names = ast.parse(path.read_text(encoding='utf-8')), public(path)
         for node in tree.body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_') and path.stem != 'cli':
-                short = isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno < 3 and node.name not in names
+            if isinstance(node, (ast.FunctionDef,
+                                 ast.ClassDef)) and not node.name.startswith('_') and path.stem != 'cli':
+                short = isinstance(node,
+                    ast.FunctionDef) and node.end_lineno - node.lineno < 3 and node.name not in names
                 assert ast.get_docstring(node) or short, f'{path.name}: {node.name}'
 
 def test_links_lead_somewhere():
@@ -181,7 +196,8 @@ def test_links_lead_somewhere():
         if path.suffix != '.ipynb': return path.read_text(encoding='utf-8')
         cells = json.loads(path.read_text(encoding='utf-8'))['cells']
         return '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
-    pages = [p for p in root.rglob('*') if p.suffix in ('.md', '.ipynb') and not {'.venv', '.git', 'runs', 'outputs', '.ipynb_checkpoints'} & {*p.parts}]
+    pages = [p for p in root.rglob('*') if p.suffix in ('.md', '.ipynb') and not {'.venv', '.git', 'runs', 'outputs',
+        '.ipynb_checkpoints'} & {*p.parts}]
     broken = []
     for page in pages:
         for link in re.findall(r'\]\(([^)\s]+)\)', re.sub(r'```.*?```', '', text_of(page), flags=re.S)):
@@ -190,7 +206,8 @@ def test_links_lead_somewhere():
             target = (page.parent/file).resolve()
             if not target.exists(): broken.append(f'{page.relative_to(root)}: {link}')
             elif anchor and target.suffix == '.ipynb':
-                headings = {re.sub(r'^#+ ', '', l).strip().replace(' ', '-') for l in text_of(target).splitlines() if l.startswith('#')}
+                headings = {re.sub(r'^#+ ', '', l).strip().replace(' ', '-') for l in text_of(target).splitlines()
+                            if l.startswith('#')}
                 if anchor not in headings: broken.append(f'{page.relative_to(root)}: {link}')
     assert not broken, '\n'.join(broken)
 

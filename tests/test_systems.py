@@ -1,5 +1,5 @@
 ("What must hold on small machines and other systems: any start method of processes, streams of any encoding, one odd "
- "row or line, the end of a run")
+ "example or line, the end of a run")
 import json, os, signal, subprocess, sys
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,11 @@ def digits_folder(folder, n=6):
 class Joined:
     "Several data sets as one, each with its collate: workers are sent all of them, and are started once"
     def __init__(self, parts): self.parts = parts
-    def __len__(self): return max(len(rows) for rows,_ in self.parts)
-    def __getitem__(self, i): return [rows[i % len(rows)] for rows,_ in self.parts]
-    def collate(self, rows):
+    def __len__(self): return max(len(examples) for examples,_ in self.parts)
+    def __getitem__(self, i): return [examples[i % len(examples)] for examples,_ in self.parts]
+    def collate(self, examples):
         return {f'{k} {n}': v for k,(_,collate) in enumerate(self.parts) for n,
-                v in collate([r[k] for r in rows]).items()}
+                v in collate([r[k] for r in examples]).items()}
 
 def loaders(folder):
     "What the four trainings load: images of a folder; cached latents; ids as sequences, padded and packed; a stream"
@@ -43,11 +43,11 @@ def loaders(folder):
     from v2flow_nbdev.language.visual_tokens import VisualTokens
     from v2flow_nbdev.language.text_models import collate
     source = DataConfig('image_folder', folder=str(folder/'images'), captions=1, crop=0.8, flip=True)
-    rows, _ = load_data(source)
+    examples, _ = load_data(source)
     shape = SimpleNamespace(image_channels=1, image_size=(8, 8))
-    images = tokenizer_data(source, shape, None, rows)
+    images = tokenizer_data(source, shape, None, examples)
     cached = tokenizer_data(DataConfig('image_folder', folder=str(folder/'images'), cache=str(folder/'latents')),
-                            shape, PixelLatents(1, 2), rows)
+                            shape, PixelLatents(1, 2), examples)
     words = VisualTokens(**{k: tuple(map(tuple, v)) if k == 'grids' else v for k,
                             v in json.loads((shipped/'llm/config.json').read_text())['v2flow'].items()
                             if k in VisualTokens.__dataclass_fields__})
@@ -98,7 +98,7 @@ def test_what_cannot_be_sent_is_said_in_a_line():
     try:
         with pytest.raises(ValueError, match='num_workers=1.*cannot be sent to another process'):
             train(Line(), points(4), TrainConfig(steps=2, batch_size=2, num_workers=1, trackers=[]),
-                  collate=lambda rows: rows, progress=False)
+                  collate=lambda examples: examples, progress=False)
     finally: torch.multiprocessing.set_start_method(before, force=True)
 
 # ---- a model before and after
@@ -292,20 +292,20 @@ def test_a_power_cut_costs_one_checkpoint(tmp_path, capsys, name, content):
                                               for l in (tmp_path/'log.jsonl').read_text().splitlines()] == [1, 2, 3, 4]
 
 class Odd:
-    "Rows of which one cannot be used, each for another reason"
+    "Examples of which one cannot be used, each for another reason"
     def __init__(self, error, late=False): self.error, self.late, self.report = error, late, Named()
     def __len__(self): return 6
     def __getitem__(self, i):
         if i == 4 and not self.late: raise self.error
         return dict(x=torch.tensor(float(i)))
-    def collate(self, rows):
-        if self.late and any(r['x'] == 4 for r in rows): raise self.error
-        return torch.utils.data.default_collate(rows)
+    def collate(self, examples):
+        if self.late and any(r['x'] == 4 for r in examples): raise self.error
+        return torch.utils.data.default_collate(examples)
 
 class Named(dict):
     def change(self, name, what): self[name] = what
 
-@pytest.mark.parametrize('late', [False, True], ids=['row', 'collate'])
+@pytest.mark.parametrize('late', [False, True], ids=['example', 'collate'])
 @pytest.mark.parametrize('error', [OSError('r\udce9.png: torn'), ValueError('an image of 0 pixels'),
                                    ZeroDivisionError('division by zero'), UnicodeDecodeError('utf-8', b'\xff', 0, 1,
                                        'x'), SyntaxError('broken PNG file')], ids=lambda e: type(e).__name__)
@@ -313,13 +313,13 @@ def test_a_row_that_cannot_be_used_ends_nothing(tmp_path, capsys, error, late):
     data = Odd(error, late)
     train(Line(), data, TrainConfig(steps=6, batch_size=3, trackers=[]), data.collate, out=tmp_path, progress=False)
     said = capsys.readouterr().err
-    assert '1 rows could not be used' in said and ('r\\udce9.png: torn'
+    assert '1 examples could not be used' in said and ('r\\udce9.png: torn'
                                                    if isinstance(error,
-                                                       OSError) else f'row 4: {type(error).__name__}') in said
+                                                       OSError) else f'example 4: {type(error).__name__}') in said
     assert list(data.report) == (['r\\udce9.png']
                                  if isinstance(error,
                                                OSError) else [
-                                                   'row 4']) and json.loads(
+                                                   'example 4']) and json.loads(
                                                        (checkpoints(tmp_path)[0]/'state.json').read_text())['lost']
 
 @pytest.mark.parametrize('error', [KeyError('x'), TypeError('y'), AttributeError('z')], ids=lambda e: type(e).__name__)
@@ -328,8 +328,8 @@ def test_a_mistake_in_the_program_is_no_odd_row(error):
         train(Line(), Odd(error), TrainConfig(steps=6, batch_size=3, trackers=[]), progress=False)
 
 def test_a_collate_that_fails_for_good_rows_is_said():
-    def collate(rows): raise ValueError('too few') if len(rows) > 1 else ValueError('never')
-    def some(rows): return torch.utils.data.default_collate(rows) if len(rows) == 1 else collate(rows)
+    def collate(examples): raise ValueError('too few') if len(examples) > 1 else ValueError('never')
+    def some(examples): return torch.utils.data.default_collate(examples) if len(examples) == 1 else collate(examples)
     with pytest.raises(ValueError, match='too few'): train(Line(), points(6), config, some, progress=False)
 
 # ---- few and broken images, through the real commands
@@ -411,7 +411,7 @@ def test_some_of_none_and_of_broken_rows():
             if list.__getitem__(self, i) is None: raise OSError('torn')
             return list.__getitem__(self, i)
     assert some([], 5) == [] and some(Torn([None, 1, 2, None]), 1) == [1] and len(some(list(range(100)), 7)) == 7
-    with pytest.raises(RunFailed, match='not one of 2 rows can be used; the last: torn'): some(Torn([None]*2), 5)
+    with pytest.raises(RunFailed, match='not one of 2 examples can be used; the last: torn'): some(Torn([None]*2), 5)
 
 # ---- the end of a command
 

@@ -36,33 +36,33 @@ def webp(image):
     image.save(out, 'WEBP', lossless=True, quality=75, method=4)
     return out.getvalue()
 
-def rows(font):
+def examples(font):
     "All images, sorted by base and name; of images that are equal the one with the shortest name stays (but not the bare 'family')"
     seen, named = {}, [e for e, d in EMOJI_DATA.items() if d['status'] == STATUS['fully_qualified'] and known(e, font)]
     for e in sorted(named, key=lambda e: (cldr(e) == 'family', len(cldr(e)), cldr(e))): seen.setdefault(rendered(e, font).tobytes(), e)
-    def row(pixels, e):
+    def example(pixels, e):
         p, image = parts(e), Image.frombytes('RGB', (side, side), pixels)
         return dict(image=dict(bytes=webp(image), path=None), captions=captions(e), emoji=e, name=full_name(e), **{k: p[k] for k in ('base', 'tone', 'sex', 'look')})
-    return sorted((row(*i) for i in seen.items()), key=lambda r: (r['base'], r['name']))
+    return sorted((example(*i) for i in seen.items()), key=lambda r: (r['base'], r['name']))
 
 # ---- splits
 
 def order(text): return hashlib.sha256(text.encode()).hexdigest()
 
-def split(rows, share_bases=.05, share_compositions=.1, largest=60):
+def split(examples, share_bases=.05, share_compositions=.1, largest=60):
     "→ one split name per row; which, is decided by SHA-256 of the names"
-    variants = Counter(r['base'] for r in rows)
+    variants = Counter(r['base'] for r in examples)
     unseen, n = set(), 0
     for base in sorted(variants, key=order):
-        if n >= share_bases*len(rows): break
+        if n >= share_bases*len(examples): break
         if variants[base] <= largest: unseen.add(base); n += variants[base]
-    rest = [r for r in rows if r['base'] not in unseen]
+    rest = [r for r in examples if r['base'] not in unseen]
     mixed = sorted((r for r in rest if r['tone'] or r['sex']), key=lambda r: order(r['name']))
     held, left = set(), Counter(k for r in rest for k in evidence(r))
     for r in mixed:
         if len(held) >= share_compositions*len(mixed): break
         if all(left[k] > 1 for k in evidence(r)): held.add(r['name']); left.subtract(evidence(r))
-    return ['held_out_bases' if r['base'] in unseen else 'held_out_compositions' if r['name'] in held else 'train' for r in rows]
+    return ['held_out_bases' if r['base'] in unseen else 'held_out_compositions' if r['name'] in held else 'train' for r in examples]
 
 def evidence(r):
     "What training must still contain when this image is held out: who does it, in which tone, and the two together"
@@ -70,20 +70,20 @@ def evidence(r):
 
 # ---- files
 
-def table(rows):
+def table(examples):
     "Rows → Arrow table with the metadata by which `datasets` decodes the images"
     text = {'dtype': 'string', '_type': 'Value'}
     columns = {k: pa.string() for k in ('emoji', 'name', 'base', 'tone', 'sex', 'look')}
     schema = pa.schema([('image', pa.struct([('bytes', pa.binary()), ('path', pa.string())])), ('captions', pa.list_(pa.string())), *columns.items()])
     features = {'image': {'_type': 'Image'}, 'captions': {'feature': text, '_type': 'List'}, **{k: text for k in columns}}
-    return pa.Table.from_pylist(rows, schema.with_metadata({'huggingface': json.dumps({'info': {'features': features}})}))
+    return pa.Table.from_pylist(examples, schema.with_metadata({'huggingface': json.dumps({'info': {'features': features}})}))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--font', default=font_path, help='NotoColorEmoji.ttf, with bitmaps')
     parser.add_argument('--out', default=Path(__file__).parent, type=Path, help='folder for the Parquet files')
     args = parser.parse_args()
-    drawn = rows(load_font(args.font))
+    drawn = examples(load_font(args.font))
     where = split(drawn)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in splits:

@@ -370,9 +370,9 @@ def pretrain_llm_command(config:Config, out:RunFolder=None, overrides:Overrides=
     if dry_run:
         from v2flow_nbdev.training.costs import llm_plan
         quiet()
-        model, _, rows, _, _ = pretraining_text(recipe)
+        model, _, examples, _, _ = pretraining_text(recipe)
         return print(llm_plan(model.config, recipe.training, [], 0,
-                              round(sum(len(p) + len(t) for p,t in rows)/len(rows))))
+                              round(sum(len(p) + len(t) for p,t in examples)/len(examples))))
     run_folder(out, resume, recipe)
     pretrain_llm(recipe, out, resume)
 

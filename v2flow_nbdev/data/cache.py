@@ -22,56 +22,57 @@ from ..models.tokenizer import V2Flow
 
 # %% ../../nbs/data/34_cache.ipynb #d3be8d12
 def _named(k, error):
-    """(What row k is called, why it cannot be used), from what reading it raised; our own `OSError`s begin with the
+    """(What example k is called, why it cannot be used), from what reading it raised; our own `OSError`s begin with the
     file's name"""
     text = ' '.join(str(error).split())
     if isinstance(error, OSError):
         if error.filename is not None: return str(error.filename), str(error.strerror)
         name, _, reason = text.partition(': ')
         if reason: return name, reason
-    return f'row {k}', f'{type(error).__name__}: {text}' if text else type(error).__name__
+    return f'example {k}', f'{type(error).__name__}: {text}' if text else type(error).__name__
 
 class UsableExamples:
-    """Rows as (image, captions). In the place of a row that cannot be used stands the next one that can, behind the
-    last the first: this depends on the data alone"""
+    """Examples as (image, captions). In the place of an example that cannot be used stands the next one that can,
+    behind the last the first: this depends on the data alone"""
     def __init__(self,
-        rows,              # captioned images
+        examples,              # captioned images
         channels:int=3,    # of the tensors
         size:tuple|None=None, # (height, width) that images are brought to; None: as they are
-        strict:bool=False, # the first row that cannot be used is an error
-    ): self.rows, self.channels, self.size, self.strict, self.broken = rows, channels, size, strict, {}
+        strict:bool=False, # the first example that cannot be used is an error
+    ): self.examples, self.channels, self.size, self.strict, self.broken = examples, channels, size, strict, {}
 
     def read(self,
-        k:int,  # number of the row
+        k:int,  # number of the example
     )->tuple:   # (image, (1, C, H, W), captions)
-        "One row, whatever reading it raises"
-        row = self.rows[k]
-        return to_tensor([as_image(row['image'], f'row {k}')], self.channels, self.size), row.get('captions', [])
+        "One example, whatever reading it raises"
+        example = self.examples[k]
+        return to_tensor([as_image(example['image'], f'example {k}')], self.channels,
+                         self.size), example.get('captions', [])
 
     def __getitem__(self, k):
-        n = len(self.rows)
+        n = len(self.examples)
         for j in ((k + i) % n for i in range(n)):
             if j in self.broken: continue
             try: return self.read(j)
-            except MemoryError: raise                           # says nothing about the row
+            except MemoryError: raise                           # says nothing about the example
             except Exception as e: self.broken[j] = _named(j, e)
             if self.strict: raise OSError(f"{': '.join(self.broken[j])}; strict reading ends here")
-        raise OSError(f"not one of {n} rows can be used; the first: {': '.join(self.broken[k])}")
+        raise OSError(f"not one of {n} examples can be used; the first: {': '.join(self.broken[k])}")
 
 # %% ../../nbs/data/34_cache.ipynb #599b98d2
 def fingerprint(
-    rows,    # captioned images; one that has a `fingerprint` of its own, a string, is taken at its word
+    examples,    # captioned images; one that has a `fingerprint` of its own, a string, is taken at its word
 )->str:      # 16 hexadecimal digits
-    """What tells the content of one data set from that of another: pixels and captions of every row, in order; of a
-    row that cannot be used, that it cannot"""
-    try: own = getattr(rows, 'fingerprint', None)
+    """What tells the content of one data set from that of another: pixels and captions of every example, in order; of a
+    example that cannot be used, that it cannot"""
+    try: own = getattr(examples, 'fingerprint', None)
     except OSError: own = None                                  # it meets a file that cannot be read
     if isinstance(own, str): return own
-    digest, usable = hashlib.sha256(), UsableExamples(rows)
-    for i in range(len(rows)):
+    digest, usable = hashlib.sha256(), UsableExamples(examples)
+    for i in range(len(examples)):
         try: x, captions = usable.read(i)
         except MemoryError: raise
-        except Exception: digest.update(b'a row that cannot be used'); continue
+        except Exception: digest.update(b'an example that cannot be used'); continue
         image = to_pil(x)[0]
         digest.update(json.dumps([image.size, captions]).encode() + image.tobytes())
     return digest.hexdigest()[:16]
@@ -79,7 +80,7 @@ def fingerprint(
 # %% ../../nbs/data/34_cache.ipynb #35097ae0
 index_version = 1
 
-key_names = dict(rows='images or captions', autoencoder='autoencoder, shift or scale', size='size of images',
+key_names = dict(examples='images or captions', autoencoder='autoencoder, shift or scale', size='size of images',
                  dtype='dtype')
 
 def shard_names(
@@ -95,7 +96,7 @@ def _write_json(path, content):
     with write_atomically(path) as tmp: tmp.write_bytes(text + b'\n')
 
 def _is_index(index):
-    numbers, shard = ('rows', 'batch_size', 'shard_size'), {'rows', 'shape', 'latents', 'captions'}
+    numbers, shard = ('examples', 'batch_size', 'shard_size'), {'examples', 'shape', 'latents', 'captions'}
     return isinstance(index, dict) and index.get('version') == index_version and all(type(index.get(n)) is int
         and index[n] > 0 for n in numbers) \
         and isinstance(index.get('key'), dict) and isinstance(index.get('shards'), list) and all(isinstance(s, dict)
@@ -129,10 +130,10 @@ def _is_sound(folder, i, shard):
 
 # %% ../../nbs/data/34_cache.ipynb #7f8be228
 def _write_shard(usable, latents, folder, index, i, bar):
-    "Encode the rows of one shard, batch by batch, and write it; gives its line of the index"
+    "Encode the examples of one shard, batch by batch, and write it; gives its line of the index"
     key, start = index['key'], i*index['shard_size']
     size = tuple(key['size'])
-    stop = min(start + index['shard_size'], index['rows'])
+    stop = min(start + index['shard_size'], index['examples'])
     device = next((p.device for p in latents.parameters()), None)
     z, captions = [], []
     for j in range(start, stop, index['batch_size']):
@@ -148,13 +149,13 @@ def _write_shard(usable, latents, folder, index, i, bar):
     with write_atomically(tensors) as tmp: save_file(dict(latents=z), tmp)
     _write_json(words, captions)
     left_out = [[k, *usable.broken[k]] for k in range(start, stop) if k in usable.broken]
-    return dict(rows=len(z), shape=list(z.shape[1:]), latents=sha256(tensors),
+    return dict(examples=len(z), shape=list(z.shape[1:]), latents=sha256(tensors),
                 captions=sha256(words)) | (dict(left_out=left_out) if left_out else {})
 
 # %% ../../nbs/data/34_cache.ipynb #c85cc0fd
 class CachedLatents(torch.utils.data.Dataset):
-    """A data set of latents on disk: rows {"latents": (C, h, w) float32, "captions": [str, …]}, each shard opened
-    when it is first asked for. `report` names the rows that others stand for"""
+    """A data set of latents on disk: examples {"latents": (C, h, w) float32, "captions": [str, …]}, each shard opened
+    when it is first asked for. `report` names the examples that others stand for"""
     def __init__(self,
         folder:str|Path,  # written by `cache_latents`
         latents=None,     # if given, the cache must be of this autoencoder
@@ -163,16 +164,18 @@ class CachedLatents(torch.utils.data.Dataset):
         if index is None:
             raise FileNotFoundError(f"{self.folder/'index.json'}: missing; make the cache with `cache_latents`")
         if latents is not None: _check_key(folder, dict(autoencoder=latents.checksum), index['key'])
-        self.key,self.shards,self.shard_size,self.rows = index['key'],index['shards'],index['shard_size'],index['rows']
-        there = sum(s['rows'] for s in self.shards)
-        if there != self.rows: raise OSError(f"{folder}: holds {there} of {self.rows} rows; go on with `cache_latents`")
-        # shape of one row's latents: (C, h, w)
+        self.key,self.shards,self.shard_size,self.examples = index[
+            'key'],index['shards'],index['shard_size'],index['examples']
+        there = sum(s['examples'] for s in self.shards)
+        if there != self.examples:
+            raise OSError(f"{folder}: holds {there} of {self.examples} examples; go on with `cache_latents`")
+        # shape of one example's latents: (C, h, w)
         self.shape,self._open,self._checked = tuple(self.shards[0]['shape']),{},set()
         self.report = Report()
         for k, name, reason in (left for s in self.shards for left in s.get('left_out', [])):
-            self.report.leave_out(f'{name} (row {k})' if name in self.report.left_out else name, reason)
+            self.report.leave_out(f'{name} (example {k})' if name in self.report.left_out else name, reason)
 
-    def __len__(self): return self.rows
+    def __len__(self): return self.examples
 
     def __getstate__(self): return {**self.__dict__, '_open': {}}  # open files stay behind when a worker starts
 
@@ -193,7 +196,7 @@ class CachedLatents(torch.utils.data.Dataset):
         return self._open[i]
 
     def __getitem__(self, i):
-        if not -len(self) <= i < len(self): raise IndexError(f"row {i} of {len(self)}")
+        if not -len(self) <= i < len(self): raise IndexError(f"example {i} of {len(self)}")
         shard, j = divmod(i % len(self), self.shard_size)
         z, captions = self.shard(shard)
         return dict(latents=z[j].float(), captions=captions[j])
@@ -202,21 +205,22 @@ class CachedLatents(torch.utils.data.Dataset):
     def captions(self): return [c for i in range(len(self.shards)) for c in self.shard(i)[1]]
 
 # %% ../../nbs/data/34_cache.ipynb #ec8ce77d
-def _plan(folder, key, rows, batch_size, shard_size):
+def _plan(folder, key, examples, batch_size, shard_size):
     "(The index of what is there, the numbers of the shards that are missing or damaged), the same in all processes"
     def found():
         if index := _read_index(folder):
             _check_key(folder, key, index['key'])
-            if (n := index['rows']) != rows:
-                raise ValueError(f"{folder}: holds latents of other {key_names['rows']} ({n} rows there, {rows} here); "
+            if (n := index['examples']) != examples:
+                raise ValueError(f"{folder}: holds latents of other {key_names['examples']} ({n} examples there, "
+                                 f"{examples} here); "
                                  f"give another folder, or remove this one")
         return index
-    index = together(found)[0] or dict(version=index_version, key=key, rows=rows, batch_size=batch_size,
+    index = together(found)[0] or dict(version=index_version, key=key, examples=examples, batch_size=batch_size,
                                        shard_size=shard_size, shards=[])
     rank, world = process_of()
     there = len(index['shards'])
     damaged = together(lambda: [i for i in range(rank, there, world) if not _is_sound(folder, i, index['shards'][i])])
-    return index, sorted(sum(damaged, [])) + list(range(there, math.ceil(rows/index['shard_size'])))
+    return index, sorted(sum(damaged, [])) + list(range(there, math.ceil(examples/index['shard_size'])))
 
 def _compute(usable, latents, folder, index, todo, progress):
     "Write the shards `todo`, each process its share, and the index after each round"
@@ -225,8 +229,9 @@ def _compute(usable, latents, folder, index, todo, progress):
         for left in (p for kind in ('safetensors', 'json') for p in folder.glob(f'.????????.{kind}') if not rank):
             left.unlink(missing_ok=True)
     together(clean)
-    missing = sum(min(index['shard_size'], index['rows'] - i*index['shard_size']) for i in todo)
-    with tqdm(total=index['rows'], initial=index['rows'] - missing, disable=not progress or rank > 0, desc='encoding',
+    missing = sum(min(index['shard_size'], index['examples'] - i*index['shard_size']) for i in todo)
+    with tqdm(total=index['examples'], initial=index['examples'] - missing, disable=not progress or rank > 0,
+              desc='encoding',
               mininterval=1) as bar:
         for first in range(0, len(todo), world):
             part = todo[first:first + world]
@@ -238,29 +243,31 @@ def _compute(usable, latents, folder, index, todo, progress):
 
 # %% ../../nbs/data/34_cache.ipynb #de8deb9e
 def cache_latents(
-    rows:Sequence,                    # captioned images
+    examples:Sequence,                    # captioned images
     latents:nn.Module,                # `PixelLatents` or `AutoencoderLatents`
     folder:str|Path,                  # of the cache; made if missing
     size:tuple|None=None,             # (height, width) that images are brought to; None: all have one size
     dtype:torch.dtype=torch.float32,  # latents are stored in; float16 and bfloat16 halve the files
     batch_size:int=64,                # images encoded at a time
-    shard_size:int=4096,              # rows per file
+    shard_size:int=4096,              # examples per file
     progress:bool=True,               # show a progress bar
-    # the first row that cannot be used is an error; else the next one stands in its place, and the `report` names it
+    # the first example that cannot be used is an error; else the next one stands in its place, and the `report` names
+    # it
     strict:bool=False,
-)->'CachedLatents':                   # the latents, row by row
+)->'CachedLatents':                   # the latents, example by example
     """The latents of a data set, computed once. A run that was killed goes on at the first missing shard, cut as it
     was begun, and gives the same bytes; a damaged shard is computed again. With `torch.distributed`, each process
     writes its share of the shards; of runs that do not know of each other one computes, and the others wait and
     read"""
-    if min(batch_size, shard_size, len(rows)) < 1:
-        raise ValueError(f"{len(rows)} rows, batch_size={batch_size}, shard_size={shard_size}: need at least 1")
+    if min(batch_size, shard_size, len(examples)) < 1:
+        raise ValueError(f"{len(examples)} examples, batch_size={batch_size}, shard_size={shard_size}: need at least 1")
     pair = isinstance(size, (list, tuple)) and len(size) == 2 and all(hasattr(n, '__index__') and n > 0 for n in size)
     if size is not None and not pair: raise ValueError(f"size={size}: needs (height, width) in pixels")
-    folder, usable = Path(folder), UsableExamples(rows, latents.image_channels, size, strict)
+    folder, usable = Path(folder), UsableExamples(examples, latents.image_channels, size, strict)
     size = list(map(int, size or usable[0][0].shape[2:]))
-    key = dict(rows=fingerprint(rows), autoencoder=latents.checksum, size=size, dtype=str(dtype).removeprefix('torch.'))
-    plan = lambda: _plan(folder, key, len(rows), batch_size, shard_size)
+    key = dict(examples=fingerprint(examples), autoencoder=latents.checksum, size=size,
+               dtype=str(dtype).removeprefix('torch.'))
+    plan = lambda: _plan(folder, key, len(examples), batch_size, shard_size)
     if plan()[1]:                                      # else nothing is written: the folder may be read-only
         with only_writer(folder, progress):
             index, todo = plan()                       # another run may have done it by now
@@ -284,24 +291,25 @@ class _IdsOf:
 
 # %% ../../nbs/data/34_cache.ipynb #c3196a58
 class EncodedImages(CachedLatents):
-    "A data set of ids on disk: rows {\"ids\": (h, w) int64, \"captions\": [str, …]}"
+    "A data set of ids on disk: examples {\"ids\": (h, w) int64, \"captions\": [str, …]}"
     def __init__(self,
         folder:str|Path,  # written by `encode_dataset`
         v2flow:V2Flow|None=None,  # if given, the ids must be of this image tokenizer
     ): super().__init__(folder, v2flow and _IdsOf(v2flow))
 
     def __getitem__(self, i):
-        row = super().__getitem__(i)
-        return dict(ids=row['latents'].long(), captions=row['captions'])
+        example = super().__getitem__(i)
+        return dict(ids=example['latents'].long(), captions=example['captions'])
 
 def encode_dataset(
-    rows:Sequence,          # captioned images
+    examples:Sequence,          # captioned images
     v2flow:V2Flow,          # an image tokenizer
     folder:str|Path,        # made if missing
     size:tuple|None=None,   # (height, width) that images are brought to; None: the tokenizer's own
     **cache_kwargs,                  # batch_size, shard_size, progress: see `cache_latents`
-)->EncodedImages:           # the ids, row by row
+)->EncodedImages:           # the ids, example by example
     """The ids of a data set, computed once, so that a language model trains from ids alone. A run that was killed
     goes on at the first missing shard; with `torch.distributed`, each process writes its share of the shards"""
-    cache_latents(rows, _IdsOf(v2flow), folder, tuple(size or v2flow.config.image_size), torch.int32, **cache_kwargs)
+    cache_latents(examples, _IdsOf(v2flow), folder, tuple(size or v2flow.config.image_size), torch.int32,
+                  **cache_kwargs)
     return EncodedImages(folder, v2flow)

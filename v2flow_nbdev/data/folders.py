@@ -41,7 +41,7 @@ def _csv_rows(path, text, leave_out):
     lines, first, header, i = list(io.StringIO(text, newline='')), 0, None, 0
     reader = csv.reader(lines)
     while True:
-        at = first + reader.line_num                                   # lines before this row
+        at = first + reader.line_num                                   # lines before this example
         try: cells = next(reader)
         except StopIteration: return
         except csv.Error as e: leave_out(f'{path.name}, line {at + 1}', f'not CSV ({e})'); continue
@@ -50,15 +50,15 @@ def _csv_rows(path, text, leave_out):
             leave_out(f'{path.name}, line {at + 1}', 'a quote is not closed')
             first = at + 1; reader = csv.reader(lines[first:])
         elif cells and header is None: header = cells
-        elif cells: i += 1; yield f'{path.name}, row {i}', dict(zip(header, cells))
+        elif cells: i += 1; yield f'{path.name}, example {i}', dict(zip(header, cells))
 
 def _jsonl_rows(path, text, leave_out):
     "The same of a JSONL file: only a line feed ends a line"
     for i, line in enumerate(text.split('\n'), 1):
         if not line.strip(): continue
-        try: row = json.loads(line)
+        try: example = json.loads(line)
         except (ValueError, RecursionError) as e: leave_out(f'{path.name}, line {i}', f'not JSON ({e})'); continue
-        yield f'{path.name}, row {i}', row
+        yield f'{path.name}, example {i}', example
 
 def read_metadata(
     path:Path,        # metadata.csv or metadata.jsonl, as Hugging Face's `imagefolder` reads them
@@ -70,17 +70,17 @@ def read_metadata(
     try: text = path.read_bytes().decode('utf-8-sig', 'surrogateescape')
     except OSError as e: raise OSError(f"{readable(path)}: cannot be read ({e.strerror or e})") from None
     table = list((_csv_rows if path.suffix.lower() == '.csv' else _jsonl_rows)(path, text, leave_out))
-    known = {k for _, row in table if isinstance(row, dict) for k in row}
+    known = {k for _, example in table if isinstance(example, dict) for k in example}
     if 'file_name' not in known or not known & set(columns):
         raise OSError(f"{readable(path)}: needs the columns file_name and text")
     found = {}
-    for at, row in table:
-        name = row.get('file_name') if isinstance(row, dict) else None
-        if not isinstance(name, str) or not name: note(at, 'row without file_name: passed over'); continue
+    for at, example in table:
+        name = example.get('file_name') if isinstance(example, dict) else None
+        if not isinstance(name, str) or not name: note(at, 'example without file_name: passed over'); continue
         inside = Path(os.path.normpath(name))  # as it is written: links are followed as everywhere
         if inside.is_absolute() or inside.drive or inside.root or '..' in inside.parts:
             leave_out(name, f'outside of the folder of {path.name}'); continue
-        given = next((row[c] for c in columns if row.get(c) is not None), None)
+        given = next((example[c] for c in columns if example.get(c) is not None), None)
         found.setdefault(path.parent/inside, []).extend(_texts(given, partial(note, name)))
     return found
 
@@ -171,7 +171,7 @@ def _folder_captions(paths, files, tables, report, name):
 
 # %% ../../nbs/data/31_folders.ipynb #e0914af0
 class ImageFolder:
-    "Images of a folder and their captions; an image is read when its row is asked for"
+    "Images of a folder and their captions; an image is read when its example is asked for"
     def __init__(self,
         folder:str|Path,  # see `image_folder`
     ):
@@ -210,9 +210,9 @@ class ImageFolder:
                 return self._known[path][1]
             except OSError: return 'cannot be read'
         with ThreadPoolExecutor() as pool:
-            rows = list(zip((Path(self.name(p)).as_posix() for p in self.paths), pool.map(digest, self.paths),
+            examples = list(zip((Path(self.name(p)).as_posix() for p in self.paths), pool.map(digest, self.paths),
                             self.captions))
-        return hashlib.sha256(ascii(rows).encode()).hexdigest()[:16]
+        return hashlib.sha256(ascii(examples).encode()).hexdigest()[:16]
 
     def check(self,
         strict:bool=False,  # the first image or caption that cannot be used is an error, instead of being left out
@@ -238,29 +238,29 @@ def _stamp(path):
     try: s = os.stat(path); return s.st_size, s.st_mtime_ns
     except (OSError, ValueError): return None
 
-def _refuse_changes(rows):
+def _refuse_changes(examples):
     "What strict reading of an `ImageFolder` fails on before it has read an image"
-    found = [*rows.report.left_out.items(), *((names[0], what) for what, names in rows.report.changed.items())]
-    for name, what in found: raise OSError(f"{readable(rows.folder/name)}: {what}; strict reading ends here")
+    found = [*examples.report.left_out.items(), *((names[0], what) for what, names in examples.report.changed.items())]
+    for name, what in found: raise OSError(f"{readable(examples.folder/name)}: {what}; strict reading ends here")
 
-def _read_all(rows, strict, progress):
+def _read_all(examples, strict, progress):
     """Every image of an `ImageFolder` is decoded once; gives path → error of those that cannot be used, and reports
     what was done to the others"""
     from concurrent.futures import ThreadPoolExecutor
     from tqdm.auto import tqdm
     def tried(path):
-        notes, name = [], rows.name(path)
-        try: as_image(rows.content(path), name, notes.append)
+        notes, name = [], examples.name(path)
+        try: as_image(examples.content(path), name, notes.append)
         except OSError as e: return path, name, str(e).removeprefix(f'{name}: '), notes
         return path, name, None, notes
     errors = {}
     with ThreadPoolExecutor() as pool, without_warnings():
-        for path, name, error, notes in tqdm(pool.map(tried, rows.paths), 'reading images', len(rows),
-                                             disable=not progress or len(rows) < 2000, mininterval=1):
-            for what in notes: rows.report.change(name, what)
+        for path, name, error, notes in tqdm(pool.map(tried, examples.paths), 'reading images', len(examples),
+                                             disable=not progress or len(examples) < 2000, mininterval=1):
+            for what in notes: examples.report.change(name, what)
             if error and strict:
                 pool.shutdown(cancel_futures=True)
-                raise OSError(f"{readable(rows.folder/name)}: {error}; strict reading ends here")
+                raise OSError(f"{readable(examples.folder/name)}: {error}; strict reading ends here")
             if error: errors[path] = error
     return errors
 
@@ -271,10 +271,10 @@ def image_folder(
     # read all of them once, to know; False: one that cannot be used is found, and replaced, when it is met
     check:bool=True,
     progress:bool=True, # show a progress bar while there are many to read
-)->'ImageFolder':       # rows {"image": PIL RGB, "captions": [str, …]}, in the order of their paths, and a `report`
+)->'ImageFolder':       # examples {"image": PIL RGB, "captions": [str, …]}, in the order of their paths, and a `report`
     """A folder of images as captioned images. Captions come from `cat.txt` beside `cat.png`, a line each; from
     `metadata.csv` or `metadata.jsonl`, as Hugging Face's `imagefolder` reads them; or, where there is neither,
     from the images' names"""
     if not Path(folder).is_dir(): raise FileNotFoundError(f"{readable(folder)}: no such folder of images")
-    rows = ImageFolder(folder)
-    return rows.check(strict, progress) if check or strict else rows
+    examples = ImageFolder(folder)
+    return examples.check(strict, progress) if check or strict else examples

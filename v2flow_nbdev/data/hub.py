@@ -15,26 +15,27 @@ from ..base.images import as_image
 
 # %% ../../nbs/data/32_hub.ipynb #9b4814f0
 class HubDataset:
-    "Rows of a `datasets` data set, by number"
+    "Examples of a `datasets` data set, by number"
     def __init__(self, data, image, caption):
         self.data, self.image, self.caption, self._fingerprint = data, image, caption, None
 
     def __len__(self): return len(self.data)
 
     def __getitem__(self, i):
-        try: row = self.data[i]
+        try: example = self.data[i]
         except (IndexError, TypeError): raise
         except Exception as e:
-            raise OSError(f"row {i}: cannot be read ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
-        return hub_example(row, self.image, self.caption, f'row {i}')
+            raise OSError(
+                f"example {i}: cannot be read ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
+        return hub_example(example, self.image, self.caption, f'example {i}')
 
     @property
     def captions(self): return [hub_captions(c) for c in self.data[self.caption]] if self.caption else [['']]*len(self)
 
     @property
     def fingerprint(self):
-        """Of the bytes and captions of all rows, and not of places or dates: a copy has the same. All rows are read
-        for it, once"""
+        """Of the bytes and captions of all examples, and not of places or dates: a copy has the same. All examples
+        are read for it, once"""
         if self._fingerprint is None:
             total = hashlib.sha256()
             for batch in self.data.select_columns([c for c in (self.image, self.caption) if c]).iter(256):
@@ -52,11 +53,11 @@ def hub_captions(given)->list[str]:
              if isinstance(g, str))
     return [t for t in texts if t.strip()] or ['']
 
-def hub_example(row, image, caption, name):
-    "A row of a data set → a row of ours; one that cannot be used raises `OSError`"
-    stored = row.get(image)
-    name = readable(row.get('__key__') or (stored.get('path') if isinstance(stored, dict) else '') or name)
-    try: return dict(image=as_image(stored, name), captions=hub_captions(row.get(caption)))
+def hub_example(example, image, caption, name):
+    "An example of a data set → an example of ours; one that cannot be used raises `OSError`"
+    stored = example.get(image)
+    name = readable(example.get('__key__') or (stored.get('path') if isinstance(stored, dict) else '') or name)
+    try: return dict(image=as_image(stored, name), captions=hub_captions(example.get(caption)))
     except ValueError as e: raise OSError(e) from None
 
 # %% ../../nbs/data/32_hub.ipynb #24e8212a
@@ -75,36 +76,37 @@ def shuffled(
     for i in torch.randperm(len(held), generator=generator).tolist(): yield held[i]
 
 class HubStream:
-    "Rows of a data set that is read while it is used: shuffled within a buffer, pass after pass"
+    "Examples of a data set that is read while it is used: shuffled within a buffer, pass after pass"
     def __init__(self, data, image, caption, seed=0, buffer=1000, held_out=0):
         self.data, self.image, self.caption, self.seed, self.buffer, self.held_out = (data, image, caption, seed,
             buffer, held_out)
         self.report = Report()
 
     def take(self,
-        n:int,      # rows
+        n:int,      # examples
     )->list[dict]:
-        """The first rows that can be used, as a list: to be held out, to fit scales; the others among them are named
-        in `report`"""
+        """The first examples that can be used, as a list: to be held out, to fit scales; the others among them are
+        named in `report`"""
         found = []
-        for i, row in enumerate(self.data):
+        for i, example in enumerate(self.data):
             if len(found) == n: break
-            try: found.append(hub_example(row, self.image, self.caption, f'row {i}'))
+            try: found.append(hub_example(example, self.image, self.caption, f'example {i}'))
             except OSError as e: name, _, why = str(e).partition(': '); self.report.left_out[name] = why
         return found
 
     def stream(self,
         start:int=0,  # the first position wanted
-    ):                # yields (position in the run, callable → row), without end
-        "Rows from a position on, always in the same order; images are read when a row is called"
+    ):                # yields (position in the run, callable → example), without end
+        "Examples from a position on, always in the same order; images are read when an example is called"
         position, rest = 0, self.data.skip(self.held_out) if self.held_out else self.data
         for epoch in range(2**31):
             before = position
-            for i, row in shuffled(enumerate(rest, self.held_out), self.buffer, self.seed*1_000_003 + epoch):
-                if position >= start: yield position, partial(hub_example, row, self.image, self.caption, f'row {i}')
+            for i, example in shuffled(enumerate(rest, self.held_out), self.buffer, self.seed*1_000_003 + epoch):
+                if position >= start:
+                    yield position, partial(hub_example, example, self.image, self.caption, f'example {i}')
                 position += 1
             if position == before:
-                raise OSError("the data set has no rows" + (f" behind the first {self.held_out}, which are held out"
+                raise OSError("the data set has no examples" + (f" behind the first {self.held_out}, which are held out"
                                                             if self.held_out else ''))
 
 # %% ../../nbs/data/32_hub.ipynb #2dc62548
@@ -116,9 +118,9 @@ def hub(
     caption:str='',  # column of the captions, each a text or a list of them; '': captions, caption, text, prompt or txt
     streaming:bool=False, # read it while it is used: for data sets larger than the disk
     seed:int=0,           # of the order of a stream
-    held_out:int=0,       # of a stream: its first rows, left to `gather_tokens`
+    held_out:int=0,       # of a stream: its first examples, left to `take`
     **load_kwargs,                # to `datasets.load_dataset`, such as data_files and revision
-)->'HubDataset|HubStream':  # rows by number, or a stream
+)->'HubDataset|HubStream':  # examples by number, or a stream
     "Any data set that Hugging Face `datasets` can load, as captioned images"
     import datasets
     try: data = datasets.load_dataset(name, split=split, streaming=streaming, **load_kwargs)

@@ -251,8 +251,8 @@ def _ground(used, rng):
         if np.linalg.norm(line[:,None] - np.array([colours[c] for c in used]), axis=-1).min() >= 110: break
     a = rng.random()*2*math.pi
     step = np.array([math.cos(a), math.sin(a)])/(abs(math.cos(a)) + abs(math.sin(a)))  # the ends are met in two corners
-    rows = np.stack([ends.mean(0), *(step[:,None]*(ends[1] - ends[0]))])
-    return tuple(tuple(round(float(v), 2) for v in row) for row in rows)
+    examples = np.stack([ends.mean(0), *(step[:,None]*(ends[1] - ends[0]))])
+    return tuple(tuple(round(float(v), 2) for v in example) for example in examples)
 
 # %% ../../nbs/data/35_shapes.ipynb #687fee3b
 def random_scene(

@@ -17,13 +17,13 @@ from .metrics import fidelity
 
 # %% ../../nbs/evaluation/53_compositions.ipynb #25da7bf5
 def shape_prompts(
-    rows:shapes,  # of any split
+    examples:shapes,  # of any split
 )->list[str]:     # one for each row
     "One wording of each scene, drawn from (seed, split, number) alone (ours)"
     def one(i, captions):
-        return captions[np.random.default_rng([rows.seed, shape_splits.index(rows.split), i,
+        return captions[np.random.default_rng([examples.seed, shape_splits.index(examples.split), i,
                                                1]).integers(len(captions))]
-    return [one(i, captions) for i,captions in enumerate(rows.captions)]
+    return [one(i, captions) for i,captions in enumerate(examples.captions)]
 
 _answers = ('number', 'colour', 'shape', 'size', 'relation')
 
@@ -40,9 +40,10 @@ def judged(
                                                                 all_accuracy=share('all'))
 
 # %% ../../nbs/evaluation/53_compositions.ipynb #48a3d4b8
-def _parts(rows, batch_size):
-    if not len(rows) or batch_size < 1: raise ValueError(f"n={len(rows)}, batch_size={batch_size}: use 1 or more")
-    return [rows[i:i+batch_size] for i in range(0, len(rows), batch_size)]
+def _parts(examples, batch_size):
+    if not len(examples) or batch_size < 1:
+        raise ValueError(f"n={len(examples)}, batch_size={batch_size}: use 1 or more")
+    return [examples[i:i+batch_size] for i in range(0, len(examples), batch_size)]
 
 def shape_reconstruction_scores(
     tok,               # a `V2Flow` for RGB images
@@ -133,7 +134,7 @@ def shape_scores(
 
 # %% ../../nbs/evaluation/53_compositions.ipynb #8504cea4
 def _target_rows(kind, what, target):
-    return {f'{kind}_{k}': row for k,row in dict(
+    return {f'{kind}_{k}': example for k,example in dict(
         number_accuracy=(f'images generated from captions, {what}: as many things as asked', target),
         colour_accuracy=('all colours right', target), shape_accuracy=('all shapes right', target),
         size_accuracy=('all sizes right', target),

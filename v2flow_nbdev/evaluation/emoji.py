@@ -24,7 +24,7 @@ splits = ('train', 'held_out_compositions', 'held_out_bases')
 
 def emoji_examples():  # rows of all splits, each with its `split`
     "Every emoji, and whether a model was to know it"
-    return [{**row, 'split': split} for split in splits for row in emoji(split)]
+    return [{**example, 'split': split} for split in splits for example in emoji(split)]
 
 # %% ../../nbs/evaluation/54_emoji.ipynb #65a73a90
 def plain_codes(
@@ -50,12 +50,12 @@ def nearest_codes(
 # %% ../../nbs/evaluation/54_emoji.ipynb #0bf05579
 def emoji_reconstruction_scores(
     tok,                 # a `V2Flow` on the latents of an autoencoder
-    rows:list,           # all emoji, see `emoji_examples`
+    examples:list,           # all emoji, see `emoji_examples`
     seed:int=0,          # of the decoder's noise, and of k-means
     # PSNR and SSIM on held-out images: by ids, by ids and full noise, by the autoencoder alone, by plain codes as many
 )->dict:
     "What the ids remember of images that no model was trained on, between a ceiling and a floor"
-    def of_split(split): return to_tensor([r['image'] for r in rows if r['split'] == split], 3)
+    def of_split(split): return to_tensor([r['image'] for r in examples if r['split'] == split], 3)
     x, train, k = of_split('held_out_bases'), of_split('train'), tok.config.codebook_size
     def gen(): return torch.Generator().manual_seed(seed)
     z, train_z = tok.to_latents(x), tok.to_latents(train)
@@ -69,14 +69,14 @@ def emoji_reconstruction_scores(
 
 # %% ../../nbs/evaluation/54_emoji.ipynb #76df4c68
 def some_captions(
-    rows:list,   # of one split
+    examples:list,   # of one split
     n:int,       # captions
     seed:int=0,  # draws rows and captions; every row comes up before one comes up twice
-)->list:         # n of (number among `rows`, caption)
+)->list:         # n of (number among `examples`, caption)
     "Captions to draw, evenly from all images"
     rng = np.random.default_rng(seed)
-    order = np.concatenate([rng.permutation(len(rows)) for _ in range(-(-n//len(rows)))])[:n]
-    return [(int(i), rows[i]['captions'][rng.integers(len(rows[i]['captions']))]) for i in order]
+    order = np.concatenate([rng.permutation(len(examples)) for _ in range(-(-n//len(examples)))])[:n]
+    return [(int(i), examples[i]['captions'][rng.integers(len(examples[i]['captions']))]) for i in order]
 
 def generate_emoji(
     pipe,               # a `V2FlowPipeline`
@@ -122,15 +122,15 @@ def train_emoji_judge(
     log=None,        # see `train_classifier`
 )->ImageClassifier:
     "The judge once more, from the real images: base, tone, sex and look"
-    rows = emoji_examples()
-    return train_classifier(to_tensor([r['image'] for r in rows], 3),
-                            {k: [r[k] for r in rows] for k in ('base', 'tone', 'sex', 'look')}, steps, seed=seed,
+    examples = emoji_examples()
+    return train_classifier(to_tensor([r['image'] for r in examples], 3),
+                            {k: [r[k] for r in examples] for k in ('base', 'tone', 'sex', 'look')}, steps, seed=seed,
                             log=log)
 
 def retrieval_scores(
     images:torch.Tensor,    # generated, (B, 3, H, W) in [-1, 1]
-    numbers:list,             # which of `rows` each should show
-    rows:list,                # all real ones
+    numbers:list,             # which of `examples` each should show
+    examples:list,                # all real ones
     real:torch.Tensor,        # their images, (M, 3, H, W) in [-1, 1]
     judge:ImageClassifier|None, # whose features are compared; None: pixels alone
     seed:int=0,               # draws the 50 strangers
@@ -138,7 +138,7 @@ def retrieval_scores(
     # `features`?
 )->dict:
     "Is it the image that was asked for, and not its brother in another tone?"
-    among = candidate_sets([r['base'] for r in rows], 50, seed)
+    among = candidate_sets([r['base'] for r in examples], 50, seed)
     chosen = [among[i] for i in numbers]
     found = dict(pixels=top1_retrieval(images, real, numbers, chosen))
     return found | dict(features=top1_retrieval(images, real, numbers, chosen, judge.features,
@@ -152,22 +152,23 @@ def what_is_named(
     return re.sub(r'^((an )?emoji|a picture|a drawing|an icon|a small picture) (of|showing) ', '', caption)
 
 def captions_index(
-    rows:list,  # with `captions`
+    examples:list,  # with `captions`
 )->dict:        # what is named → number of its row
     "Whose caption is it? No phrase belongs to two emoji"
-    return {what_is_named(c): i for i,row in enumerate(rows) for c in row['captions']}
+    return {what_is_named(c): i for i,example in enumerate(examples) for c in example['captions']}
 
 def emoji_captioning_scores(
     pipe,                # a `V2FlowPipeline`
-    rows:list,           # images to be described
+    examples:list,           # images to be described
     everything:list,     # all emoji, see `emoji_examples`
     batch_size:int=64,   # images at once
 )->dict:                 # shares of captions that name the right base, tone and sex; what nobody wrote counts as wrong
     "Image → caption: is it called what it is?"
     index, texts = captions_index(everything), []
-    for i in range(0, len(rows), batch_size): texts += pipe.caption([r['image'] for r in rows[i:i + batch_size]])
+    for i in range(0, len(examples), batch_size):
+        texts += pipe.caption([r['image'] for r in examples[i:i + batch_size]])
     said = [everything[index[t]] if t in index else None for t in map(what_is_named, texts)]
-    return {f'caption_{k}_accuracy': float(np.mean([s is not None and s[k] == r[k] for s,r in zip(said, rows)]))
+    return {f'caption_{k}_accuracy': float(np.mean([s is not None and s[k] == r[k] for s,r in zip(said, examples)]))
             for k in ('base', 'tone', 'sex')}
 
 # %% ../../nbs/evaluation/54_emoji.ipynb #4f65692d
@@ -179,9 +180,9 @@ def generate_split(
     say=lambda text: None, # told how far it has come
 )->tuple:                  # ((n, 3, H, W) in [-1, 1], the captions, the numbers of their rows in `emoji_examples()`)
     "Captions of a split, evenly from its images, drawn"
-    rows = emoji_examples()
-    mine = [i for i,r in enumerate(rows) if r['split'] == split]
-    asked = some_captions([rows[i] for i in mine], n, seed)
+    examples = emoji_examples()
+    mine = [i for i,r in enumerate(examples) if r['split'] == split]
+    asked = some_captions([examples[i] for i in mine], n, seed)
     captions = [c for _,c in asked]
     return generate_emoji(pipe, captions, seed, say=say), captions, [mine[i] for i,_ in asked]
 
@@ -192,12 +193,12 @@ def emoji_generation_scores(
     seed:int=0,                   # of all that is random
 )->dict:                          # shares of the drawings whose nearest is right
     "A quick look at how drawing goes, while a language model is trained"
-    rows = emoji_examples()
-    real = to_tensor([r['image'] for r in rows], 3)
+    examples = emoji_examples()
+    real = to_tensor([r['image'] for r in examples], 3)
     drawn = {kind: generate_split(pipe, split, n, seed) for kind,
              split in (('train', 'train'), ('held_out', 'held_out_compositions'))}
     return {f'{kind}_{k}_accuracy': v.float().mean().item() for kind, (made, _, numbers) in drawn.items() for k,
-            v in retrieval_scores(made, numbers, rows, real, judge, seed).items()}
+            v in retrieval_scores(made, numbers, examples, real, judge, seed).items()}
 
 def distance_scores(
     judge:ImageClassifier,  # whose features are compared
@@ -241,21 +242,21 @@ def emoji_scores(
     folder:str|Path|None=None, # the pipeline's, to be timed; None: not timed
 )->dict:                      # the table; keys as in `emoji_targets`
     "Every score of a pipeline for emoji (ours)"
-    rows = emoji_examples()
-    real, compositions = to_tensor([r['image'] for r in rows], 3), [r for r in rows
+    examples = emoji_examples()
+    real, compositions = to_tensor([r['image'] for r in examples], 3), [r for r in examples
         if r['split'] == 'held_out_compositions']
     say('reconstructing held-out images')
-    scores, drawn, held_out = emoji_reconstruction_scores(pipe.image_tokenizer, rows, seed), [], min(n//2,
+    scores, drawn, held_out = emoji_reconstruction_scores(pipe.image_tokenizer, examples, seed), [], min(n//2,
         len(compositions))
     for kind, split, m in (('train', 'train', n - held_out), ('held_out', 'held_out_compositions', held_out)):
         say(f'generating {m:,} images, {split}')
         made, _, numbers = generate_split(pipe, split, m, seed, say)
         drawn.append(made)
-        scores |= {f'{kind}_{k}_accuracy': v.float().mean().item() for k,v in retrieval_scores(made, numbers, rows,
+        scores |= {f'{kind}_{k}_accuracy': v.float().mean().item() for k,v in retrieval_scores(made, numbers, examples,
             real, judge, seed).items()}
     scores |= distance_scores(judge, torch.cat(drawn), real, seed)
     say('reading images')
-    scores |= emoji_captioning_scores(pipe, compositions, rows)
+    scores |= emoji_captioning_scores(pipe, compositions, examples)
     if folder: say('timing'); scores |= time_and_memory(folder)
     return scores
 
@@ -298,9 +299,10 @@ def emoji_sheet(
     columns:int=10,           # images in a row
 )->'Image.Image':             # PIL RGB
     "Generated images as they come, each with the judge's verdict (by features) and its caption"
-    rows = emoji_examples()
+    examples = emoji_examples()
     drawn, captions, numbers = generate_split(pipe, split, n, seed)
-    right = retrieval_scores(drawn, numbers, rows, to_tensor([r['image'] for r in rows], 3), judge, seed)['features']
+    right = retrieval_scores(drawn, numbers, examples, to_tensor([r['image'] for r in examples], 3), judge,
+                             seed)['features']
     return image_grid([marked(im, ok, 96) for im,ok in zip(to_pil(drawn), right)], captions, columns, 96)
 
 # %% ../../nbs/evaluation/54_emoji.ipynb #eba8dbf8
@@ -312,25 +314,25 @@ def emoji_demo(
     n:int=10,                 # images in a row
 )->tuple:                     # (list of (title, PIL images, captions or None), scores of these images)
     "What the model can do, on a page: images that are not chosen by hand"
-    rows, rng = emoji_examples(), np.random.default_rng(seed)
+    examples, rng = emoji_examples(), np.random.default_rng(seed)
     def some(split):
-        return [int(i) for i in rng.permutation([i for i,r in enumerate(rows) if r['split'] == split])[:n
+        return [int(i) for i in rng.permutation([i for i,r in enumerate(examples) if r['split'] == split])[:n
             if split != 'held_out_compositions' else 2*n]]
     def gen(): return torch.Generator().manual_seed(seed)
     held_out, trained, composed = (some(s) for s in ('held_out_bases', 'train', 'held_out_compositions'))
     say(f'{n} images that no model was trained on → ids → images')
-    images = [rows[i]['image'] for i in held_out]
+    images = [examples[i]['image'] for i in held_out]
     back = pipe.reconstruct(images, generator=gen())
     say('captions → language model → ids → images')
-    captions = [rows[i]['captions'][0] for i in trained + composed]
+    captions = [examples[i]['captions'][0] for i in trained + composed]
     made = generate_emoji(pipe, captions, seed, 30)
-    right = retrieval_scores(made, trained + composed, rows, to_tensor([r['image'] for r in rows], 3),
+    right = retrieval_scores(made, trained + composed, examples, to_tensor([r['image'] for r in examples], 3),
                              judge)['features']
     drawn = [marked(im, ok, 96) for im,ok in zip(to_pil(made), right)]
     say('one image, round by round')
     rounds = appearing(pipe, captions[-1], seed, n)
     say('images → captions')
-    shown = [rows[i]['image'] for i in composed[:n]]
+    shown = [examples[i]['image'] for i in composed[:n]]
     h, w = pipe.image_tokenizer.config.grid
     scores = fidelity(to_tensor(back, 3), to_tensor(images, 3))
     return [('Images that no model was trained on', images, None), (f'The same from their {h*w} ids', back, None),

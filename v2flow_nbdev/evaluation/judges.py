@@ -16,14 +16,14 @@ from ..base.images import check_counts, to_tensor
 from ..data.sources import digits
 
 # %% ../../nbs/evaluation/51_judges.ipynb #22583770
-def pixels(rows): return to_tensor([r['image'] for r in rows], channels=1)  # (B, 1, 8, 8) in [-1, 1]
+def pixels(examples): return to_tensor([r['image'] for r in examples], channels=1)  # (B, 1, 8, 8) in [-1, 1]
 
 # %% ../../nbs/evaluation/51_judges.ipynb #6deb029a
 def digit_classifier():  # a fitted `sklearn.svm.SVC`; `predict` takes (B, 64) pixels in [-1, 1]
     "The judge: a support vector machine trained on the real training digits only"
     from sklearn.svm import SVC
-    rows = digits('train')
-    return SVC(gamma=0.05).fit(pixels(rows).flatten(1).numpy(), [r['label'] for r in rows])
+    examples = digits('train')
+    return SVC(gamma=0.05).fit(pixels(examples).flatten(1).numpy(), [r['label'] for r in examples])
 
 # %% ../../nbs/evaluation/51_judges.ipynb #4a273d46
 def accuracy(

@@ -68,12 +68,12 @@ def text_with_images(
 
 # %% ../../nbs/language/21_sequences.ipynb #4a8737e4
 def by_shape(
-    rows,         # as below
+    examples,         # as below
     most=2**14,   # images that are kept
 )->dict:          # {(h, w): (N, h, w)}
     "The codes of a data set's images, evenly chosen from it, side by side"
-    found = [torch.as_tensor(ids).long() for i in range(0, len(rows), math.ceil(len(rows)/most))
-             for ids in [rows[i].get('ids')] if ids is not None]
+    found = [torch.as_tensor(ids).long() for i in range(0, len(examples), math.ceil(len(examples)/most))
+             for ids in [examples[i].get('ids')] if ids is not None]
     return {shape: torch.stack([ids for ids in found if ids.shape == shape]) for shape in {ids.shape for ids in found}}
 
 def inverse_sqrt_frequency(
@@ -89,7 +89,7 @@ class ImageTextSequences(torch.utils.data.Dataset):
     """Ids and captions → sequences for both directions; which caption and which direction is drawn anew each time. A
     row with `parts` (texts and ids in turn) is one text with its images at their places"""
     def __init__(self,
-        rows:Sequence,  # rows {"ids": (h, w) codes, "captions": [str, …]}, or {"parts": [str or (h, w) codes, …]}
+        examples:Sequence,  # rows {"ids": (h, w) codes, "captions": [str, …]}, or {"parts": [str or (h, w) codes, …]}
         tokenizer:'PreTrainedTokenizerBase',  # with visual tokens
         visual:VisualTokens,           # where they are
         write_share:float=0.5,       # share of caption → image; the rest is image → caption
@@ -108,22 +108,23 @@ class ImageTextSequences(torch.utils.data.Dataset):
     ):
         if loss not in ('target', 'both'): raise ValueError(f"loss={loss!r}: use target or both")
         if text_share and not texts: raise ValueError(f"text_share={text_share}: needs texts")
-        self.rows,self.tokenizer,self.visual,self.bos,self.eos,self.loss,self.texts,self.longest = (rows,tokenizer,
+        self.examples,self.tokenizer,self.visual,self.bos,self.eos,self.loss,self.texts,self.longest = (examples,
+            tokenizer,
             visual,first_id(tokenizer),last_id(tokenizer),loss,texts,longest)
         self.write_share,self.caption_dropout,self.text_share = write_share,caption_dropout,text_share
         self.id_noise,self.write_noise = (id_noise, write_noise) if loss == 'target' else (0., 0.)
-        if self.write_noise: self.crowd = by_shape(rows)
+        if self.write_noise: self.crowd = by_shape(examples)
         self.often = None if often is None else torch.as_tensor(often, dtype=torch.float64).cumsum(0)
-        if self.often is not None and not (len(self.often) == len(rows) and self.often[-1] > 0):
-            raise ValueError(f"often: {len(self.often)} weights, need {len(rows)}, one above 0 for each row")
+        if self.often is not None and not (len(self.often) == len(examples) and self.often[-1] > 0):
+            raise ValueError(f"often: {len(self.often)} weights, need {len(examples)}, one above 0 for each row")
 
-    def __len__(self): return len(self.rows)
+    def __len__(self): return len(self.examples)
 
     def tokens(self, text:str)->list[int]: return text_ids(self.tokenizer, [text])[0]
 
     # prompt and target, two lists of ids; a third where the model is shown other ids than the target
     def __getitem__(self, i):
-        prompt, target, *shown = self.draw(self.rows[i])
+        prompt, target, *shown = self.draw(self.examples[i])
         return (prompt, target, *shown) if self.loss == 'target' else (prompt[:1], prompt[1:] + target)
 
     def noisy(self,
@@ -158,7 +159,7 @@ class ImageTextSequences(torch.utils.data.Dataset):
         return found
 
     def draw(self,
-        row:dict,  # see above
+        example:dict,  # see above
     )->tuple:      # prompt and target, and what is shown in place of the target if it is noisy
         "A sequence of this row, or plain text in its place"
         text, write, drop, which = torch.rand(4).tolist()
@@ -167,10 +168,10 @@ class ImageTextSequences(torch.utils.data.Dataset):
             prompt, target = text_sequences(self.tokenizer, [self.texts[int(which*len(self.texts))]])[0]
             return prompt, target[:self.longest - 1]
         if write < self.write_share and self.often is not None:
-            row = self.rows[torch.searchsorted(self.often, self.often[-1]*torch.rand((), dtype=torch.float64),
+            example = self.examples[torch.searchsorted(self.often, self.often[-1]*torch.rand((), dtype=torch.float64),
                                                right=True).item()]
-        if 'parts' in row: return text_with_images(w, bos, self.fitting(row['parts']), self.eos)
-        ids, captions = code_ids(row['ids'], w.codebook_size), row['captions'] or ['']
+        if 'parts' in example: return text_with_images(w, bos, self.fitting(example['parts']), self.eos)
+        ids, captions = code_ids(example['ids'], w.codebook_size), example['captions'] or ['']
         caption = self.tokens(captions[int(which*len(captions))])[:max(0, self.longest - ids.numel() - 4)]
         if write >= self.write_share: return image_to_text(w, bos, self.noisy(ids, self.id_noise), caption + [self.eos])
         prompt, target = text_to_image(w, bos, [] if drop < self.caption_dropout else caption, ids)

@@ -26,8 +26,8 @@ def log_line(
 
 # %% ../../nbs/training/42_checkpoints.ipynb #1f262f87
 class RunLog:
-    """Lines of JSON: step, seconds, mean losses since the last line, rate, rows per second, scores. They can be read
-    by anything, and followed while they grow"""
+    """Lines of JSON: step, seconds, mean losses since the last line, rate, examples per second, scores. They can be
+    read by anything, and followed while they grow"""
     def __init__(self,
         folder=None,       # holds `log.jsonl`; None: keep nothing
         keep_until:int=0,  # steps whose lines are kept, when a run is resumed

@@ -15,7 +15,7 @@ class TrainConfig:
     """One training run. What is said to be a share of the run is a share below 1, and a number of steps from 1 on;
     20 steps are a run"""
     steps:int=1000                # optimizer steps
-    batch_size:int=128            # rows per forward and process
+    batch_size:int=128            # examples per forward and process
     gradient_accumulation_steps:int=1              # forwards per step
     lr:float=1e-3                 # peak learning rate
     warmup:float=0.03             # linear warm-up: share of the run

@@ -82,14 +82,14 @@ def pretraining_text(
                           texts=captions*more.caption_weight + lines)
     torch.manual_seed(recipe.training.seed)
     try:
-        model, rows = call_with(small_llama, recipe.llm, 'llm', tokenizer=tokenizer), text_sequences(tokenizer,
+        model, sequences = call_with(small_llama, recipe.llm, 'llm', tokenizer=tokenizer), text_sequences(tokenizer,
             captions + lines)
     except ValueError: raise
         # `transformers` says so in many ways
     except Exception as e: raise ValueError(f"llm={recipe.llm}: no LLaMA can have this shape ({e})") from None
     unseen = dict(**(dict(text_perplexity=usable_sample(captions, 2000)) if captions else {}),
                   **({'text_perplexity_held_out': unseen_lines} if unseen_lines else {}))
-    return model, tokenizer, rows, examples, unseen
+    return model, tokenizer, sequences, examples, unseen
 
 # %% ../../nbs/training/47_llm_recipes.ipynb #b59910ad
 def pretrain_llm(
@@ -100,14 +100,14 @@ def pretrain_llm(
     "Train a small LLaMA on captions, and on other text if there is any"
     training, more = recipe.training, recipe.text
     check_run(out, resume or training.resume)
-    model, tokenizer, rows, examples, unseen = pretraining_text(recipe)
+    model, tokenizer, sequences, examples, unseen = pretraining_text(recipe)
     longest = min(model.config.max_position_embeddings, more.pack or 2**31)
-    rows = [(p, t[:longest - len(p)]) for p,t in rows]
+    sequences = [(p, t[:longest - len(p)]) for p,t in sequences]
     if more.pack: check_packs(model)
     def scores(m): return {name: text_perplexity(m, tokenizer, texts) for name, texts in unseen.items()}
     joined = partial(pack, length=more.pack) if more.pack else collate
     with running():
-        model = train(model, rows, training, joined, scores, out, resume, settings=in_common(recipe),
+        model = train(model, sequences, training, joined, scores, out, resume, settings=in_common(recipe),
                       count=count_targets)
     def save(folder):
         with write_folder(folder) as new:
@@ -191,9 +191,9 @@ class EncodingRecipe:
     training:dict=field(default_factory=dict)
 
 # %% ../../nbs/training/47_llm_recipes.ipynb #77c5767b
-def encoded(rows, tok, folder, sizes):
+def encoded(examples, tok, folder, sizes):
     "The ids of a data set, one folder for each size"
-    return [encode_dataset(rows, tok, folder/f'{h}x{w}', (h, w), progress=is_main_process()) for h,w in sizes]
+    return [encode_dataset(examples, tok, folder/f'{h}x{w}', (h, w), progress=is_main_process()) for h,w in sizes]
 
 def image_sizes(tok, grids):
     "Pixels of these grids of visual tokens"
@@ -207,37 +207,37 @@ def encode_images(
 )->list[EncodedImages]:   # one for each grid
     "Turn a data set's images into ids once; `train_llm` then learns from `data.name=ids` alone"
     if recipe.data.streaming: raise ValueError("data.streaming=true: ids are computed for examples that can be counted")
-    rows, _ = load_data(recipe.data)
+    examples, _ = load_data(recipe.data)
     device = join_processes(TrainConfig())
     with running():
         tok = load_tokenizer(recipe.image_tokenizer).to(device)
-        done = encoded(rows, tok, Path(out), image_sizes(tok, recipe.llm.grids if recipe.llm else ()))
+        done = encoded(examples, tok, Path(out), image_sizes(tok, recipe.llm.grids if recipe.llm else ()))
     if is_main_process():
-        tell_report(Path(out), rows, *done)
-        say(f"{len(rows):,} images as {' and '.join('×'.join(map(str, d.shape)) for d in done)} ids: {out}")
+        tell_report(Path(out), examples, *done)
+        say(f"{len(examples):,} images as {' and '.join('×'.join(map(str, d.shape)) for d in done)} ids: {out}")
     return done
 
 # %% ../../nbs/training/47_llm_recipes.ipynb #cc9162d9
-def weights_of(rows, field):
+def weights_of(examples, field):
     "How often each image is to be generated: by how many share what the field says"
-    first = next(iter(usable_sample(rows, 1)), {})
+    first = next(iter(usable_sample(examples, 1)), {})
     if field not in first:
         others = ', '.join(k for k in first if k not in ('image', 'captions')) or 'none but image and captions'
         raise ValueError(f"llm.rare={field!r}: examples of this data have no such field; there are {others}")
     def of(i):
-        try: return str(rows[i][field])
+        try: return str(examples[i][field])
         except unusable_example: return None                                           # another row will take its place
-    return inverse_sqrt_frequency([of(i) for i in range(len(rows))])
+    return inverse_sqrt_frequency([of(i) for i in range(len(examples))])
 
 def ids_of(source, tok, grids, out, rare=''):
     """(rows of ids to learn from, how often each is to be written, rows to judge on, all that has a report): of a
     folder that encode-dataset wrote, or of images encoded into the run's folder"""
     if source.name != 'ids':
-        rows, held_out = load_data(source)
+        examples, held_out = load_data(source)
         # a wrong field is found before anything is encoded
-        often = weights_of(rows, rare).repeat(max(1, len(grids))) if rare else None
-        done = encoded(rows, tok, out/'ids', image_sizes(tok, grids))
-        return ConcatDataset(done), often, held_out, [rows, *done]
+        often = weights_of(examples, rare).repeat(max(1, len(grids))) if rare else None
+        done = encoded(examples, tok, out/'ids', image_sizes(tok, grids))
+        return ConcatDataset(done), often, held_out, [examples, *done]
     if rare: raise ValueError(f"llm.rare={rare!r}: a folder of ids keeps captions alone, use the images themselves")
     with running():
         folders = sorted(p.parent for p in Path(source.folder).glob('*/index.json'))
@@ -250,10 +250,10 @@ def ids_of(source, tok, grids, out, rare=''):
         train, judged = split_of(len(found[0]), source.held_out)                     # the same rows of every grid
         return ConcatDataset([Subset(d, train) for d in found]), None, Subset(found[0], judged), []
 
-def text_corpus(tuning, rows):
+def text_corpus(tuning, examples):
     "(text to mix in, text to measure perplexity on)"
     if tuning.texts: return lines_of(tuning.texts)
-    texts = sorted({c for r in usable_sample(rows, 2000) for c in r['captions'] if c}) or ['an image']
+    texts = sorted({c for r in usable_sample(examples, 2000) for c in r['captions'] if c}) or ['an image']
     return texts, usable_sample(texts, 500)
 
 def known_visual_tokens(llm, tok, grids):
@@ -301,9 +301,10 @@ def train_llm(
     def inner(model): return getattr(model, 'llm', model)
     if tuning.texts: text_corpus(tuning, [])                                       # a missing file is found now
     device = join_processes(training)
-    rows, often, held_out, sources = ids_of(source, tok.to(device), tuning.grids, Path(out), tuning.rare)
-    texts, unseen_texts = text_corpus(tuning, rows)
-    sequences = ImageTextSequences(rows, tokenizer, visual, tuning.write_share, tuning.caption_dropout, tuning.id_noise,
+    examples, often, held_out, sources = ids_of(source, tok.to(device), tuning.grids, Path(out), tuning.rare)
+    texts, unseen_texts = text_corpus(tuning, examples)
+    sequences = ImageTextSequences(examples, tokenizer, visual, tuning.write_share, tuning.caption_dropout,
+                                   tuning.id_noise,
                                    tuning.loss,
                                    texts, tuning.text_share, longest, tuning.write_noise, often)
     # without the new tokens, so as if they were not there

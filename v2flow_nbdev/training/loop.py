@@ -132,7 +132,7 @@ class Record:
             accelerator.is_main_process)
         self.log = RunLog(out if self.main else None, state.get('step', 0), state.get('pending', ()), say)
         self.lost, self.skipped = state.get('lost', []), state.get('skipped', 0)
-        self.began, self.rows, self.scores = time.time(), 0, {}
+        self.began, self.examples, self.scores = time.time(), 0, {}
         if out:
             accelerator.init_trackers('trackers', init_kwargs=dict(tensorboard=dict(purge_step=state.get('step', 0))))
 
@@ -141,7 +141,7 @@ class Record:
         if taken: self.log.losses.append(losses)
         else: self.skipped += 1
         self.lost += [why for why in lost if why not in self.lost]
-        self.rows += self.settings['examples_per_step']
+        self.examples += self.settings['examples_per_step']
 
     def evaluate(self, step, model, evaluate):
         "Scores and images of the averaged model"
@@ -162,9 +162,9 @@ class Record:
     def line(self, step):
         "A line for the log and the trackers"
         if not self.main: return {}
-        rate = round(self.rows/(time.time() - self.began), 1)
-        self.began, self.rows = time.time(), 0
-        line = self.log.write(step, lr=self.config.lr*lr_factor(step - 1, self.config), rows_per_s=rate,
+        rate = round(self.examples/(time.time() - self.began), 1)
+        self.began, self.examples = time.time(), 0
+        line = self.log.write(step, lr=self.config.lr*lr_factor(step - 1, self.config), examples_per_s=rate,
                               **(dict(skipped=self.skipped) if self.skipped else {}), **self.scores)
         self.scores = {}
         self.accelerator.log({k: v for k,v in line.items() if isinstance(v, (int, float)) and k != 'step'}, step)
@@ -187,11 +187,11 @@ def raise_if_diverged(
 ):
     "`RuntimeError` after ten steps without a finite gradient: what anyone needs who wants to find out why"
     if skipped < 10: return
-    rows = [row for i in range(step*gradient_accumulation_steps, (step + 1)*gradient_accumulation_steps)
-            for part in range(batches.parts) for row,_ in batches.batch(i, part)]
+    examples = [example for i in range(step*gradient_accumulation_steps, (step + 1)*gradient_accumulation_steps)
+            for part in range(batches.parts) for example,_ in batches.batch(i, part)]
     raise RuntimeError(f"no finite loss and gradient in {skipped} steps in a row, the last is step {step} "
                        f"({', '.join(f'{k} {v:g}' for k,v in losses.items())}); "
-                       f"rows of its batch: {' '.join(map(str, rows))}. Nothing was learned from them; try a lower "
+                       f"rows of its batch: {' '.join(map(str, examples))}. Nothing was learned from them; try a lower "
                        f"training.lr, or look at these rows")
 
 def report_unusable(lost, processes, say):
@@ -210,7 +210,7 @@ def note_unusable(
     lost,  # [why a row could not be used, …]
 ):
     "The same into the report of the rows that the data were made of, if they have one"
-    while data is not None and not hasattr(data, 'report'): data = getattr(data, 'rows', None)
+    while data is not None and not hasattr(data, 'report'): data = getattr(data, 'examples', None)
     for why in lost if hasattr(getattr(data, 'report', None), 'change') else ():
         name, _, reason = why.partition(': ')
         data.report.change(name, f'replaced in training: {reason}' if reason else 'replaced in training')
@@ -272,7 +272,7 @@ def run_steps(
                 if judged: record.evaluate(done, averaged.averaged_model(), evaluate)
                 if judged or due(done, config.log_every, config.steps):
                     line = record.line(done)
-                    bar.set_postfix({k: f'{v:.3g}' for k,v in line.items() if k in ('loss', 'rows_per_s')},
+                    bar.set_postfix({k: f'{v:.3g}' for k,v in line.items() if k in ('loss', 'examples_per_s')},
                                     refresh=False)
                 if out and (judged or stop or due(done, config.checkpoint_every, config.steps)):
                     record.save(done, run_tensors(model, averaged, trainer.optimizer), line)

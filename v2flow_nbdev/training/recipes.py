@@ -81,7 +81,7 @@ class DataConfig:
     flip:bool=False       # mirror half of the images, but not those whose captions name left or right
     sizes:tuple=()        # [height, width] of training images, one for each batch; none: the model's own
     cache:str=''          # folder for the latents, computed once: for train-tokenizer
-    held_out:float=0.1    # share (below 1) or number of rows to judge on, where the source has no split for that
+    held_out:float=0.1    # share (below 1) or number of examples to judge on, where the source has no split for that
     # image_folder, hub: read every image once at the beginning; false: a broken one is replaced when it is met
     check:bool=True
     strict:bool=False     # fail on the first file that cannot be used
@@ -104,7 +104,7 @@ class DataConfig:
         if not all(isinstance(s, (list, tuple)) and [type(n) for n in s] == [int, int] for s in self.sizes):
             raise ValueError(f"sizes={list(self.sizes)}: needs a list of [height, width]")
         if self.strict and self.streaming:
-            raise ValueError("strict=True with streaming=True: the rows of a stream are first read while they are "
+            raise ValueError("strict=True with streaming=True: the examples of a stream are first read while they are "
                              "trained on; leave strict out")
         if not 0 < self.crop <= 1: raise ValueError(f"crop={self.crop}: needs to be above 0 and at most 1")
         if not 0 <= self.seed < 2**32: raise ValueError(f"seed={self.seed}: needs to be 0 to 2^32 - 1")
@@ -117,10 +117,10 @@ class DataConfig:
 
 # %% ../../nbs/training/45_recipes.ipynb #3c30a263
 def split_of(
-    n:int,           # rows
-    held_out:float,  # share (below 1) or number of rows to judge on
-):                   # (numbers of the rows to train on, of those to judge on); of a single row both
-    "Every so many rows one is held out, but never more than every second"
+    n:int,           # examples
+    held_out:float,  # share (below 1) or number of examples to judge on
+):                   # (numbers of the examples to train on, of those to judge on); of a single example both
+    "Every so many examples one is held out, but never more than every second"
     if n == 1: return [0], [0]
     every = max(2, round(n/held_out if held_out >= 1 else 1/held_out))
     return [i for i in range(n) if i % every], range(0, n, every)
@@ -128,66 +128,67 @@ def split_of(
 # %% ../../nbs/training/45_recipes.ipynb #b99cef24
 def load_data(
     c:DataConfig,  # which
-)->tuple:          # (rows to train on, or a stream; rows to judge on)
+)->tuple:          # (examples to train on, or a stream; examples to judge on)
     "The data set that a config names"
     if c.name == 'ids': raise ValueError("data.name=ids: only train-llm learns from ids")
-    def split(rows): return tuple(Subset(rows, part) for part in split_of(len(rows), c.held_out))
-    if c.name == 'digits': rows, held_out = digits(c.split), digits('test')
+    def split(examples): return tuple(Subset(examples, part) for part in split_of(len(examples), c.held_out))
+    if c.name == 'digits': examples, held_out = digits(c.split), digits('test')
     elif c.name == 'mosaics':
-        rows, held_out = mosaics('train', c.n, c.tiles, c.seed), mosaics('test', 100, c.tiles, c.seed)
-    elif c.name == 'shapes': rows, held_out = shapes(c.split, c.n, c.size, c.seed), shapes('test', 300, c.size, c.seed)
-    elif c.name == 'emoji': rows, held_out = emoji(c.split, c.size), emoji('held_out_bases', c.size)
+        examples, held_out = mosaics('train', c.n, c.tiles, c.seed), mosaics('test', 100, c.tiles, c.seed)
+    elif c.name == 'shapes':
+        examples, held_out = shapes(c.split, c.n, c.size, c.seed), shapes('test', 300, c.size, c.seed)
+    elif c.name == 'emoji': examples, held_out = emoji(c.split, c.size), emoji('held_out_bases', c.size)
     elif c.name == 'image_folder':
         whole = image_folder(c.folder, c.strict, c.check)
         if is_main_process():
             say(f"{c.folder}: {len(whole)} images " + (f'can be used; {whole.report}' if c.check
                                                          or c.strict else 'that nobody has looked at yet')
                                                          + ('; a single one, so it is judged on too'*(len(whole) == 1)))
-        rows, held_out = split(whole)
+        examples, held_out = split(whole)
     else:
         how = dict(data_files=c.data_files) if c.data_files else {}
         n = max(1, round(c.held_out)) if c.held_out >= 1 else 300
-        rows = hub(c.path, c.split, c.image, c.caption, c.streaming, c.seed, n if c.streaming else 0, **how)
-        if not hasattr(rows, 'report'): rows.report = Report()                      # for what is met while training
+        examples = hub(c.path, c.split, c.image, c.caption, c.streaming, c.seed, n if c.streaming else 0, **how)
+        if not hasattr(examples, 'report'): examples.report = Report()  # for what is met while training
         if (c.check or c.strict) and not c.streaming:
-            rows = usable(rows, c.strict)
-            if is_main_process(): say(f'{c.path}: {len(rows)} rows can be used; {rows.report}')
-        rows, held_out = (rows, rows.take(n)) if c.streaming else split(rows)
-    if c.captions and not c.streaming: rows = FewCaptions(rows, c.captions, c.seed)
-    if c.copies and (c.streaming or len(rows)*c.copies > 200_000):
+            examples = usable(examples, c.strict)
+            if is_main_process(): say(f'{c.path}: {len(examples)} examples can be used; {examples.report}')
+        examples, held_out = (examples, examples.take(n)) if c.streaming else split(examples)
+    if c.captions and not c.streaming: examples = FewCaptions(examples, c.captions, c.seed)
+    if c.copies and (c.streaming or len(examples)*c.copies > 200_000):
         raise ValueError(f"data.copies={c.copies}: moved copies are kept in memory, for small data; set data.copies=0, "
                          f"and use data.crop and data.flip")
-    return moved_copies(rows, c) if c.copies else rows, held_out
+    return moved_copies(examples, c) if c.copies else examples, held_out
 
 # %% ../../nbs/training/45_recipes.ipynb #f06adbd1
-def moved_copies(rows, c):
-    "The rows and copies of them, in memory; all are read here, and those that cannot be are left out"
-    if hasattr(rows, 'report') and not c.check: rows = usable(rows, c.strict)
-    found = augment(rows, c.copies, c.degrees, c.shift, c.scale, c.shear, c.seed)
-    return Subset(found, range(len(found)), rows.report) if hasattr(rows, 'report') else found
+def moved_copies(examples, c):
+    "The examples and copies of them, in memory; all are read here, and those that cannot be are left out"
+    if hasattr(examples, 'report') and not c.check: examples = usable(examples, c.strict)
+    found = augment(examples, c.copies, c.degrees, c.shift, c.scale, c.shear, c.seed)
+    return Subset(found, range(len(found)), examples.report) if hasattr(examples, 'report') else found
 
 # %% ../../nbs/training/45_recipes.ipynb #d5d23ecf
 def usable_sample(
-    rows,   # examples, or a stream
+    examples,   # examples, or a stream
     n:int,  # at most so many
 )->list:
-    "At most n of the rows that can be used, evenly spread; of a stream the first"
-    if hasattr(rows, 'take'): return rows.take(n)
-    found, last, report = [], None, getattr(rows, 'report', None)
+    "At most n of the examples that can be used, evenly spread; of a stream the first"
+    if hasattr(examples, 'take'): return examples.take(n)
+    found, last, report = [], None, getattr(examples, 'report', None)
     # all of them only where none of the first can be used
-    for tried in range(0, len(rows), max(1, len(rows)//n)), range(len(rows)):
+    for tried in range(0, len(examples), max(1, len(examples)//n)), range(len(examples)):
         for i in tried:
-            try: found.append(rows[i])
+            try: found.append(examples[i])
             except unusable_example as e:
                 last = reason_unusable(e, i)
                 if report is not None: report.leave_out(*last.partition(': ')[::2])
         if found: break
-    if last and not found: raise RunFailed(f"not one of {len(rows)} rows can be used; the last: {last}")
+    if last and not found: raise RunFailed(f"not one of {len(examples)} examples can be used; the last: {last}")
     return found[:n]
 
-def all_captions(rows):
-    "What the data set says; of a stream, what its first ten thousand rows say"
-    return sorted({c for captions in captions_of(rows if hasattr(rows, '__len__') else rows.take(10_000))
+def all_captions(examples):
+    "What the data set says; of a stream, what its first ten thousand examples say"
+    return sorted({c for captions in captions_of(examples if hasattr(examples, '__len__') else examples.take(10_000))
                    for c in captions if c})
 
 # %% ../../nbs/training/45_recipes.ipynb #98bd108e

@@ -31,13 +31,13 @@ from v2flow_nbdev.training.recipes import (
 # %% ../../nbs/training/46_tokenizer_recipes.ipynb #f9072f3e
 def image_data(
     source,           # a `DataConfig`
-    rows,             # examples, or a stream
+    examples,             # examples, or a stream
     channels:int,     # 1 or 3
     sizes:list,       # (height, width), one for each batch
 ):                    # a data set whose `collate` makes batches
     "Batches of images, as the section `data` asks for"
     kind = ImageStream if source.streaming else ImageBatches
-    return kind(rows, channels, sizes, source.name == 'mosaics', source.crop, source.flip)
+    return kind(examples, channels, sizes, source.name == 'mosaics', source.crop, source.flip)
 
 def restored_scores(
     held_out_images,    # real images, (B, C, H, W)
@@ -85,10 +85,10 @@ def train_autoencoder(
     check_run(out, resume or training.resume)
     model = autoencoder_model(recipe)
     sizes = source.sizes or [(source.size, source.size)]
-    rows, held_out = load_data(source)
-    data = image_data(source, rows, model.model.config.in_channels, sizes)
+    examples, held_out = load_data(source)
+    data = image_data(source, examples, model.model.config.in_channels, sizes)
     images, held_out_images = (data.at([r['image'] for r in usable_sample(r_, n)], sizes[0]) for r_,
-                      n in ((rows, 1500), (held_out, 200)))
+                      n in ((examples, 1500), (held_out, 200)))
     def scores(m):
         latents = AutoencoderLatents(m.model, 1., 0.)
         return restored_scores(held_out_images,
@@ -96,7 +96,7 @@ def train_autoencoder(
                                evaluate)
     with running(): model = train(model, data, training, data.collate, scores, out, resume, settings=in_common(recipe))
     latents = AutoencoderLatents.fit(model.model, images.to(next(model.parameters()).device))
-    finish(model, Path(out), latents.save_pretrained, rows)
+    finish(model, Path(out), latents.save_pretrained, examples)
     return latents
 
 # %% ../../nbs/training/46_tokenizer_recipes.ipynb #b8088336
@@ -139,16 +139,16 @@ def open_latents(
                             patch_size=latents.patch_size,
                             latent_channels=latents.channels, image_channels=latents.image_channels)
 
-def stack_latents(rows):
+def stack_latents(examples):
     "Examples of cached latents → batch: a function of the module, so that any worker can be sent it"
-    return dict(latents=torch.stack([r['latents'] for r in rows]))
+    return dict(latents=torch.stack([r['latents'] for r in examples]))
 
-def tokenizer_data(source, shape, latents, rows):
+def tokenizer_data(source, shape, latents, examples):
     "(data, collate) for a training of the image tokenizer: images, or latents computed once"
     if source.cache:
-        return cache_latents(rows, latents, source.cache, tuple(source.sizes[0])
+        return cache_latents(examples, latents, source.cache, tuple(source.sizes[0])
                              if source.sizes else shape.image_size), stack_latents
-    data = image_data(source, rows, shape.image_channels, source.sizes or [shape.image_size])
+    data = image_data(source, examples, shape.image_channels, source.sizes or [shape.image_size])
     return data, data.collate
 
 # %% ../../nbs/training/46_tokenizer_recipes.ipynb #003e61ef
@@ -162,10 +162,10 @@ def train_tokenizer(
     source, shape, training = recipe.data, recipe.tokenizer, recipe.training
     check_run(out, resume or training.resume)
     join_processes(training)  # a cache is then computed by all of them, once
-    rows, held_out = load_data(source)
+    examples, held_out = load_data(source)
     # a quarter of a gigabyte
     n = max(32, min(1500, 2**28//(4*shape.image_channels*shape.image_size[0]*shape.image_size[1])))
-    sample = usable_sample(rows, n)
+    sample = usable_sample(examples, n)
     view = ImageBatches(sample, shape.image_channels, [shape.image_size], source.name == 'mosaics')
     images, held_out_images = (view.at([r['image'] for r in r_], shape.image_size)
                       for r_ in (sample, usable_sample(held_out, min(n, 300))))
@@ -174,8 +174,8 @@ def train_tokenizer(
     with running():
         vocabulary = Vocabulary.from_pretrained(recipe.vocabulary)
         if recipe.tokens == 'captions':
-            vocabulary = vocabulary.seen_in(all_captions(rows), AutoTokenizer.from_pretrained(recipe.vocabulary))
-        data, collate = tokenizer_data(source, shape, latents, rows)
+            vocabulary = vocabulary.seen_in(all_captions(examples), AutoTokenizer.from_pretrained(recipe.vocabulary))
+        data, collate = tokenizer_data(source, shape, latents, examples)
     torch.manual_seed(training.seed)
     model = TokenizerTraining(V2Flow(shape, vocabulary, latents if shape.autoencoder else None),
                               recipe.tokenizer_training)
@@ -185,7 +185,7 @@ def train_tokenizer(
                     settings=in_common(recipe, vocabulary=vocabulary.checksum)).tok
     if not tok.quantizer.initialised:
         raise RunFailed(f"{out}: {training.steps} steps ended before there was a codebook; raise training.steps")
-    finish(tok, Path(out), tok.save_pretrained, rows, data)
+    finish(tok, Path(out), tok.save_pretrained, examples, data)
     return tok
 
 # %% ../../nbs/training/46_tokenizer_recipes.ipynb #01d53a96
@@ -225,8 +225,8 @@ def train_decoder(
     def loss(back, real):
         return (back - real).square().mean() + (tuning.ssim*(1 - ssim(back, real).mean()) if tuning.ssim else 0.)
     model = DecoderTraining(tok, loss, tuning.flow)
-    rows, held_out = load_data(source)
-    data = image_data(source, rows, tok.config.image_channels, [tok.config.image_size])
+    examples, held_out = load_data(source)
+    data = image_data(source, examples, tok.config.image_channels, [tok.config.image_size])
     held_out_images = data.at([r['image'] for r in usable_sample(held_out, 200)], tok.config.image_size)
     def scores(m):
         back = m.tok.decode(m.tok.encode(held_out_images.to(tok.device)),
@@ -236,5 +236,6 @@ def train_decoder(
         model = train(model, data, training, data.collate, scores, out, resume,
                       settings=in_common(recipe, image_tokenizer=tok.codebook_checksum))
     # the averaged decoder in a copy of its tokenizer
-    finish(model, Path(out), lambda folder: model.tok.save_pretrained(folder, getattr(torch, tuning.save_dtype)), rows)
+    finish(model, Path(out), lambda folder: model.tok.save_pretrained(folder, getattr(torch, tuning.save_dtype)),
+           examples)
     return model.tok

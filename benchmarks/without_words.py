@@ -1,5 +1,5 @@
 """The emoji tokenizer's codes once more, without words: the resampler's mixture of word embeddings becomes a plain linear layer of the same
-width, and all else stays: data, quantizer, losses, steps. It ends when the codes are settled, for afterwards they do not change. With these
+width, and all else stays: data, quantizer, losses, steps. It ends when the codes are frozen, for afterwards they do not change. With these
 codes `54_emoji` compares its visual vocabulary.
 
     python -m benchmarks.without_words [--config configs/emoji-tokenizer.yaml] [--out runs/emoji-without-words] [training.batch_size=…]"""
@@ -30,7 +30,7 @@ class WithoutWords(VocabularyResampler):
     def forward(self, latents, vocab, tau=1., noise=0., seed=0, allowed=None, part=0):
         return self.readout(self.tokens(latents))
 
-class Settled(Exception): "The codes are final"
+class Frozen(Exception): "The codes are final"
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,15 +54,15 @@ def main():
     model.resampler = WithoutWords(shape.channels, model.config.vocab_dim, shape.resampler_width, shape.resampler_depth,
                                    shape.pool)
     lesson = TokenizerTraining(model, recipe.tokenizer_training)
-    def settled(m):
+    def frozen(m):
         m = m.tok
         write_tensors(args.out/'codes.safetensors', dict(codes=m.quantizer.codebook.half()))
         print({k: v for k,v in tokenizer_scores(m, unseen, images).items() if isinstance(v, float)},
               args.out/'codes.safetensors', flush=True)
-        raise Settled
+        raise Frozen
     try:
         train(lesson, data, replace(training, evaluate_every=recipe.tokenizer_training.freeze_codes_at), collate,
-              settled, args.out, resume=True)
-    except Settled: pass
+              frozen, args.out, resume=True)
+    except Frozen: pass
 
 if __name__ == '__main__': main()

@@ -32,10 +32,10 @@ def read(path):
     return json.loads(path.read_text(encoding='utf-8'))
 
 def readme():
-    "README.md: the text cells of the front page, links seen from the repository's root"
+    "README.md: the text cells of the front page without its glossary, links seen from the repository's root"
     cells = read(root/'nbs/index.ipynb')['cells']
     text = '\n\n'.join(''.join(c['source']).strip() for c in cells if c['cell_type'] == 'markdown')
-    text = text.split('\n## The same, executed')[0].rstrip()
+    text = text.split('\n## Glossary')[0].rstrip()
     text = text.replace('](../', '](')
     return re.sub(r'\]\(((?:\w+/)?\w+\.ipynb)', r'](nbs/\1', text) + '\n'
 

@@ -217,3 +217,33 @@ def test_nothing_pickled_is_shipped():
 
 def test_shipped_checkpoint_is_small():
     assert sum(p.stat().st_size for p in shipped.rglob('*.safetensors')) < 5*2**20
+
+never = [r'\b(million|billion|M|B) weights\b', 'from nothing', r'learn(s|ed)? on\b', '(drawn|read|named) rightly', 'slightly kind',
+         r'visual words?\b', 'relatives and', 'strangers', 'thirteen verbs', r'spread\(', r'\bsketch\b', r'\bsettled\b',
+         'knows? by heart', 'share hidden']
+
+def texts():
+    "(file, text) of all that is read: notebooks with their outputs but not their images, library, pages, configs"
+    listed = subprocess.run(['git', 'ls-files', 'nbs', 'v2flow_nbdev', 'README.md', 'docs', 'data/*README.md', 'benchmarks',
+                             'configs'], capture_output=True, text=True, cwd=root, check=True).stdout.split()
+    for name in listed:
+        if not name.endswith(('.ipynb', '.py', '.md', '.yaml')) or not (root/name).exists(): continue
+        text = (root/name).read_text(encoding='utf-8')
+        if name.endswith('.ipynb'):
+            cells = json.loads(text)['cells']
+            shown = [o.get('text', '') or o.get('data', {}).get('text/plain', '') for c in cells for o in c.get('outputs', [])]
+            text = '\n'.join(''.join(t) for t in [*(c['source'] for c in cells), *shown])
+        yield name, text
+
+@pytest.mark.skipif(not (root/'.git').exists(), reason='not a clone')
+def test_the_terms_of_the_field_are_used():
+    found = [f'{name}: {m.group(0)!r}' for name, text in texts() for p in never for m in re.finditer(p, text, re.I)]
+    assert not found, '\n'.join(found)
+
+@pytest.mark.skipif(not (root/'.git').exists(), reason='not a clone')
+def test_an_image_is_called_an_image():
+    "Captions of the data say *a picture of*: they are data"
+    caption = r'\b(a|small) picture (of|showing)\b'
+    found = [f'{name}: {m.group(0)!r}' for name, text in texts()
+             for m in re.finditer(r'.{0,30}\bpictures?\b.{0,20}', re.sub(caption, '', text), re.I)]
+    assert len(found) <= 10, '\n'.join(found)

@@ -138,7 +138,7 @@ def write_tensors(
     tensors:dict,   # name → tensor
 ):
     "Write a safetensors file, whole or not at all"
-    # clones: tied weights share memory
+    # clones: tied parameters share memory
     with write_atomically(path) as tmp:
         save_file({n: t.detach().cpu().contiguous().clone() for n,t in tensors.items()}, tmp)
 

@@ -102,7 +102,7 @@ def read_embeddings(
 
 # %% ../../nbs/base/04_tables.ipynb #fcfc0b14
 def table_files(
-    folder:Path,            # a `transformers` checkpoint, perhaps still without its weights
+    folder:Path,            # a `transformers` checkpoint, perhaps still without its parameters
     variant:str|None=None,  # see `tensor_files`
 )->list[str]:               # files in it that `find_table` needs
     """What must be fetched of a checkpoint to read its table: the one file; where there is an index, the shard of the

@@ -153,7 +153,7 @@ def test_hub_rows_and_streams(parquet):
         n in first[16:32]) and first[:16] != first[16:32]
     assert some(19, 21) == first[19:]  # picked up anywhere
     with pytest.raises(OSError, match='no data set could be loaded'): hub('./nowhere')
-    with pytest.raises(ValueError, match='no column of images'): hub(str(parquet), image='image')
+    with pytest.raises(ValueError, match='no column of images'): hub(str(parquet), image='photo')
 
 def test_a_stream_can_be_trained_on_killed_and_resumed(parquet, tmp_path):
     from types import SimpleNamespace

@@ -71,7 +71,7 @@ def test_an_image_is_the_same_however_it_comes(name, tmp_path):
     f = io.BytesIO(content); f.read(3)
     waiting = Image.open(path)
     ways = dict(path=path, str=str(path), array_of_bytes=bytearray(content), file=f, opened=waiting, again=waiting,
-                from_memory=Image.open(io.BytesIO(content)), example=dict(bytes=content, path=None),
+                from_memory=Image.open(io.BytesIO(content)), by_bytes=dict(bytes=content, path=None),
                 by_path=dict(bytes=None, path=str(path)),
                 example=dict(image=Image.open(path), captions=['']), result=one, array=np.asarray(one))
     # Pillow has lost what it needs, or fails itself

@@ -10,32 +10,31 @@ import sys
 from contextlib import contextmanager
 
 # %% ../../nbs/base/08_failures.ipynb #0626015d
-class RunFailed(RuntimeError): "A run could not be made with these files, or failed"
+class RunFailed(RuntimeError): "A run failed, or could not be made with these files; exit code 1"
 
 @contextmanager
 def running():
-    "From here on a `ValueError` is no longer the settings' fault"
+    "Inside, a `ValueError` means that the run failed, and becomes a `RunFailed`"
     try: yield
     except (ValueError, RuntimeError) as e: raise RunFailed(e) from None
 
 def say(
     text,  # a line
 ):
-    "What is told while something runs goes to stderr: stdout is for results"
+    "Print a line to stderr; stdout is for results"
     print(text, file=sys.stderr, flush=True)
 
-# %% ../../nbs/base/08_failures.ipynb #leave001
+# %% ../../nbs/base/08_failures.ipynb #3ef5b95c
 def leave_processes():
-    "Processes that were launched together say goodbye; was this one among several?"
+    "Leave the process group, if there is one; True if there was"
     dist = sys.modules.get('torch.distributed')
     if not (dist and dist.is_available() and dist.is_initialized()): return False
     dist.destroy_process_group()
     return True
 
 def leave(code):
-    """End the program with this exit code. One of several processes does so at once, when all is written: a shard's
-    mesh keeps gloo's threads alive, and one of these that lets go of a tensor while Python is being taken down
-    aborts the process"""
+    """End the program with this exit code. One of several processes ends at once, when all is written: the threads of
+    a process group may abort it while Python is being taken down"""
     several = leave_processes()
     if several:
         import atexit

@@ -13,12 +13,21 @@ from tqdm.auto import tqdm
 from .random import process_of, together
 
 # %% ../../nbs/base/05_locks.ipynb #be380531
-lock_silence = 60.   # seconds without a sign of life after which a lock is that of a dead process
+lock_silence = 60.   # seconds without a sign of life after which the owner of a lock counts as dead
+
+def _is_gone(owner):
+    "Is the process that a lock names certainly dead? Only its own machine can say"
+    pid, host, *_ = owner.split() + ['', '']
+    if host != platform.node() or os.name != 'posix' or not pid.isdigit(): return False
+    try: os.kill(int(pid), 0)  # signal 0 asks only whether the process exists
+    except ProcessLookupError: return True
+    except OSError: pass
+    return False
 
 # %% ../../nbs/base/05_locks.ipynb #2210eece
 class FolderLock:
-    """A file `.lock` that says which process writes into a folder: its number and machine, and by its date that it
-    is alive. What a dead process left is taken over"""
+    """A file `.lock` that says which process writes into a folder, and by its date that the process is alive. The lock
+    of a dead process is taken over"""
     def __init__(self,
         folder:str|Path, # that is to be written
     ):
@@ -26,7 +35,7 @@ class FolderLock:
         self.seen, self.since, self.news, self.released = None, 0., '', threading.Event()
 
     def take(self)->bool:
-        "One attempt: is it ours now?"
+        "Try once; is the lock ours now?"
         try: handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError: self.look(); return False
         except OSError as e:
@@ -36,7 +45,7 @@ class FolderLock:
         return True
 
     def beat(self):
-        "Signs of life"
+        "Touch the file again and again, as a sign of life"
         while not self.released.wait(lock_silence/10):
             try: os.utime(self.path)
             except OSError: pass
@@ -59,28 +68,20 @@ class FolderLock:
         else: os.replace(aside, self.path)  # somebody was quicker, and this is the new one
 
     def release(self):
+        "Give the lock back"
         self.released.set()
         try:
             if self.path.read_text() == self.mine: self.path.unlink()
         except OSError: pass                                                # taken over while we slept
 
 # %% ../../nbs/base/05_locks.ipynb #03d75cc4
-def _is_gone(owner):
-    "Is the process that a lock names certainly dead? Only its own machine can say"
-    pid, host, *_ = owner.split() + ['', '']
-    if host != platform.node() or os.name != 'posix' or not pid.isdigit(): return False
-    try: os.kill(int(pid), 0)
-    except ProcessLookupError: return True
-    except OSError: pass
-    return False
-
 @contextmanager
 def only_writer(
     folder:str|Path,    # made if missing
     progress:bool=True, # say for whom it waits
 ):
-    """Inside, no other run writes into the folder; processes of one `torch.distributed` group go in together. A run
-    that is at work is waited for"""
+    """Inside, no other run writes into the folder; a run that does is waited for. Processes of one
+    `torch.distributed` group enter together"""
     rank, told, lock = process_of()[0], None, None
     def attempt():
         nonlocal lock

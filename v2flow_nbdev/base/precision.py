@@ -12,31 +12,30 @@ from contextlib import contextmanager, nullcontext
 from typing import Iterator
 import torch
 
+# %% ../../nbs/base/01_precision.ipynb #2f7b11e2
+def at_least_float32(x:torch.Tensor)->torch.Tensor:
+    "The tensor in float32, or in float64 if it is; for sums, which half precision would spoil"
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
 # %% ../../nbs/base/01_precision.ipynb #4317b728
 def no_autocast(
     device:torch.device,  # of the tensors inside
 ):                        # a context
-    "Products and sums inside are computed in the tensors' own dtype, whatever is outside"
+    "Inside, products are computed in the tensors' own dtype, also under autocast"
     # 'meta' has none
     return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
-# %% ../../nbs/base/01_precision.ipynb #2f7b11e2
-def at_least_float32(x:torch.Tensor)->torch.Tensor:
-    "What is summed up is not kept in half precision"
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
 # %% ../../nbs/base/01_precision.ipynb #c364a10a
-_whole = dict(lock=threading.Lock(), inside=Counter(), before={})
+_switches = dict(lock=threading.Lock(), inside=Counter(), before={})  # who is inside, and what the switches were
 
 # %% ../../nbs/base/01_precision.ipynb #dc2f3f47
 @contextmanager
 def full_float32(
     device:torch.device,  # of the tensors inside
 )->Iterator[None]:
-    """Products of float32 tensors inside are those of float32, whatever is outside: no autocast, no TF32, no
-    bfloat16 in their place. The switches are the process' own; threads that are inside at the same time share one
-    change of them"""
-    b, kind, w = torch.backends, device.type, _whole
+    """Inside, products of float32 tensors are computed in float32: no autocast, no TF32, no bfloat16 in their place.
+    The switches belong to the process; threads that are inside at the same time share one change of them"""
+    b, kind, w = torch.backends, device.type, _switches
     with w['lock']:
         w['inside'][kind] += 1
         if w['inside'][kind] == 1:
@@ -55,7 +54,7 @@ def full_float32(
 def at_least_float32_by(
     change,  # what `nn.Module._apply` does to every tensor: a move, a cast
 ):           # the same, but a cast to fewer bits gives float32
-    "Parameters are moved anywhere and never rounded: `super()._apply(at_least_float32_by(fn))`"
+    "Parameters move with the model, but are never rounded: `super()._apply(at_least_float32_by(fn))`"
     def kept(t):
         new = change(t)
         return new if new.dtype == t.dtype or not new.is_floating_point() else t.to(new.device,

@@ -20,7 +20,7 @@ table_names = ('embed_tokens.weight',     # LLaMA, Qwen, Mistral, Phi-3, SmolLM,
                'tok_embeddings.weight')   # InternLM
 
 # %% ../../nbs/base/04_tables.ipynb #53dfba54
-# the way out: as large as the table, and another thing
+# the head: of the table's shape, and another thing
 head_names = ('lm_head.weight', 'embed_out.weight', 'output.weight', 'output_layer.weight')
 
 # %% ../../nbs/base/04_tables.ipynb #0dbc9030
@@ -28,7 +28,7 @@ def named(
     tensors,      # names of tensors
     names:tuple,  # how they may end, whole parts: "wte.weight" is "transformer.wte.weight", not "xwte.weight"
 )->list[str]:     # those that do, the least nested first
-    "Tensors that are called like this"
+    "Names of tensors that end in one of `names`"
     return sorted((t for t in tensors if f'.{t}'.endswith(tuple(f'.{n}' for n in names))), key=lambda t: t.count('.'))
 
 # tables narrower than what follows (OPT-350m, ELECTRA) come first
@@ -38,7 +38,7 @@ width_names = ('word_embed_proj_dim', 'embedding_size',
 def text_config(
     folder:Path,  # a `transformers` checkpoint
 )->dict:  # `vocab_size`, `width` (E) and `tied` (head and table are one), each None where the config does not say
-    "What `config.json` tells of the table; models of several kinds of input nest it in `text_config`"
+    "What `config.json` tells of the table; models of several kinds of input have a `text_config` inside"
     if not (folder/'config.json').is_file(): return dict(vocab_size=None, width=None, tied=None)
     config = read_json(folder/'config.json')
     if isinstance(config.get('text_config'), dict): config = {**config, **config['text_config']}
@@ -50,7 +50,7 @@ def tensor_info(
     path:Path,  # a safetensors file
     name:str,   # a tensor in it
 )->tuple:       # its shape, and its dtype as safetensors spell it
-    "What the front of the file says of one tensor"
+    "Shape and dtype of one tensor, from the header of its file"
     with open_tensors(path) as f:
         part = f.get_slice(name)
         return tuple(part.get_shape()), part.get_dtype()
@@ -60,7 +60,7 @@ def find_table(
     folder:Path,            # a `transformers` checkpoint
     variant:str|None=None,  # see `tensor_files`
 )->tuple[Path, str]:        # the safetensors file that holds the input embeddings, and the tensor's name in it
-    "Where the input-embedding table lies: by its name, else by its shape; it must be what the model's config says"
+    "Where the table of token embeddings lies: by its name, else by its shape; both must agree with the config"
     files, config = tensor_files(folder, variant), text_config(folder)
     V, E = config['vocab_size'], config['width']
     found = named(files, table_names)[:1]
@@ -85,28 +85,28 @@ def find_table(
 def read_embeddings(
     path:str|Path,   # a safetensors file
     name:str,        # a matrix in it, (n, E), of any float type
-    rows:list[int],  # which of its rows, each in [0, n)
-    block:int=1024,  # rows read at a time
-)->torch.Tensor:     # (len(rows), E) float32
-    "Some rows of a matrix, block by block: beside them, memory holds one block, for the file is mapped anew for each"
+    ids:list[int],   # token ids, each in [0, n)
+    block:int=1024,  # embeddings read at a time
+)->torch.Tensor:     # (len(ids), E) float32
+    "Embeddings of some tokens, block by block. Memory holds the result and one block: the file is mapped anew for each"
     (n, *width), _ = tensor_info(path, name)
-    rows = torch.as_tensor(rows).long()
-    if len(rows) and not 0 <= rows.min() <= rows.max() < n:
-        raise ValueError(f"rows {rows.min()} to {rows.max()}: {name} has 0 to {n - 1}")
-    out = torch.empty(len(rows), *width)
+    ids = torch.as_tensor(ids).long()
+    if len(ids) and not 0 <= ids.min() <= ids.max() < n:
+        raise ValueError(f"ids {ids.min()} to {ids.max()}: {name} has 0 to {n - 1}")
+    out = torch.empty(len(ids), *width)
     for start in range(0, n, block):
-        here = ((rows >= start) & (rows < start + block)).nonzero()[:, 0]
+        here = ((ids >= start) & (ids < start + block)).nonzero()[:, 0]
         if not len(here): continue
-        with open_tensors(path) as f: out[here] = f.get_slice(name)[start:start + block][rows[here] - start].float()
+        with open_tensors(path) as f: out[here] = f.get_slice(name)[start:start + block][ids[here] - start].float()
     return out
 
 # %% ../../nbs/base/04_tables.ipynb #fcfc0b14
 def table_files(
-    folder:Path,            # a `transformers` checkpoint, perhaps still without its weights
+    folder:Path,            # a `transformers` checkpoint, perhaps still without its parameters
     variant:str|None=None,  # see `tensor_files`
 )->list[str]:               # files in it that `find_table` needs
-    """What must be fetched of a checkpoint to read its table: the one file, and where there is an index the shard of
-    the table, or all if none holds a known name"""
+    """What must be fetched of a checkpoint to read its table: the one file; where there is an index, the shard of the
+    table, or all shards if none holds a known name"""
     single, *indices = weight_names(variant)
     if not any((folder/n).is_file() for n in indices): return [single]
     files = tensor_files(folder, variant)
@@ -117,6 +117,6 @@ def table_files(
 def table_checksum(
     table:torch.Tensor,  # any shape
 )->str:                  # 16 hexadecimal digits
-    "What tells one table from another. bfloat16, which numpy lacks, counts as float32"
-    rows = table.detach().cpu().reshape(-1)
-    return hashlib.sha256((rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()).hexdigest()[:16]
+    "The start of the SHA-256 of a table's numbers. bfloat16, which numpy lacks, counts as float32"
+    flat = table.detach().cpu().reshape(-1)
+    return hashlib.sha256((flat.float() if flat.dtype == torch.bfloat16 else flat).numpy()).hexdigest()[:16]

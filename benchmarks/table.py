@@ -42,7 +42,8 @@ def large_model(folder):
 measure = '''
 import sys
 from pathlib import Path
-from v2flow_nbdev.models.vocabulary import Vocabulary, load_text_tokenizer, text_token_ids
+from v2flow_nbdev.base.text import load_text_tokenizer, text_token_ids
+from v2flow_nbdev.models.vocabulary import Vocabulary
 from v2flow_nbdev.base.tables import find_table
 from v2flow_nbdev.base.files import read_tensors
 def peak():                                                                  # of this process alone: ru_maxrss begins with its parent's

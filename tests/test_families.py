@@ -12,7 +12,8 @@ from v2flow_nbdev.language.visual_tokens import VisualTokens, add_visual_tokens,
 from v2flow_nbdev.language.text_models import collate, first_id, last_id, text_sequences, train_text_tokenizer
 from v2flow_nbdev.language.generation import generate_captions, generate_image_ids, decode_caption
 from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
-from v2flow_nbdev.models.vocabulary import Vocabulary, text_ids
+from v2flow_nbdev.base.text import text_ids
+from v2flow_nbdev.models.vocabulary import Vocabulary
 
 texts = [c for d in range(10) for c in digit_captions(d)]
 bpe = json.loads(train_text_tokenizer(texts, 300).backend_tokenizer.to_str())['model']

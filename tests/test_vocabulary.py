@@ -9,7 +9,8 @@ import pytest, torch
 from benchmarks.table import E, V, large_model
 from conftest import shipped
 from v2flow_nbdev.language.text_models import small_llama, train_text_tokenizer
-from v2flow_nbdev.models.vocabulary import Vocabulary, control_tokens, text_ids, text_token_ids
+from v2flow_nbdev.base.text import control_tokens, text_ids, text_token_ids
+from v2flow_nbdev.models.vocabulary import Vocabulary
 from v2flow_nbdev.base.files import open_tensors, read_json, read_tensors, write_json, write_tensors
 from v2flow_nbdev.base.folders import config_from_dict, push_to_hub, resolve_folder, weights_variant
 from v2flow_nbdev.base.tables import find_table, read_embeddings, table_checksum
@@ -249,10 +250,10 @@ bad = {  # how the folder is spoiled: what the line must contain
     not_finite: 'model.embed_tokens.weight: .*not finite',
     config_cut: 'config.json: cannot be read as JSON',
     quantized: 'wte.weight is stored as I8',
-    other_tokenizer: r'the text tokenizer has words up to id 3\d\d, the table \d+ rows; they are not of one model',
+    other_tokenizer: r'the text tokenizer has tokens up to id 3\d\d, the table \d+ embeddings; they are not of one model',
     no_tokenizer: 'its text tokenizer cannot be loaded',
     tokenizer_cut: 'its text tokenizer cannot be loaded',
-    empty_tokenizer: 'its text tokenizer has no words',
+    empty_tokenizer: 'its text tokenizer has no tokens',
 }
 
 @pytest.mark.parametrize('spoil', bad, ids=lambda f: f.__name__)
@@ -474,11 +475,11 @@ def test_half_precision_codebooks_keep_their_checksum():
                                   torch.full((3, 2), torch.nan), torch.full((3, 2), torch.inf), torch.zeros(3, 2, 1)])
 def test_a_vocabulary_checks_what_it_is_made_of(rows):
     with pytest.raises(ValueError, match='embeddings'): Vocabulary(['a', 'b', 'c'], rows)
-    with pytest.raises(ValueError, match='need one row of floats'): Vocabulary([], torch.zeros(0, 3))
+    with pytest.raises(ValueError, match='need floats, one embedding'): Vocabulary([], torch.zeros(0, 3))
 
 def test_a_stored_vocabulary_whose_halves_differ(tmp_path):
     Vocabulary(['a', 'b'], torch.zeros(2, 3)).save(tmp_path); write_json(tmp_path/'vocabulary.json', {'tokens': ['a']})
-    with pytest.raises(OSError, match='vocabulary.safetensors: 1 words for 2 embeddings'): Vocabulary.load(tmp_path)
+    with pytest.raises(OSError, match='vocabulary.safetensors: 1 tokens for 2 embeddings'): Vocabulary.load(tmp_path)
 
 # text is text
 
@@ -626,5 +627,5 @@ def test_neighbours():
     assert len(vocab.neighbours('zero')) == 4 and len(vocab.neighbours('zero', 99)) == 4
     cosines = [c for _,c in vocab.neighbours('zero')]
     assert cosines == sorted(cosines, reverse=True) and all(-1 <= c <= 1 for c in cosines)
-    with pytest.raises(ValueError, match="word='eight': not one of the 5 words"): vocab.neighbours('eight')
+    with pytest.raises(ValueError, match="token='eight': not one of the 5 tokens"): vocab.neighbours('eight')
     with pytest.raises(ValueError, match='n=0: needs to be at least 1'): vocab.neighbours('zero', 0)

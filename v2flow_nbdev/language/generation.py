@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from torch import nn
 from ..base.images import check_counts
-from ..models.vocabulary import control_tokens, text_ids
+from ..base.text import control_tokens, text_ids
 from ..models.resampler import gumbel
 from ..models.flow import constant_guidance
 from .text_models import first_id, last_id, max_sequence_length

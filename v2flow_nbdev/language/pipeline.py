@@ -15,7 +15,7 @@ from torch import nn
 from ..base.files import open_tensors, read_json, write_folder, write_json
 from ..base.folders import push_to_hub, resolve_folder, tensor_files, weights_variant
 from ..base.images import as_image, check_counts, check_images, to_pil, to_tensor
-from ..models.vocabulary import load_text_tokenizer
+from ..base.text import load_text_tokenizer
 from ..models.flow import constant_guidance
 from ..models.tokenizer import V2Flow
 from .visual_tokens import VisualTokens

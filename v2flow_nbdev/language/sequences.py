@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from typing import Sequence
 import torch
-from ..models.vocabulary import text_ids
+from ..base.text import text_ids
 from .text_models import collate, first_id, last_id, text_sequences
 from .visual_tokens import VisualTokens
 

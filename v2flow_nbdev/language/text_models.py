@@ -8,7 +8,7 @@ __all__ = ['train_text_tokenizer', 'small_llama', 'collate']
 # %% ../../nbs/language/19_text_models.ipynb #cbf9fed0
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from ..models.vocabulary import text_ids
+from ..base.text import text_ids
 
 # %% ../../nbs/language/19_text_models.ipynb #660bc75e
 def train_text_tokenizer(

@@ -22,7 +22,7 @@ def small_autoencoder(
     seed:int=0,            # of the initial weights; the global random state is left alone
     halvings:int=3,        # how often the side is halved: 3 is f8, 2 is f4
     local:bool=False,      # a latent sees its own square of pixels and nothing beside it
-)->'AutoencoderDC':        # `diffusers.AutoencoderDC`, untrained; 5.7 million weights at the default
+)->'AutoencoderDC':        # `diffusers.AutoencoderDC`, untrained; 5.7 million parameters at the default
     """A DC-AE that a CPU can train: no attention, no blocks at full resolution, and residual parts that start at
     zero (after DC-AE, arXiv 2410.10733)"""
     from diffusers import AutoencoderDC
@@ -32,14 +32,13 @@ def small_autoencoder(
     if width < 4 or width % 4 or channels < 1 or deepest % channels:
         raise ValueError(f"channels={channels}, width={width}: width must be a multiple of 4, and "
                          f"{deepest//max(width, 1)}·width one of channels")
-    widths, layers, none = (width, width, 2*width, 4*width)[:halvings + 1], (0, 1, 2,
-        3)[:halvings + 1], ((),)*(halvings + 1)
+    stages = halvings + 1
+    widths, layers, none = (width, width, 2*width, 4*width)[:stages], (0, 1, 2, 3)[:stages], ((),)*stages
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        model = AutoencoderDC(in_channels=image_channels, latent_channels=channels, encoder_block_out_channels=widths,
-                              decoder_block_out_channels=widths,
-            encoder_layers_per_block=layers, decoder_layers_per_block=layers, encoder_qkv_multiscales=none,
-            decoder_qkv_multiscales=none)
+        model = AutoencoderDC(in_channels=image_channels, latent_channels=channels,
+            encoder_block_out_channels=widths, decoder_block_out_channels=widths, encoder_layers_per_block=layers,
+            decoder_layers_per_block=layers, encoder_qkv_multiscales=none, decoder_qkv_multiscales=none)
     for part in model.modules():
         kind = type(part).__name__
         if kind == 'ResBlock': nn.init.zeros_(part.norm.weight)
@@ -86,8 +85,8 @@ class AutoencoderTraining(nn.Module):
     (ours)"""
     def __init__(self,
         model:nn.Module,  # `AutoencoderDC`; any module whose `encode` gives `latent` and whose `decode` gives `sample`
-        # standard deviation of noise on the latents in training, in shares of their own: what a quantizer will do to
-        # them
+        # standard deviation of noise on the latents in training, as a fraction of their own: what a quantizer will do
+        # to them
         noise:float=0.,
     ):
         super().__init__()

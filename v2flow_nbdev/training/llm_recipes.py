@@ -19,7 +19,7 @@ from ..base.folders import metadata_files, resolve_folder
 from ..base.failures import RunFailed, running, say
 from ..base.images import image_grid
 from ..base.tables import table_checksum
-from ..models.vocabulary import text_ids
+from ..base.text import text_ids
 from ..language.text_models import (
     collate, count_targets, max_sequence_length, small_llama, text_sequences, train_text_tokenizer)
 from ..language.visual_tokens import VisualTokens, add_visual_tokens, starts, text_perplexity

@@ -8,8 +8,9 @@ from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTra
 from v2flow_nbdev.data.sources import digit_captions
 from v2flow_nbdev.language.sequences import ImageTextSequences, check_packs, code_ids, image_to_text, image_tokens, text_to_image
 from v2flow_nbdev.language.adapters import TargetLoss
-from v2flow_nbdev.language.visual_tokens import VisualTokens, add_visual_tokens, named_ids, text_perplexity
-from v2flow_nbdev.language.text_models import collate, first_id, last_id, text_sequences, train_text_tokenizer
+from v2flow_nbdev.language.visual_tokens import VisualTokens, add_visual_tokens
+from v2flow_nbdev.language.text_models import (
+    collate, first_id, last_id, named_ids, text_perplexity, text_sequences, train_text_tokenizer)
 from v2flow_nbdev.language.generation import generate_captions, generate_image_ids, decode_caption
 from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
 from v2flow_nbdev.models.vocabulary import Vocabulary, text_ids

@@ -127,14 +127,6 @@ def test_the_command_teaches_two_grids_with_adapters_and_packing(tmp_path):
         assert done.returncode == 0 and Image.open(tmp_path/'x.png').size == (size, size), done.stderr
     shell.close()
 
-def test_an_older_folder_is_understood():
-    "As version 0.1 wrote it: one grid, under other names"
-    model, tokenizer, tok = made('llama')
-    words = add_visual_tokens(model, tokenizer, tok)
-    old = dict(model.config.v2flow); old['begin'], old['grid'] = old.pop('begins')[0], list(old.pop('grids')[0])
-    model.config.v2flow = old
-    assert VisualTokens.of(model) == words
-
 def test_a_family_that_cannot_be_packed_is_found_out():
     from transformers import BloomConfig, BloomForCausalLM
     torch.manual_seed(0)

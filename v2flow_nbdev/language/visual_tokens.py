@@ -29,7 +29,7 @@ def read_entry(
                          f"this one reads up to {newest}): update it")
     return {k: v for k,v in entry.items() if k != 'version'}
 
-def check_ids(
+def check_token_ids(
     tokenizer,  # should know the visual tokens
     ids:dict,   # token → id
 ):
@@ -88,7 +88,7 @@ class VisualTokens:
     def check(self, tokenizer:'PreTrainedTokenizerBase')->None:
         "`ValueError` unless a text tokenizer gives every new token its id, and no other token has it"
         codes = range(self.first, self.first + self.codebook_size)
-        check_ids(tokenizer, dict(zip(self.names(), [*codes, *self.begins, self.end])))
+        check_token_ids(tokenizer, dict(zip(self.names(), [*codes, *self.begins, self.end])))
 
     def entry(self)->dict:  # `of` reads it
         "What the model's config keeps"

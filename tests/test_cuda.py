@@ -36,8 +36,8 @@ def test_one_step_of_each_and_both_directions(parts):
     ids = tok.encode(images); assert ids.device.type == 'cuda' and ids.shape == (16, 16)
     g = lambda: torch.Generator().manual_seed(0)
     for scale in (1., 2.): assert tok.decode(ids, guidance_scale=scale, generator=g()).isfinite().all()
-    words = add_visual_tokens(llm, tokenizer, tok)
-    examples = ImageTextSequences([dict(ids=i.view(4, 4), captions=texts) for i in ids.cpu()], tokenizer, words)
+    visual = add_visual_tokens(llm, tokenizer, tok)
+    examples = ImageTextSequences([dict(ids=i.view(4, 4), captions=texts) for i in ids.cpu()], tokenizer, visual)
     llm = train(llm, examples, step, collate, progress=False)
     llm = train(llm.requires_grad_(True), examples, step, lambda examples: pack(examples, 64), progress=False)
     for scale in (1., 2.):

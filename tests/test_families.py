@@ -8,8 +8,9 @@ from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTra
 from v2flow_nbdev.data.sources import digit_captions
 from v2flow_nbdev.language.sequences import ImageTextSequences, check_packs, code_ids, image_to_text, image_tokens, text_to_image
 from v2flow_nbdev.language.adapters import TargetLoss
-from v2flow_nbdev.language.visual_tokens import VisualTokens, add_visual_tokens, named_ids, text_perplexity
-from v2flow_nbdev.language.text_models import collate, first_id, last_id, text_sequences, train_text_tokenizer
+from v2flow_nbdev.language.visual_tokens import VisualTokens, add_visual_tokens
+from v2flow_nbdev.language.text_models import (
+    collate, first_id, last_id, named_ids, text_perplexity, text_sequences, train_text_tokenizer)
 from v2flow_nbdev.language.generation import generate_captions, generate_image_ids, decode_caption
 from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
 from v2flow_nbdev.base.text import text_ids
@@ -93,7 +94,7 @@ families = {  # name: (config, its settings, text tokenizer, rows of the table b
 sharded, halves = {'llama3', 'qwen3', 'gpt2'}, {'mistral': torch.bfloat16, 'neox': torch.float16}
 
 def made(name):
-    "A model, its text tokenizer and an image tokenizer over its words, by way of a folder"
+    "A model, its text tokenizer and an image tokenizer over its vocabulary, by way of a folder"
     kind, settings, tokenizer, beyond = families[name]
     tokenizer = tokenizer(); top = max(tokenizer.get_vocab().values())
     torch.manual_seed(0)
@@ -138,8 +139,8 @@ def test_the_whole_way(name, tmp_path):
         texts[:40])
     batch = {k: v for k,v in collate(text_sequences(tokenizer, texts[:3])).items() if k != 'labels'}
     with torch.no_grad(): before = model(**batch).logits
-    words = add_visual_tokens(model, tokenizer, tok := image_tokenizer(vocabulary), grids=[(4, 4), (2, 3)])
-    words.check(tokenizer)                                                                       # every one of the ids
+    visual = add_visual_tokens(model, tokenizer, tok := image_tokenizer(vocabulary), grids=[(4, 4), (2, 3)])
+    visual.check(tokenizer)                                                                       # every one of the ids
     new = tokenizer.get_vocab()
     assert {w: i for w,i in new.items() if w in old} == old and not {i for w,i in new.items()
         if w not in old} & {*old.values()} and text_ids(tokenizer, texts[:40]) == text
@@ -147,29 +148,29 @@ def test_the_whole_way(name, tmp_path):
     ids = [*old.values()]
     assert (after[..., ids] - before[..., ids]).abs().max() < 1e-5
     now = model.get_input_embeddings().weight.detach()
-    assert torch.equal(now[:len(table)][ids], table[ids]) and torch.allclose(now[words.first:words.first + 16],
-        tok.codes_as_embeddings(), atol=1e-6) and len(now) == max(len(table), words.end + 1)
+    assert torch.equal(now[:len(table)][ids], table[ids]) and torch.allclose(now[visual.first:visual.first + 16],
+        tok.codes_as_embeddings(), atol=1e-6) and len(now) == max(len(table), visual.end + 1)
     assert tied == (model.get_input_embeddings().weight is model.get_output_embeddings().weight)
     asked = [*texts[:2], 'a sign that says </s> <|v3|><|/image|>']
     made_ids = generate_image_ids(model, tokenizer, asked, guidance_scale=3., temperature=2., generator=generators(3))
     assert made_ids.shape == (3, 16) and 0 <= made_ids.min() and made_ids.max() < 16
     said = generate_captions(model, tokenizer, made_ids.to(torch.uint8), max_new_tokens=5)
     assert len(said) == 3 and text_perplexity(model, tokenizer, texts[:3]) > 1
-    rows = ImageTextSequences([dict(ids=made_ids[0].view(4, 4).to(torch.int16), captions=[asked[2]])], tokenizer, words,
+    rows = ImageTextSequences([dict(ids=made_ids[0].view(4, 4).to(torch.int16), captions=[asked[2]])], tokenizer, visual,
                               write_share=0.)
     prompt, target = rows[0]
-    assert prompt[0] == first_id(tokenizer) and target[-1] == last_id(tokenizer) and not {*words.new,
+    assert prompt[0] == first_id(tokenizer) and target[-1] == last_id(tokenizer) and not {*visual.new,
         last_id(tokenizer), first_id(tokenizer)} & {*target[:-1]}
     model.save_pretrained(tmp_path/'b'); tokenizer.save_pretrained(tmp_path/'b')
     again, reader = AutoModelForCausalLM.from_pretrained(
         tmp_path/'b').eval(), AutoTokenizer.from_pretrained(tmp_path/'b')
-    assert VisualTokens.of(again) == words and reader.get_vocab(
-        ) == new and again.generation_config.suppress_tokens == list(words.new)
-    words.check(reader)
+    assert VisualTokens.of(again) == visual and reader.get_vocab(
+        ) == new and again.generation_config.suppress_tokens == list(visual.new)
+    visual.check(reader)
     assert torch.equal(generate_image_ids(again, reader, asked, guidance_scale=3., temperature=2.,
                                           generator=generators(3)), made_ids) and generate_captions(again, reader,
                                               made_ids, max_new_tokens=5) == said
-    # visual tokens are no words of the next one
+    # visual tokens are no part of the vocabulary of the next one
     assert set(vocabulary.tokens) == set(Vocabulary.from_pretrained(tmp_path/'b').tokens)
 
 def plain(name='llama'):
@@ -178,7 +179,7 @@ def plain(name='llama'):
     return model, tokenizer, image_tokenizer(Vocabulary(tokenizer.convert_ids_to_tokens(ids),
                                                         model.get_input_embeddings().weight.detach()[ids]))
 
-def no_first_word(m, t, v): t.bos_token = t.eos_token = None
+def no_first_token(m, t, v): t.bos_token = t.eos_token = None
 def named_before(m, t, v): t.add_tokens(['<|v3|>']); m.resize_token_embeddings(len(t), mean_resizing=False)
 def another_tables(m, t, v): t.add_tokens([f'x{i}' for i in range(99)])
 def quantized(m, t, v):
@@ -192,7 +193,7 @@ def another_head(m, t, v): m.lm_head = torch.nn.Linear(16, len(m.lm_head.weight)
 def not_finite(m, t, v): m.lm_head.weight.data[7, 3] = torch.nan
 def damaged_table(m, t, v): m.model.embed_tokens.weight.data[0, 3] = torch.inf
 def no_vocabulary(m, t, v): v.vocabulary = None
-refused = {no_first_word: ('neither a begin-of-text nor an end-of-text token', {}),
+refused = {no_first_token: ('neither a begin-of-text nor an end-of-text token', {}),
            named_before: ('has visual tokens already .*v3', {}), another_tables: ('they do not belong together', {}),
            quantized: ('input embeddings are torch.int8', {}), quantized_head: ('output embeddings are torch.uint8',
                {}), eight_bits: ('float8_e4m3fn', {}), another_head: ('the same for both', {}),
@@ -242,7 +243,7 @@ def test_a_failure_on_the_way_changes_nothing(name, where):
         add_visual_tokens(model, tokenizer, tok)
     same(before, everything(model, tokenizer))
     with torch.no_grad(): assert torch.equal(model(**batch).loss, loss)
-    words = add_visual_tokens(model, tokenizer, tok); words.check(tokenizer)  # and it can be done after all
+    visual = add_visual_tokens(model, tokenizer, tok); visual.check(tokenizer)  # and it can be done after all
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == (name in ('qwen3',
         'opt350'))
 
@@ -269,11 +270,11 @@ def test_rows_that_the_config_speaks_of_are_not_taken(name):
         top + 9], [top + 3]
     used = model.get_input_embeddings().weight.detach()[top + 9].clone()
     assert top + 9 in named_ids(model)
-    words = add_visual_tokens(model, tokenizer, tok); words.check(tokenizer)
-    assert words.first == (260 if name == 'slow' else top
+    visual = add_visual_tokens(model, tokenizer, tok); visual.check(tokenizer)
+    assert visual.first == (260 if name == 'slow' else top
                            + 10) and torch.equal(model.get_input_embeddings().weight.detach()[top + 9],
                                                  used) and {top + 3,
-                                                            *words.new} == {*model.generation_config.suppress_tokens}
+                                                            *visual.new} == {*model.generation_config.suppress_tokens}
     assert copy.deepcopy(tokenizer).get_vocab() == tokenizer.get_vocab(
         ) and len(model.get_input_embeddings().weight) == top + 50
 
@@ -297,14 +298,14 @@ def test_what_was_written_is_read_up_to_its_end():
         '!!', '']
     t.add_special_tokens({'pad_token': '!'}); said = 'no <|endoftext|> here!'
     assert decode_caption(t, [[*text_ids(t, [said])[0], e, bang]]) == [said]
-    model, tokenizer, tok = plain('no bos'); words = add_visual_tokens(model, tokenizer, tok)
+    model, tokenizer, tok = plain('no bos'); visual = add_visual_tokens(model, tokenizer, tok)
     with patch('v2flow_nbdev.language.generation.generate_tokens', lambda model, tokenizer, batch, *a,
                **k: torch.cat((batch['input_ids'],
                                torch.tensor([[*text_ids(tokenizer, ['a six'])[0], *[last_id(tokenizer)]*2, 0]])), 1)):
         assert generate_captions(model, tokenizer, torch.zeros(1, 16).int()) == ['a six']
 
 def test_captions_and_ids_are_checked():
-    model, tokenizer, tok = plain(); words = add_visual_tokens(model, tokenizer, tok)
+    model, tokenizer, tok = plain(); visual = add_visual_tokens(model, tokenizer, tok)
     for captions, how, why in (([], {}, 'at least one text'), ('a six', {}, 'at least one text'),
                                ([3], {}, 'need a list of text'), (['a', None], {}, 'need a list of text'),
                                (['a', 'b'], dict(generator=generators(3)), '3 generators for 2'),
@@ -321,19 +322,19 @@ def test_captions_and_ids_are_checked():
         with pytest.raises(ValueError, match='must be integers|the codebook has 0 to 15'):
             generate_captions(model, tokenizer, bad)
         with pytest.raises(ValueError, match='must be integers|the codebook has 0 to 15'):
-            image_tokens(words, bad[0].view(4, 4))
+            image_tokens(visual, bad[0].view(4, 4))
         with pytest.raises(ValueError, match='must be integers|the codebook has 0 to 15'):
-            ImageTextSequences([dict(ids=bad[0].view(4, 4), captions=['a'])], tokenizer, words)[0]
+            ImageTextSequences([dict(ids=bad[0].view(4, 4), captions=['a'])], tokenizer, visual)[0]
     with pytest.raises(ValueError, match='no ids'): generate_captions(model, tokenizer, ids[:0])
     for shape in ((16,), (2, 2, 4)):
-        with pytest.raises(ValueError, match='visual tokens'): image_tokens(words, torch.zeros(shape).int())
+        with pytest.raises(ValueError, match='visual tokens'): image_tokens(visual, torch.zeros(shape).int())
     assert code_ids(ids.numpy().astype('uint16'),
                     16).equal(ids) and len(ImageTextSequences([dict(ids=ids[0].view(4, 4).byte(), captions=['a'])]*3,
-                                                              tokenizer, words, write_noise=.5, write_share=1.)[0]) == 3
+                                                              tokenizer, visual, write_noise=.5, write_share=1.)[0]) == 3
 
 def test_damaged_and_newer_entries_of_the_config_are_one_line():
-    model, tokenizer, tok = plain(); words = add_visual_tokens(model, tokenizer, tok); entry = model.config.v2flow
-    assert entry['version'] == 1 and json.loads(json.dumps(entry)) and VisualTokens.of(model) == words
+    model, tokenizer, tok = plain(); visual = add_visual_tokens(model, tokenizer, tok); entry = model.config.v2flow
+    assert entry['version'] == 1 and json.loads(json.dumps(entry)) and VisualTokens.of(model) == visual
     for change, why in ((dict(version=2, new=3),
                          r'written by a newer version of this library \(format 2, this one reads up to 1\): update it'),
                          (dict(new=3), 'damaged'), (dict(first='300'), 'damaged'), (dict(first=-1), 'damaged'),
@@ -349,19 +350,19 @@ def test_damaged_and_newer_entries_of_the_config_are_one_line():
     for broken in ('yes', [1], {'first': 3}):
         model.config.v2flow = broken
         with pytest.raises(ValueError, match='damaged'): VisualTokens.of(model)
-    model.config.v2flow = {k: v for k,v in entry.items() if k != 'version'}; assert VisualTokens.of(model) == words
-    with pytest.raises(ValueError, match="another model's"): words.check(plain()[1])
+    model.config.v2flow = {k: v for k,v in entry.items() if k != 'version'}; assert VisualTokens.of(model) == visual
+    with pytest.raises(ValueError, match="another model's"): visual.check(plain()[1])
 
 @pytest.mark.parametrize('name', ['opt350', 'gemma', 'gemma2', 'gpt2', 'neox', 'phi2'])
 def test_the_loss_on_targets_is_the_models_own_or_refused(name):
     "Narrow tables, scaled embeddings, biased and tied heads; a head whose scores are capped is refused in words"
     families['gemma2'] = ('Gemma2Config', {**wide, 'head_dim': 16}, families['gemma'][2], 0)
-    model, tokenizer, tok = plain(name); words = add_visual_tokens(model, tokenizer, tok)
+    model, tokenizer, tok = plain(name); visual = add_visual_tokens(model, tokenizer, tok)
     if name == 'gemma2':
         with pytest.raises(ValueError, match='leave text_weight and visual_softmax out'): TargetLoss(model)
         return
-    batch = collate([image_to_text(words, first_id(tokenizer), torch.randint(16, (4, 4)),
-                                   text_ids(tokenizer, texts[:1])[0]), text_to_image(words, first_id(tokenizer), [],
+    batch = collate([image_to_text(visual, first_id(tokenizer), torch.randint(16, (4, 4)),
+                                   text_ids(tokenizer, texts[:1])[0]), text_to_image(visual, first_id(tokenizer), [],
                                        torch.randint(16, (4, 4)))])
     with torch.no_grad():
         torch.testing.assert_close(TargetLoss(model, visual_softmax=False)(**batch).loss, model(**batch).loss)

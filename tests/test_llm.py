@@ -19,7 +19,7 @@ families = dict(llama=(LlamaConfig, {}), tied_llama=(LlamaConfig, dict(tie_word_
                 gpt2=(GPT2Config, {}))
 
 def made(name, padding=7):
-    "A small model of the family, with more rows than its tokenizer has words, and an image tokenizer over its words"
+    "A small model of the family, with a larger table than its tokenizer has tokens, and an image tokenizer over its vocabulary"
     torch.manual_seed(0)
     tokenizer = train_text_tokenizer(texts, 300)
     kind, more = families[name]
@@ -35,18 +35,18 @@ def made(name, padding=7):
     return model, tokenizer, tok
 
 @pytest.mark.parametrize('name', families)
-def test_a_family_gets_visual_words(name, tmp_path):
-    """Text is read as before to the bit, tied tables stay tied, images are written inside their words, packed rows
+def test_a_family_gets_visual_tokens(name, tmp_path):
+    """Text is read as before to the bit, tied tables stay tied, images are generated of visual tokens alone, packed sequences
     are alone, and a plain folder says it all"""
     model, tokenizer, tok = made(name)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     batch = tokenizer(texts[:3], return_tensors='pt', padding=True, padding_side='right')
     with torch.no_grad(): before = model(**batch, output_hidden_states=True)
     size = len(model.get_input_embeddings().weight)
-    words = add_visual_tokens(model, tokenizer, tok, grids=[(4, 4), (2, 3)])
+    visual = add_visual_tokens(model, tokenizer, tok, grids=[(4, 4), (2, 3)])
     with torch.no_grad(): after = model(**batch, output_hidden_states=True)
     assert all(torch.equal(a, b) for a,b in zip(before.hidden_states, after.hidden_states))
-    assert (after.logits[..., :words.first] - before.logits[..., :words.first]).abs().max() < 1e-5
+    assert (after.logits[..., :visual.first] - before.logits[..., :visual.first]).abs().max() < 1e-5
     assert tied == (model.get_input_embeddings().weight is model.get_output_embeddings(
         ).weight) and len(model.get_input_embeddings().weight) == max(size, len(tokenizer))
     g = lambda n: [torch.Generator().manual_seed(i) for i in range(n)]
@@ -54,14 +54,14 @@ def test_a_family_gets_visual_words(name, tmp_path):
     assert ids.shape == (3, 16) and 0 <= ids.min() and ids.max() < 16 and torch.equal(generate_image_ids(model,
         tokenizer, texts[:1], guidance_scale=3., temperature=2., generator=g(1)), ids[:1])
     assert len(generate_captions(model, tokenizer, ids, max_new_tokens=4)) == 3
-    examples = [text_to_image(words, 0, tokenizer(t).input_ids, torch.randint(16, grid)) for t in texts[:4]
-            for grid in words.grids]
+    examples = [text_to_image(visual, 0, tokenizer(t).input_ids, torch.randint(16, grid)) for t in texts[:4]
+            for grid in visual.grids]
     with torch.no_grad(): assert abs(model(**pack(examples, 64)).loss - model(**collate(examples)).loss) < 1e-5
     model.save_pretrained(tmp_path); tokenizer.save_pretrained(tmp_path)
     # AutoTokenizer makes any folder of a Qwen2 a Qwen2 tokenizer, which this is not
     load = type(tokenizer) if name == 'qwen2' else AutoTokenizer
     again, text = AutoModelForCausalLM.from_pretrained(tmp_path), load.from_pretrained(tmp_path)
-    assert VisualTokens.of(again) == words and torch.equal(generate_image_ids(again, text, texts[:3], guidance_scale=3.,
+    assert VisualTokens.of(again) == visual and torch.equal(generate_image_ids(again, text, texts[:3], guidance_scale=3.,
         temperature=2., generator=g(3)), ids)
 
 @pytest.mark.parametrize('name', ['llama', 'tied_llama', 'gpt2'])
@@ -70,8 +70,8 @@ def test_adapters_train_merge_and_are_kept(name, tmp_path):
     ordinary model; the adapter can be loaded by peft"""
     from peft import PeftModel
     model, tokenizer, tok = made(name)
-    words = add_visual_tokens(model, tokenizer, tok)
-    batch = collate([text_to_image(words, 0, tokenizer(t).input_ids, torch.randint(16, (4, 4))) for t in texts[:4]])
+    visual = add_visual_tokens(model, tokenizer, tok)
+    batch = collate([text_to_image(visual, 0, tokenizer(t).input_ids, torch.randint(16, (4, 4))) for t in texts[:4]])
     for how in ('new', 'lora'):
         begun = copy.deepcopy(model); student = choose_trained(copy.deepcopy(model), how, rank=2)
         learning = [p for p in student.parameters() if p.requires_grad]
@@ -81,7 +81,7 @@ def test_adapters_train_merge_and_are_kept(name, tmp_path):
         with torch.no_grad():
             torch.testing.assert_close(whole(**batch).logits, student(**batch).logits, atol=1e-4, rtol=1e-3)
         for a, b in ((m.get_input_embeddings().weight, m.get_output_embeddings().weight) for m in (whole,)):
-            old, new = slice(0, words.first), slice(words.first, words.end + 1)
+            old, new = slice(0, visual.first), slice(visual.first, visual.end + 1)
             assert torch.equal(a[old], begun.get_input_embeddings().weight[old]) and not torch.equal(a[new],
                 begun.get_input_embeddings().weight[new])
             assert torch.equal(b[old], begun.get_output_embeddings().weight[old]) and not torch.equal(b[new],
@@ -98,8 +98,8 @@ def test_rows_beyond_the_words_are_taken_for_new_ones():
     "A padded table is not made longer than it has to be"
     model, tokenizer, tok = made('llama', padding=40)
     size = len(model.get_input_embeddings().weight)
-    words = add_visual_tokens(model, tokenizer, tok)
-    assert len(model.get_input_embeddings().weight) == size and words.end < size
+    visual = add_visual_tokens(model, tokenizer, tok)
+    assert len(model.get_input_embeddings().weight) == size and visual.end < size
 
 def test_the_command_teaches_two_grids_with_adapters_and_packing(tmp_path):
     """train-llm with LoRA by Muon: an ordinary folder comes out that needs no peft, the adapter lies beside it, text
@@ -127,14 +127,6 @@ def test_the_command_teaches_two_grids_with_adapters_and_packing(tmp_path):
         assert done.returncode == 0 and Image.open(tmp_path/'x.png').size == (size, size), done.stderr
     shell.close()
 
-def test_an_older_folder_is_understood():
-    "As version 0.1 wrote it: one grid, under other names"
-    model, tokenizer, tok = made('llama')
-    words = add_visual_tokens(model, tokenizer, tok)
-    old = dict(model.config.v2flow); old['begin'], old['grid'] = old.pop('begins')[0], list(old.pop('grids')[0])
-    model.config.v2flow = old
-    assert VisualTokens.of(model) == words
-
 def test_a_family_that_cannot_be_packed_is_found_out():
     from transformers import BloomConfig, BloomForCausalLM
     torch.manual_seed(0)
@@ -144,7 +136,7 @@ def test_a_family_that_cannot_be_packed_is_found_out():
     assert check_packs(made('qwen3')[0]) is None
 
 def test_marks_of_a_chat_survive():
-    "Special words that the tokenizer had stay special, and text is cut as before"
+    "Special tokens that the tokenizer had stay special, and text is cut as before"
     model, tokenizer, tok = made('llama')
     tokenizer.add_special_tokens({'additional_special_tokens': ['<|im_start|>']})
     before = tokenizer('<|im_start|>the digit 3').input_ids

@@ -48,11 +48,11 @@ def loaders(folder):
     images = tokenizer_data(source, shape, None, examples)
     cached = tokenizer_data(DataConfig('image_folder', folder=str(folder/'images'), cache=str(folder/'latents')),
                             shape, PixelLatents(1, 2), examples)
-    words = VisualTokens(**{k: tuple(map(tuple, v)) if k == 'grids' else v for k,
+    visual = VisualTokens(**{k: tuple(map(tuple, v)) if k == 'grids' else v for k,
                             v in json.loads((shipped/'llm/config.json').read_text())['v2flow'].items()
                             if k in VisualTokens.__dataclass_fields__})
     sequences = ImageTextSequences(Subset(EncodedImages(folder/'ids'), [0, 2, 3]),
-                                   AutoTokenizer.from_pretrained(shipped/'llm'), words, id_noise=0.2, write_noise=0.2,
+                                   AutoTokenizer.from_pretrained(shipped/'llm'), visual, id_noise=0.2, write_noise=0.2,
                                    texts=['a'], text_share=0.2)
     stream, _ = load_data(DataConfig('hub', path='parquet', data_files=str(folder/'digits.parquet'), streaming=True,
                                      held_out=2))

@@ -21,73 +21,89 @@ from .text_models import first_id, last_id, max_sequence_length
 from .visual_tokens import VisualTokens
 from .sequences import code_ids, image_to_text
 
+# %% ../../nbs/language/23_generation.ipynb #39dfc444
+def guide_logits(
+    cond,   # scores with the caption, (B, K)
+    null,   # without it, (B, K); None: no guidance
+    scale,  # of guidance; 1 = `cond` itself
+    min_p,  # smallest probability beside that of the most likely token in `cond`; None: any
+):          # (B, K), -inf where a token must not be chosen
+    "Classifier-free guidance on scores (arXiv 2207.12598), among tokens that are plausible with the caption"
+    logits = cond if null is None else torch.lerp(null, cond, scale)
+    if min_p is None: return logits
+    return logits.masked_fill(cond < cond.amax(-1, keepdim=True) + math.log(min_p), -torch.inf)
+
+# %% ../../nbs/language/23_generation.ipynb #202e6729
+def sample_codes(
+    logits,       # (B, K)
+    temperature,  # 0 = the most likely
+    top_k,        # only the k most likely tokens; None: all
+    top_p,        # only the most likely tokens that hold this probability; None: all
+    generator,    # or a list with one for each row
+):                # (B, 1)
+    "One code per row: the argmax, or by Gumbel-max a sample of the softmax"
+    if temperature == 0: return logits.argmax(-1, keepdim=True)
+    if temperature != 1: logits = logits/temperature
+    if top_k is not None:
+        smallest = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if top_p is not None:
+        ranked, order = logits.softmax(-1).sort(-1, descending=True)
+        beyond = ranked.cumsum(-1) - ranked >= top_p  # the probability was reached before this token
+        logits = logits.masked_fill(torch.empty_like(beyond).scatter(1, order, beyond), -torch.inf)
+    return (logits + gumbel(logits.shape, generator, logits.device)).argmax(-1, keepdim=True)
+
+def check_sampling(guidance_scale, temperature, top_k, top_p, min_p):
+    "`ValueError` that names the setting which cannot be"
+    if not -1e4 < guidance_scale < 1e4:
+        raise ValueError(f"guidance_scale={guidance_scale}: needs to be a number of moderate size")
+    if not 0 <= temperature < 1e4: raise ValueError(f"temperature={temperature}: needs to be 0 or more")
+    if top_k is not None and top_k < 1: raise ValueError(f"top_k={top_k}: needs to be at least 1")
+    for name, p in (('top_p', top_p), ('min_p', min_p)):
+        if p is not None and not 0 < p <= 1: raise ValueError(f"{name}={p}: needs to be in (0, 1]")
+
 # %% ../../nbs/language/23_generation.ipynb #056fcee0
 class VisualTokenProcessor(LogitsProcessor):
-    """Writes an image inside `model.generate`: only visual tokens, exactly as many as the grid needs, then the end
-    word; mixes the two branches of guidance (rows 0…B-1 with caption, B…2B-1 without) and picks the word itself,
-    with the caller's generator"""
+    """Generates an image inside `model.generate`: only visual tokens, exactly as many as the grid needs, then the
+    closing token; mixes the two branches of guidance (rows 0…B-1 with caption, B…2B-1 without) and chooses the token
+    itself, with the caller's generator"""
     def __init__(self,
-        visual:VisualTokens,         # where they are
+        visual:VisualTokens,       # where they are
         prompt_length:int,         # columns before the first visual token
         guidance_scale:float=1.,   # 1 = the batch has one branch only
-        temperature:float=1.,      # 0 = always the likeliest word
-        top_k:int|None=None,       # only the k likeliest words
-        top_p:float|None=None,     # only the likeliest words that hold this share
-        generator:torch.Generator|None=None,  # draws the words; or a list with one for each row
+        temperature:float=1.,      # 0 = always the most likely token
+        top_k:int|None=None,       # only the k most likely tokens
+        top_p:float|None=None,     # only the most likely tokens that hold this probability
+        generator:torch.Generator|list|None=None,  # draws the tokens; or a list with one for each image
         grid:tuple|None=None,      # (h, w) of the image; None: the main one
-        # or `linear_guidance`: (scale, share written) → scale at this place, see `flow`
-        guidance_schedule:Callable=constant_guidance,
-        # only words at least this share as likely as the likeliest, before guidance and temperature
-        min_p:float|None=None,
+        guidance_schedule:Callable=constant_guidance,  # (scale, fraction generated) → scale here, see `flow`
+        min_p:float|None=None,     # only tokens at least this likely beside the most likely, before guidance
     ):
-        if not -1e4 < guidance_scale < 1e4:
-            raise ValueError(f"guidance_scale={guidance_scale}: needs to be a number of moderate size")
-        if not 0 <= temperature < 1e4: raise ValueError(f"temperature={temperature}: needs to be 0 or more")
-        if top_k is not None and top_k < 1: raise ValueError(f"top_k={top_k}: needs to be at least 1")
-        if top_p is not None and not 0 < top_p <= 1: raise ValueError(f"top_p={top_p}: needs to be in (0, 1]")
-        if min_p is not None and not 0 < min_p <= 1: raise ValueError(f"min_p={min_p}: needs to be in (0, 1]")
-        self.visual,self.prompt_length,self.guidance_scale,self.min_p,self.n = (visual,prompt_length,guidance_scale,
-            min_p,math.prod(grid or visual.grid))
-        self.temperature,self.top_k,self.top_p,self.generator,self.guidance_schedule = (temperature,top_k,top_p,
-            generator,guidance_schedule)
+        check_sampling(guidance_scale, temperature, top_k, top_p, min_p)
+        self.visual, self.prompt_length, self.n = visual, prompt_length, math.prod(grid or visual.grid)
+        self.guidance_scale, self.guidance_schedule, self.min_p = guidance_scale, guidance_schedule, min_p
+        self.temperature, self.top_k, self.top_p, self.generator = temperature, top_k, top_p, generator
 
     def __call__(self,
         input_ids:torch.Tensor,  # (B or 2B, L)
-        scores:torch.Tensor,     # (B or 2B, V + new words)
-    )->torch.Tensor:             # all -inf but the picked words'
-        w, written = self.visual, input_ids.shape[1] - self.prompt_length
-        if written >= self.n: pick = torch.full((len(scores), 1), w.end, device=scores.device)
+        scores:torch.Tensor,     # (B or 2B, V + new tokens)
+    )->torch.Tensor:             # all -inf but the chosen tokens'
+        first, K, done = self.visual.first, self.visual.codebook_size, input_ids.shape[1] - self.prompt_length
+        if done >= self.n: chosen = torch.full((len(scores), 1), self.visual.end, device=scores.device)
         else:
-            cond = logits = scores[:, w.first:w.first + w.codebook_size].float()
-            if self.guidance_scale != 1:
-                cond, null = logits.chunk(2)
-                logits = torch.lerp(null, cond, self.guidance_schedule(self.guidance_scale, (written + 1)/self.n))
-            if self.min_p is not None:
-                logits = logits.masked_fill(cond < cond.amax(-1, keepdim=True) + math.log(self.min_p), -torch.inf)
-            pick = w.first + self.sample(logits)
-            if self.guidance_scale != 1: pick = torch.cat((pick, pick))
-        return torch.full_like(scores, -torch.inf).scatter_(1, pick, 0.)
-
-    def sample(self,
-        logits:torch.Tensor,  # (B, K)
-    )->torch.Tensor:          # (B, 1)
-        "One code per row: the argmax, or by Gumbel-max a sample of the softmax"
-        if self.temperature == 0: return logits.argmax(-1, keepdim=True)
-        if self.temperature != 1: logits = logits/self.temperature
-        if self.top_k is not None:
-            logits = logits.masked_fill(logits < logits.topk(min(self.top_k, logits.shape[1])).values[:, -1:],
-                                        -torch.inf)
-        if self.top_p is not None:
-            ranked, order = logits.softmax(-1).sort(-1, descending=True)
-            beyond = ranked.cumsum(-1) - ranked >= self.top_p  # the share was held before this word
-            logits = logits.masked_fill(torch.empty_like(beyond).scatter(1, order, beyond), -torch.inf)
-        return (logits + gumbel(logits.shape, self.generator, logits.device)).argmax(-1, keepdim=True)
+            both, logits = self.guidance_scale != 1, scores[:, first:first + K].float()
+            cond, null = logits.chunk(2) if both else (logits, None)
+            scale = self.guidance_schedule(self.guidance_scale, (done + 1)/self.n)
+            logits = guide_logits(cond, null, scale, self.min_p)
+            chosen = first + sample_codes(logits, self.temperature, self.top_k, self.top_p, self.generator)
+            if both: chosen = torch.cat((chosen, chosen))
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.)
 
 # %% ../../nbs/language/23_generation.ipynb #be4839fc
-class Watch(StoppingCriteria):
-    "Looks on inside `model.generate`; what the callback raises ends the writing at once"
+class StepCallback(StoppingCriteria):
+    "Called inside `model.generate`; what the callback raises ends generation at once"
     def __init__(self,
-        callback,           # called after each word with all words so far, (rows, words written)
+        callback,           # called after each token with all tokens so far, (rows, tokens)
         prompt_length:int,  # columns before the first of them
     ): self.callback, self.prompt_length = callback, prompt_length
 
@@ -96,12 +112,12 @@ class Watch(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 def left_pad(
-    rows:list[list[int]],  # prompts
-    device=None,           # where they are wanted
-)->dict:                   # input_ids and attention_mask, (B, L)
+    prompts:list[list[int]],  # token ids
+    device=None,              # where they are wanted
+)->dict:                      # input_ids and attention_mask, (B, L)
     "Prompts of mixed lengths, aligned at their ends"
     pad = lambda seqs: pad_sequence([torch.tensor(s) for s in seqs], batch_first=True, padding_side='left').to(device)
-    return dict(input_ids=pad(rows), attention_mask=pad([[1]*len(r) for r in rows]))
+    return dict(input_ids=pad(prompts), attention_mask=pad([[1]*len(p) for p in prompts]))
 
 def generate_tokens(
     model,               # any causal language model
@@ -112,11 +128,10 @@ def generate_tokens(
     compile:bool=False,  # `torch.compile` one step over a static cache; pays on CUDA, and for many calls of one shape
     **kwargs,            # of `transformers`' generation config, such as eos_token_id
 )->torch.Tensor:         # prompts and what follows, (B, L)
-    """Greedy `model.generate`, without the generation settings that the model's folder brings: they were made for
-    text of other kinds"""
+    "Greedy `model.generate`, without the generation settings that the model's folder brings"
     from transformers import CompileConfig, GenerationConfig
-    unset = {k: v for k,v in GenerationConfig().to_dict().items() if k not in ('transformers_version', 'bos_token_id',
-        'decoder_start_token_id') and not k.startswith('_')}
+    kept = 'transformers_version', 'bos_token_id', 'decoder_start_token_id'
+    unset = {k: v for k,v in GenerationConfig().to_dict().items() if k not in kept and not k.startswith('_')}
     plain = unset | dict(min_length=0, use_cache=True, num_beams=1, num_return_sequences=1, early_stopping=False,
                          output_scores=False, return_dict_in_generate=False)
     settings = dict(plain, do_sample=False, max_new_tokens=max_new_tokens, max_length=None,
@@ -133,19 +148,17 @@ def generate_image_ids(
     tokenizer:'PreTrainedTokenizerBase',  # its text tokenizer
     captions:list[str],       # B captions
     guidance_scale:float=1.,  # 1 = none: no second branch is computed
-    temperature:float=1.,     # 0 = always the likeliest word
-    top_k:int|None=None,      # only the k likeliest words
-    top_p:float|None=None,    # only the likeliest words that hold this share
-    min_p:float|None=None,  # only words at least this share as likely as the likeliest, before guidance and temperature
-    # draws the words; or a list with one for each caption, whose image is then the same in any batch
-    generator:torch.Generator|list|None=None,
+    temperature:float=1.,     # 0 = always the most likely token
+    top_k:int|None=None,      # only the k most likely tokens
+    top_p:float|None=None,    # only the most likely tokens that hold this probability
+    min_p:float|None=None,    # only tokens at least this likely beside the most likely, before guidance and temperature
+    generator:torch.Generator|list|None=None,  # a list with one for each caption: the same image in any batch
     grid:tuple|None=None,     # (h, w) of the images, one that the model knows; None: the main one
     guidance_schedule:Callable=constant_guidance, # or `linear_guidance`, see `flow`
-    # called after each word with the ids so far, (B, 1 to N); what it raises ends the writing
-    callback:Callable|None=None,
-    **generate_kwargs,                    # static_cache, compile: see `generate_tokens`
+    callback:Callable|None=None,  # called after each token with the ids so far, (B, 1 to N); what it raises ends it
+    **generate_kwargs,        # static_cache, compile: see `generate_tokens`
 )->torch.Tensor:              # ids, (B, N) int64 in [0, K)
-    "Captions → ids, written by the language model word by word"
+    "Captions → ids, token by token from the language model"
     visual, bos = VisualTokens.of(model), first_id(tokenizer)
     grid = tuple(grid or visual.grid)
     begin, n = visual.begin(grid), math.prod(grid)
@@ -155,7 +168,7 @@ def generate_image_ids(
     prompts = [[bos, *c, begin] for c in text_ids(tokenizer, captions)]
     longest, space = max(map(len, prompts)), max_sequence_length(model) - n - 1
     if longest > space:
-        raise ValueError(f"a caption of {longest - 2} tokens is too long: this model takes {space - 2} beside a "
+        raise ValueError(f"a caption of {longest - 2} tokens is too long: this model takes {space - 2} beside an "
                          f"image of {n}; shorten it")
     if guidance_scale != 1: prompts += [[bos, begin]]*len(prompts)
     batch = left_pad(prompts, model.device)
@@ -163,8 +176,8 @@ def generate_image_ids(
     processor = VisualTokenProcessor(visual, length, guidance_scale, temperature, top_k, top_p, generator, grid,
                                      guidance_schedule, min_p)
     if callback:
-        generate_kwargs['stopping_criteria'] = StoppingCriteriaList(
-            [Watch(lambda written: callback(written[:len(captions)] - visual.first), length)])
+        tell = StepCallback(lambda tokens: callback(tokens[:len(captions)] - visual.first), length)
+        generate_kwargs['stopping_criteria'] = StoppingCriteriaList([tell])
     out = generate_tokens(model, tokenizer, batch, n, logits_processor=LogitsProcessorList([processor]),
                           **generate_kwargs)
     return out[:len(captions), length:length + n] - visual.first
@@ -172,10 +185,10 @@ def generate_image_ids(
 # %% ../../nbs/language/23_generation.ipynb #07a47bb8
 def decode_caption(
     tokenizer,             # its text tokenizer
-    rows:list[list[int]],  # what a language model wrote
+    rows:list[list[int]],  # token ids that a language model generated
 )->list[str]:              # without blanks at the ends
     """Text up to the token that ends it. Special tokens are left out, but none that is a letter (some models pad
-    with `!`), and so are rows of the table that no token has"""
+    with `!`), and so are ids that no token has"""
     special, end = {*tokenizer.all_special_tokens}, last_id(tokenizer)
     spoken = {*tokenizer.get_vocab().values()} - {i for t,i in control_tokens(tokenizer).items() if t in special}
     return [tokenizer.decode([i for i in takewhile(lambda i: i != end, ids) if i in spoken]).strip() for ids in rows]
@@ -188,9 +201,8 @@ def generate_captions(
     ids:torch.Tensor,      # (B, N), of any integer type
     grid:tuple|None=None,  # (h, w), h·w = N; None: the main one
     max_new_tokens:int=64, # of text, at most; fewer where the model has no more positions
-    # called after each word with the text tokens so far, (B, 1 to max_new_tokens); what it raises ends the writing
-    callback:Callable|None=None,
-    **generate_kwargs,                 # static_cache, compile: see `generate_tokens`
+    callback:Callable|None=None,  # called after each token with the text tokens so far, (B, 1 to max_new_tokens)
+    **generate_kwargs,     # static_cache, compile: see `generate_tokens`
 )->list[str]:              # B captions
     "Ids → captions, greedily; visual tokens are suppressed"
     visual = VisualTokens.of(model)
@@ -199,12 +211,12 @@ def generate_captions(
     if ids.dim() != 2 or ids.shape[1] != math.prod(grid):
         raise ValueError(f"ids of shape {tuple(ids.shape)}: need (B, {math.prod(grid)}) for the grid "
                          f"{grid[0]}×{grid[1]}")
-    batch = left_pad([image_to_text(visual, first_id(tokenizer), row, [])[0] for row in ids.cpu().unflatten(1, grid)],
-                     model.device)
+    prompts = [image_to_text(visual, first_id(tokenizer), image, [])[0] for image in ids.cpu().unflatten(1, grid)]
+    batch = left_pad(prompts, model.device)
     length = batch['input_ids'].shape[1]
     if length >= max_sequence_length(model):
         raise ValueError(f"no positions are left for a caption beside an image of {ids.shape[1]} visual tokens")
-    if callback: generate_kwargs['stopping_criteria'] = StoppingCriteriaList([Watch(callback, length)])
+    if callback: generate_kwargs['stopping_criteria'] = StoppingCriteriaList([StepCallback(callback, length)])
     out = generate_tokens(model, tokenizer, batch, min(max_new_tokens, max_sequence_length(model) - length),
                           eos_token_id=last_id(tokenizer), suppress_tokens=list(visual.new), **generate_kwargs)
     return decode_caption(tokenizer, out[:, length:].tolist())

@@ -32,13 +32,38 @@ class PipelineOutput:
     images:list          # PIL images; the images of one prompt lie side by side
     ids:torch.Tensor     # their visual tokens, (len(images), N)
 
+def check_parts(
+    image_tokenizer,  # should have the codebook that the language model was trained with
+    llm,              # a causal language model with visual tokens
+    tokenizer,        # should be its text tokenizer
+):
+    "`ValueError` unless the parts of a pipeline were made for each other"
+    visual = VisualTokens.of(llm)
+    ours, own = image_tokenizer.codebook_checksum, tuple(image_tokenizer.config.grid)
+    if ours != visual.codebook or own not in visual.grids:
+        raise ValueError(f"the language model was trained with the codebook {visual.codebook} on grids of "
+                         f"{', '.join(f'{h}×{w}' for h,w in visual.grids)}, "
+                         f"the image tokenizer has {ours} on {own[0]}×{own[1]}: they were not made for each other")
+    visual.check(tokenizer)
+
+def complete_defaults(
+    given,   # some of `generation_defaults`, or None
+    visual,  # the language model's visual tokens
+)->dict:     # all of them
+    "Defaults of a pipeline; a wrong value is an error now, not at the first image"
+    unknown = set(given or {}) - set(generation_defaults)
+    if unknown: raise ValueError(f"unknown defaults: {', '.join(sorted(unknown))}")
+    defaults = {**generation_defaults, **(given or {})}
+    try: VisualTokenProcessor(visual, 0, **defaults)
+    except TypeError:
+        raise ValueError(f"defaults {', '.join(f'{k}={v!r}' for k,v in defaults.items())}: need numbers") from None
+    return defaults
+
 # %% ../../nbs/language/25_pipeline.ipynb #aefde71f
 def load_llm(
     folder:Path,  # a `transformers` folder
-    # the causal language model, float32, and its text tokenizer; `OSError` naming the folder if anything is missing or
-    # damaged
-)->tuple:
-    "A language model, whole or not at all: `transformers` would make up weights that are missing"
+)->tuple:         # the language model, float32, and its text tokenizer; `OSError` if anything is missing or damaged
+    "A causal language model, whole or not at all"
     from transformers import AutoModelForCausalLM
     for path in sorted(set(tensor_files(folder).values())):
         with open_tensors(path): pass
@@ -53,47 +78,27 @@ def load_llm(
     if lacking: raise OSError(f"{folder}: weights are missing ({', '.join(lacking[:3])}, …); copy the model again")
     return llm, tokenizer
 
-# %% ../../nbs/language/25_pipeline.ipynb #cc0f9631
-def is_batch(images): return isinstance(images, (list, tuple)) or torch.is_tensor(images) and images.dim() == 4
+# %% ../../nbs/language/25_pipeline.ipynb #65c0e38c
+def read_index(
+    path,    # of `model_index.json`
+    newest,  # format that this library can read
+)->dict:     # the defaults
+    "`OSError` for an index that is damaged, newer, or has defaults nobody knows"
+    index = read_json(path, ['defaults'])
+    defaults, version = index['defaults'], index.get('format_version', 1)
+    if not isinstance(version, int) or version > newest:
+        raise OSError(f"{path}: written by a newer version of this library (format {version}, this one reads up to "
+                      f"{newest}): update it")
+    unknown = set(defaults if isinstance(defaults, dict) else ['defaults']) - set(generation_defaults)
+    if unknown:
+        raise OSError(f"{path}: unknown defaults {', '.join(sorted(unknown))}; there are "
+                      f"{', '.join(generation_defaults)}")
+    return defaults
 
-def single_image(
-    image,  # a (C, H, W) tensor in [-1, 1], or whatever `as_image` takes: a PIL image, a path, bytes, an array
-):          # a PIL image
-    "One image, whatever way it was given, by one set of rules"
-    if image is None: raise ValueError("no image: give a PIL image, a path, bytes, an array or a tensor")
-    if not torch.is_tensor(image): return as_image(image)
-    if image.dim() != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(f"an image of shape {tuple(image.shape)}: a tensor needs (channels, height, width) with 1 or "
-                         f"3 channels, or (images, channels, height, width)")
-    check_images(image[None], image.shape[0])
-    return to_pil(image[None])[0]
-
-# %% ../../nbs/language/25_pipeline.ipynb #65479d1c
-class V2FlowPipeline:
-    "Text → image, image → text and image → image with one language model and one image tokenizer"
+# %% ../../nbs/language/25_pipeline.ipynb #5b37c0a6
+class PipelineFolder:
+    "What a pipeline needs to be loaded, moved, saved and shared"
     format_version = 1  # of `model_index.json`
-
-    def __init__(self,
-        image_tokenizer:V2Flow,   # image ↔ ids
-        llm:nn.Module,            # a causal language model with visual tokens
-        tokenizer:'PreTrainedTokenizerBase',  # its text tokenizer
-        defaults:dict|None=None,  # over `generation_defaults`
-    ):
-        words = VisualTokens.of(llm)
-        ours, own = image_tokenizer.codebook_checksum, tuple(image_tokenizer.config.grid)
-        if ours != words.codebook or own not in words.grids:
-            raise ValueError(f"the language model was taught the codebook {words.codebook} on grids of "
-                             f"{', '.join(f'{h}×{w}' for h,w in words.grids)}, "
-                             f"the image tokenizer has {ours} on {own[0]}×{own[1]}: they were not made for each other")
-        words.check(tokenizer)
-        unknown = set(defaults or {}) - set(generation_defaults)
-        if unknown: raise ValueError(f"unknown defaults: {', '.join(sorted(unknown))}")
-        self.image_tokenizer, self.llm, self.tokenizer = image_tokenizer, llm, tokenizer
-        self.defaults = {**generation_defaults, **(defaults or {})}
-        try: VisualTokenProcessor(words, 0, **self.defaults)  # a wrong value is found now, not at the first image
-        except TypeError:
-            raise ValueError(
-                f"defaults {', '.join(f'{k}={v!r}' for k,v in self.defaults.items())}: need numbers") from None
 
     @classmethod
     def from_pretrained(cls,
@@ -101,17 +106,9 @@ class V2FlowPipeline:
         revision:str|None=None,  # branch, tag or commit, for a Hub id
         device:str|torch.device|None=None,  # where to put it
     )->'V2FlowPipeline':
-        "Load `model_index.json`, `image_tokenizer/` and `llm/`; all weights become float32"
+        "Load `model_index.json`, `image_tokenizer/` and `llm/`; all parameters become float32"
         folder = resolve_folder(name, revision=revision)
-        index = read_json(folder/'model_index.json', ['defaults'])
-        defaults, version = index['defaults'], index.get('format_version', 1)
-        if not isinstance(version, int) or version > cls.format_version:
-            raise OSError(f"{folder/'model_index.json'}: written by a newer version of this library (format {version}, "
-                          f"this one reads up to {cls.format_version}): update it")
-        unknown = set(defaults if isinstance(defaults, dict) else ['defaults']) - set(generation_defaults)
-        if unknown:
-            raise OSError(f"{folder/'model_index.json'}: unknown defaults {', '.join(sorted(unknown))}; there are "
-                          f"{', '.join(generation_defaults)}")
+        defaults = read_index(folder/'model_index.json', cls.format_version)
         image_tokenizer = V2Flow.from_pretrained(folder, 'image_tokenizer', device=device)
         llm, tokenizer = load_llm(resolve_folder(folder, 'llm'))
         return cls(image_tokenizer, llm.to(device).eval(), tokenizer, defaults)
@@ -130,7 +127,7 @@ class V2FlowPipeline:
         "Write a pipeline folder that `from_pretrained` loads"
         with write_folder(folder, replaces=['image_tokenizer', 'llm']) as new:
             self.image_tokenizer.save_pretrained(new/'image_tokenizer', dtype)
-            llm = merge(self.llm)  # what `peft` keeps beside the weights goes into them
+            llm = merge(self.llm)  # what `peft` keeps beside the parameters goes into them
             (copy.deepcopy(llm).to(dtype) if dtype else llm).save_pretrained(new/'llm')
             self.tokenizer.save_pretrained(new/'llm')
             write_json(new/'model_index.json', dict(
@@ -142,31 +139,94 @@ class V2FlowPipeline:
         "Upload what `save_pretrained` writes; see `push_to_hub`"
         return push_to_hub(self, repo_id, **kwargs)
 
+# %% ../../nbs/language/25_pipeline.ipynb #cc0f9631
+def is_batch(images): return isinstance(images, (list, tuple)) or torch.is_tensor(images) and images.dim() == 4
+
+def single_image(
+    image,  # a (C, H, W) tensor in [-1, 1], or whatever `as_image` takes: a PIL image, a path, bytes, an array
+):          # a PIL image
+    "One image, whatever way it was given, by one set of rules"
+    if image is None: raise ValueError("no image: give a PIL image, a path, bytes, an array or a tensor")
+    if not torch.is_tensor(image): return as_image(image)
+    if image.dim() != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f"an image of shape {tuple(image.shape)}: a tensor needs (channels, height, width) with 1 or "
+                         f"3 channels, or (images, channels, height, width)")
+    check_images(image[None], image.shape[0])
+    return to_pil(image[None])[0]
+
+def prepare_images(
+    images,    # one image or several, see `V2FlowPipeline.prepare`
+    channels,  # C
+    size,      # (height, width), pixels
+):             # (B, C, height, width) in [-1, 1]
+    "A tensor that is as wanted is not touched, another goes through 8 bits"
+    several = images if is_batch(images) else [images]
+    if not len(several): raise ValueError("no images: the list is empty")
+    def one(x):
+        if torch.is_tensor(x) and x.shape == (channels, *size):
+            check_images(x[None], channels); return x[None].float()
+        return to_tensor([single_image(x)], channels, size).to(x.device if torch.is_tensor(x) else 'cpu')
+    return torch.cat([one(x) for x in several])
+
+# %% ../../nbs/language/25_pipeline.ipynb #fe2dadad
+def grid_of_size(
+    config,  # of the image tokenizer
+    visual,  # the language model's visual tokens
+    height,  # pixels; None: the model's main size
+    width,
+):           # (h, w) in visual tokens; `ValueError` if there is none, or the language model does not know it
+    "The grid of visual tokens of an image of this size"
+    side, (height, width) = config.patch_size*config.pool, (n or m for n,m in zip((height, width), config.image_size))
+    if height < 1 or width < 1 or height % side or width % side:
+        raise ValueError(f"height={height}, width={width}: need to be divisible by {side}")
+    grid = height//side, width//side
+    visual.begin(grid)                                                             # one that the language model knows
+    return grid
+
+def count_steps(
+    callback,  # called with (pipeline, step from 0, fraction done in (0, 1], {ids, and in mask rounds images}); or None
+    pipeline,
+    n,         # visual tokens of an image
+    n_iter,    # mask rounds
+):             # what `generate_image_ids` calls after each token, and what `decode` calls after each round
+    "One count of steps over both halves of a call: first the visual tokens, then the mask rounds"
+    if callback is None: return None, None
+    found, steps = {}, n + n_iter
+    def tell(step, **new): found.update(new); callback(pipeline, step, (step + 1)/steps, dict(found))
+    return lambda ids: tell(ids.shape[1] - 1, ids=ids), lambda i, images: tell(n + i - 1, images=images)
+
+# %% ../../nbs/language/25_pipeline.ipynb #65479d1c
+class V2FlowPipeline(PipelineFolder):
+    "Text → image, image → text and image → image with one language model and one image tokenizer"
+    def __init__(self,
+        image_tokenizer:V2Flow,   # image ↔ ids
+        llm:nn.Module,            # a causal language model with visual tokens
+        tokenizer:'PreTrainedTokenizerBase',  # its text tokenizer
+        defaults:dict|None=None,  # over `generation_defaults`
+    ):
+        check_parts(image_tokenizer, llm, tokenizer)
+        self.image_tokenizer, self.llm, self.tokenizer = image_tokenizer, llm, tokenizer
+        self.defaults = complete_defaults(defaults, VisualTokens.of(llm))
+
     def __call__(self,
         prompt:str|list[str],                     # caption or captions
         num_images_per_prompt:int=1,              # images for each
         guidance_scale:float|None=None,  # of the language model; 1 = none. None: the model's default, as for all below
-        temperature:float|None=None,              # of the language model's words; 0 = the likeliest
-        top_k:int|None=None,                      # only the k likeliest words
-        top_p:float|None=None,                    # only the likeliest words that hold this share
-        min_p:float|None=None,  # only words at least this share as likely as the likeliest, before guidance
+        temperature:float|None=None,              # of the visual tokens; 0 = the most likely
+        top_k:int|None=None,                      # only the k most likely tokens
+        top_p:float|None=None,                    # only the most likely tokens that hold this probability
+        min_p:float|None=None,                    # only tokens at least this likely beside the most likely
         decoder_guidance_scale:float|None=None,   # of the flow; 1 = none
         decoder_temperature:float|None=None,      # standard deviation of the flow's noise
         n_iter:int|None=None,                     # mask rounds of the decoder
         n_steps:int|None=None,                    # ODE steps of the decoder
-        # draws words, orders and noise; or a list with one for each image, which is then the same in any batch
-        generator:torch.Generator|list|None=None,
-        # of the images, pixels; None: the model's main size. The language model must know their grid
-        height:int|None=None,
+        generator:torch.Generator|list|None=None, # a list with one for each image: the same image in any batch
+        height:int|None=None,                     # of the images, pixels; None: the model's main size
         width:int|None=None,
-        # of the language model, over the places of an image; or `linear_guidance`, see `flow`
-        guidance_schedule:Callable=constant_guidance,
+        guidance_schedule:Callable=constant_guidance, # of the language model; or `linear_guidance`, see `flow`
         static_cache:bool=False,                  # of the language model: keys and values in tensors of fixed size
-        # of the language model: `torch.compile` over a static cache; pays on CUDA and for many calls of one shape
-        compile:bool=False,
-        # called as in `diffusers`, after each written word and each mask round: see `teller`; what it raises ends the
-        # call
-        callback_on_step_end:Callable|None=None,
+        compile:bool=False,                       # of the language model; pays on CUDA, for many calls of one shape
+        callback_on_step_end:Callable|None=None,  # after each visual token and each mask round, see `count_steps`
     )->PipelineOutput:
         "Captions → images"
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -178,57 +238,27 @@ class V2FlowPipeline:
         settings = {k: self.defaults[k] if v is None else v for k,v in given.items()}
         captions = [p for p in prompts for _ in range(num_images_per_prompt)]
         check_counts(len(captions), 'images', generators=generator)
-        grid = self.grid_of(height, width)
-        tell_word, tell_round = self.step_callbacks(callback_on_step_end, grid, n_iter)
-        ids = generate_image_ids(self.llm, self.tokenizer, captions, generator=generator, grid=grid,
-                                 guidance_schedule=guidance_schedule,
-                           static_cache=static_cache, compile=compile, callback=tell_word, **settings)
-        images = self.image_tokenizer.decode(ids, grid, n_iter=n_iter, n_steps=n_steps,
-                                             guidance_scale=decoder_guidance_scale,
-                                             temperature=decoder_temperature, generator=generator, callback=tell_round)
+        tok, grid = self.image_tokenizer, self.grid_of(height, width)
+        tell_token, tell_round = count_steps(callback_on_step_end, self, math.prod(grid), n_iter or tok.config.n_iter)
+        ids = generate_image_ids(
+            self.llm, self.tokenizer, captions, generator=generator, grid=grid, guidance_schedule=guidance_schedule,
+            static_cache=static_cache, compile=compile, callback=tell_token, **settings)
+        images = tok.decode(ids, grid, n_iter=n_iter, n_steps=n_steps, guidance_scale=decoder_guidance_scale,
+                            temperature=decoder_temperature, generator=generator, callback=tell_round)
         return PipelineOutput(to_pil(images), ids)
-
-    def step_callbacks(self,
-        # called with (pipeline, step from 0, share of the way done in (0, 1], {ids: (B, words so far)}, and in mask
-        # rounds images: (B, C, H, W) in [-1, 1], so far); or None
-        callback:Callable,
-        grid:tuple,  # (h, w) of the visual tokens
-        n_iter:int|None=None, # mask rounds; None: the model's default
-    )->Callable|None:  # what `generate_image_ids` calls after each word, and what `decode` calls after each round
-        "One count of steps over both halves of a call: first the words, then the rounds"
-        if callback is None: return None, None
-        n, found = math.prod(grid), {}
-        steps = n + (n_iter or self.image_tokenizer.config.n_iter)
-        def tell(step, **new): found.update(new); callback(self, step, (step + 1)/steps, dict(found))
-        return lambda ids: tell(ids.shape[1] - 1, ids=ids), lambda i, images: tell(n + i - 1, images=images)
 
     def grid_of(self, height:int|None=None, width:int|None=None)->tuple:
         "The grid of visual tokens of an image of this size, pixels; `ValueError` if there is none"
-        c = self.image_tokenizer.config
-        side, (height, width) = c.patch_size*c.pool, (n or m for n,m in zip((height, width), c.image_size))
-        if height < 1 or width < 1 or height % side or width % side:
-            raise ValueError(f"height={height}, width={width}: need to be divisible by {side}")
-        grid = height//side, width//side
-        VisualTokens.of(self.llm).begin(grid)                                       # one that the language model knows
-        return grid
+        return grid_of_size(self.image_tokenizer.config, VisualTokens.of(self.llm), height, width)
 
     def prepare(self,
-        # a PIL image, a path, bytes, an array, or a (C, H, W) tensor in [-1, 1], of any size; or a list of them, or a
-        # (B, C, H, W) tensor
-        images:Any,
+        images:Any,  # a PIL image, a path, bytes, an array, a (C, H, W) tensor in [-1, 1]; a list of them, or a batch
         height:int|None=None, # pixels; None: the model's main size
         width:int|None=None,
     )->torch.Tensor:     # (B, C, height, width) in [-1, 1], cropped and resized
-        """Images as the image tokenizer takes them; a tensor that is so already is not touched, another goes through
-        8 bits"""
+        "Images as the image tokenizer takes them"
         c = self.image_tokenizer.config
-        size, several = (height or c.image_size[0], width or c.image_size[1]), images if is_batch(images) else [images]
-        if not len(several): raise ValueError("no images: the list is empty")
-        def one(x):
-            if torch.is_tensor(x) and x.shape == (c.image_channels, *size):
-                check_images(x[None], c.image_channels); return x[None].float()
-            return to_tensor([single_image(x)], c.image_channels, size).to(x.device if torch.is_tensor(x) else 'cpu')
-        return torch.cat([one(x) for x in several])
+        return prepare_images(images, c.image_channels, (height or c.image_size[0], width or c.image_size[1]))
 
     def caption(self,
         images:Any,      # as in `prepare`
@@ -237,10 +267,8 @@ class V2FlowPipeline:
         **generate_kwargs,           # max_new_tokens, static_cache, compile: see `generate_captions`
     )->str|list[str]:    # a caption, or a list of them
         "Images → captions"
-        grid = self.grid_of(height, width)
-        texts = generate_captions(self.llm, self.tokenizer,
-                                  self.image_tokenizer.encode(self.prepare(images, height, width)), grid,
-                                  **generate_kwargs)
+        grid, ids = self.grid_of(height, width), self.image_tokenizer.encode(self.prepare(images, height, width))
+        texts = generate_captions(self.llm, self.tokenizer, ids, grid, **generate_kwargs)
         return texts if is_batch(images) else texts[0]
 
     def reconstruct(self,
@@ -248,9 +276,8 @@ class V2FlowPipeline:
         generator:torch.Generator|list|None=None,  # draws orders and noise; or a list with one for each image
         **kwargs,        # to `V2Flow.decode`
     )->'Image|list':     # a PIL image or a list of them
-        "Images → ids → images: what the ids alone remember"
-        tok = self.image_tokenizer
-        x = self.prepare(images)
+        "Images → ids → images: what the ids alone keep"
+        tok, x = self.image_tokenizer, self.prepare(images)
         check_counts(len(x), 'images', generators=generator)
         back = to_pil(tok.decode(tok.encode(x), generator=generator, **kwargs))
         return back if is_batch(images) else back[0]

@@ -21,8 +21,8 @@ from ..base.images import image_grid
 from ..base.tables import table_checksum
 from ..base.text import text_ids
 from ..language.text_models import (
-    collate, count_targets, max_sequence_length, small_llama, text_sequences, train_text_tokenizer)
-from ..language.visual_tokens import VisualTokens, add_visual_tokens, starts, text_perplexity
+    collate, count_targets, max_sequence_length, small_llama, text_perplexity, text_sequences, train_text_tokenizer)
+from ..language.visual_tokens import VisualTokens, add_visual_tokens, starts
 from ..language.sequences import ImageTextSequences, check_packs, inverse_sqrt_frequency, pack
 from ..language.adapters import TargetLoss, choose_trained, interpolate_weights, ways
 from ..language.pipeline import V2FlowPipeline, load_llm

@@ -107,7 +107,7 @@ def test_an_image_becomes_tokens_and_a_caption(user, server, tmp_path):
     cells.nth(2).hover(); assert shown() == [2, 10]
     cells.nth(5).click(); page.mouse.move(5, 5); assert shown() == [5]
     text = cells.nth(5).locator('.v2-card').inner_text()
-    assert 'row 2, column 2' in text and 'A mixture of text tokens' in text and re.search(r'␣\w+',
+    assert 'row 2, column 2' in text and 'Mixture of text tokens' in text and re.search(r'␣\w+',
         text) and '%' in text
     assert not files_in(server[1])                                                 # the upload never was a file
 

@@ -97,7 +97,7 @@ def answer(images, caption):
             f'</blockquote>')
     return f'<div class="v2-answer">{figures(to_pil(images), ["decoded from its tokens alone"], 168)}{said}</div>'
 
-# %% ../../nbs/apps/82_app.ipynb #8de5f315
+# %% ../../nbs/apps/82_app.ipynb #c457b590
 def need_gradio():
     "Gradio, which only the page needs"
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'                               # nothing is reported to anyone
@@ -128,7 +128,7 @@ quick = dict(queue=False, show_progress='hidden', api_visibility='private')     
 
 def wire(gr, start, stop, call, runs, inputs, outputs):
     "Join buttons to a call: some run at once, others wait, Stop takes effect within a token or a round"
-    waiting, run = f"() => `{note('Waiting for a free place …')}`", handled(gr, call, runs, len(outputs))
+    waiting, run = f"() => `{note('Waiting for a free slot …')}`", handled(gr, call, runs, len(outputs))
     def joined(start):
         told = start(None, js=waiting, outputs=outputs[0], **quick)
         return told.then(run, inputs, outputs, show_progress='hidden', concurrency_limit=at_once,

@@ -31,7 +31,7 @@ def main()->None:
     try: run_command(app)
     except SystemExit as e: leave(e.code)
 
-# %% ../../nbs/apps/85_cli.ipynb #772ae9e2
+# %% ../../nbs/apps/85_cli.ipynb #a43d5bb0
 @app.command('demo')
 def demo_command(out:Out=Path('outputs/demo.png'), seed:Seed=0, model:Model=shipped_model):
     """Show what a model can do, on one sheet. Images from captions, captions from images, images from their ids; with
@@ -67,6 +67,7 @@ def generate_command(
 ):
     "Caption → image, or a sheet of several."
     check_image_path(out)
+    if not caption.strip(): raise ValueError('the caption is empty; say what the image shows')
     if not caption.isascii() and any('\ud800' <= letter <= '\udfff' for letter in caption):
         raise typer.BadParameter('the caption is not UTF-8', param_hint='caption')
     if size and min(size) < 1:

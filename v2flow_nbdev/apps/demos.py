@@ -73,6 +73,11 @@ def demo(
 # %% ../../nbs/apps/83_demos.ipynb #1e087895
 judges = dict(digits=1, shapes=3, emoji=3)                                         # and the channels of their images
 
+def check_data(data, pipe, model=None):
+    "`ValueError` unless the pipeline's images have the channels of these data"
+    if (channels := pipe.image_tokenizer.config.image_channels) != judges[data]:
+        raise ValueError(f"{model}: image_channels={channels}; {data} need {judges[data]}")
+
 def measure(
     data,             # one of `judges`
     pipe,             # a `V2FlowPipeline` for it
@@ -82,8 +87,7 @@ def measure(
     seed=0,           # of all that is random
 ):                    # (scores, what they should be)
     "All scores of a pipeline on data that have a judge"
-    if (channels := pipe.image_tokenizer.config.image_channels) != judges[data]:
-        raise ValueError(f"{model}: image_channels={channels}; {data} need {judges[data]}")
+    check_data(data, pipe, model)
     if data == 'digits': return digit_scores(pipe, per_digit, seed, say), digit_targets
     if data == 'shapes': return shape_scores(pipe, n or 300, seed, say), shape_targets
     return emoji_scores(pipe, emoji_judge(), n or 2000, seed, say, model), emoji_targets

@@ -22,7 +22,7 @@ def data_url(
     image.save(file, 'PNG')
     return 'data:image/png;base64,' + base64.b64encode(file.getvalue()).decode()
 
-# %% ../../nbs/apps/80_guards.ipynb #2b4b4ecd
+# %% ../../nbs/apps/80_guards.ipynb #aea142de
 # what the page takes
 bounds = dict(number=(1, 16), guidance=(0, 10), rounds=(1, 64), steps=(1, 100), seed=(0, 2**31 - 1))
 
@@ -32,7 +32,7 @@ max_file = 20*2**20       # bytes of an uploaded image
 
 max_side = 1024           # pixels of an image inside the page; larger ones are made smaller
 
-too_large = 'data:too-large'  # what the browser sends in the place of a larger file
+too_large = 'data:too-large'  # what the browser sends instead of a larger file
 
 at_once = 2               # calls that run side by side; others wait
 

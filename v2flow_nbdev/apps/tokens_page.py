@@ -67,7 +67,7 @@ def figures(
                 f'<figcaption>{escape(caption)}</figcaption></figure>')
     return f'<div class="v2-figures">{"".join(one(i, *x) for i, x in enumerate(zip(images, captions), 1))}</div>'
 
-# %% ../../nbs/apps/81_tokens_page.ipynb #578f7457
+# %% ../../nbs/apps/81_tokens_page.ipynb #8529b8fb
 def token_card(
     token:dict,    # see `token_mixtures`
     position:str,  # where it is
@@ -80,9 +80,9 @@ def token_card(
                     for w, p in token['mixture'])
     near = ', '.join(f'<b>{spelled(w)}</b> {c:.2f}' for w, c in token['code'][:4])
     return (f'<span class="v2-card"><strong>Token {token["id"]}</strong> {escape(position)}'
-            f'<em>A mixture of text tokens, with these probabilities</em><ul>{lines}'
+            f'<em>Mixture of text tokens</em><ul>{lines}'
             f'<li class="v2-others"><b>all others</b><s></s><span>{others:.0%}</span></li></ul>'
-            f'<em>Quantized to code {token["id"]}; the text tokens nearest to it, by cosine</em>'
+            f'<em>Quantized to code {token["id"]}; nearest text tokens by cosine</em>'
             f'<span>{near}</span></span>')
 
 def token_grid(
@@ -108,9 +108,9 @@ def token_grid(
     return (f'<div class="v2-tokens"><div class="v2-grid" '
             f'style="{look}">{"".join(cell(i, t) for i, t in enumerate(tokens))}</div></div>')
 
-# %% ../../nbs/apps/81_tokens_page.ipynb #aebf66a7
+# %% ../../nbs/apps/81_tokens_page.ipynb #4d1d42b0
 token_style = '''
-.v2-tokens {position: relative; display: flex; min-height: 304px}
+.v2-tokens {position: relative; display: flex; min-height: 330px}
 .v2-grid {display: grid; background-size: 100% 100%; border-radius: 6px; overflow: hidden; flex: none}
 .v2-cell {display: grid; place-content: center; cursor: pointer; box-shadow: inset 0 0 0 .5px #8888}
 .v2-cell input {position: absolute; opacity: 0; pointer-events: none}
@@ -133,7 +133,7 @@ token_style = '''
 .v2-card li u {display: block; height: 100%; background: var(--color-accent); border-radius: 4px}
 .v2-card li span {text-align: right; font-variant-numeric: tabular-nums}
 .v2-card .v2-others b {font-weight: 400; color: var(--body-text-color-subdued)}
-@media (max-width: 720px) {
+@media (max-width: 1000px) {
   .v2-tokens {padding-bottom: 320px; min-height: 0}
   .v2-card {left: 0; top: auto; bottom: 0}
 }

@@ -31,7 +31,7 @@ def main()->None:
     try: run_command(app)
     except SystemExit as e: leave(e.code)
 
-# %% ../../nbs/apps/85_cli.ipynb #a43d5bb0
+# %% ../../nbs/apps/85_cli.ipynb #36a71ada
 @app.command('demo')
 def demo_command(out:Out=Path('outputs/demo.png'), seed:Seed=0, model:Model=shipped_model):
     """Show what a model can do, on one sheet. Images from captions, captions from images, images from their ids; with
@@ -41,7 +41,6 @@ def demo_command(out:Out=Path('outputs/demo.png'), seed:Seed=0, model:Model=ship
     pipe = load_pipe(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     check_image_path(out)
-    say(f'loaded {model}')
     from v2flow_nbdev.apps.demos import demo
     from v2flow_nbdev.evaluation.metrics import score_table
     with running(): shown, scores, targets, remark = demo(pipe, seed)
@@ -125,7 +124,7 @@ def caption_command(image:ImageFile, model:Model=shipped_model, as_json:Json=Fal
     text = pipe.caption(opened)
     report(as_json, dict(image=str(image), caption=text), text)
 
-# %% ../../nbs/apps/85_cli.ipynb #68c16eb6
+# %% ../../nbs/apps/85_cli.ipynb #1fcfa16b
 @app.command('evaluate')
 def evaluate_command(
     model:Annotated[Optional[str], typer.Option('--model', help='A pipeline folder, or a Hub id. Default: the one that '
@@ -140,8 +139,9 @@ def evaluate_command(
     "Measure all scores of a model. For data that have a judge."
     model = find_model(model or f'data/checkpoints/{data}')
     pipe = load_pipe(model)
-    from v2flow_nbdev.apps.demos import measure
+    from v2flow_nbdev.apps.demos import check_data, measure
     from v2flow_nbdev.evaluation.metrics import score_table
+    check_data(data, pipe, model)
     with running(): scores, targets = measure(data, pipe, model, per_digit, n, seed)
     print(json.dumps(scores) if as_json else score_table(scores, targets))
 

@@ -1,7 +1,7 @@
 .PHONY: help setup demo test test-all check golden bench lab execute readme
 PYTHON ?= python3
 BIN := .venv/bin
-LONGEST := 54_emoji|81_cli
+LONGEST := 54_emoji|82_app|85_cli
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoTokenizer
-from v2flow_nbdev.apps.cli import read_recipe
+from v2flow_nbdev.apps.commands import read_recipe
 from v2flow_nbdev.data.batches import ImageBatches
 from v2flow_nbdev.evaluation.metrics import tokenizer_scores
 from v2flow_nbdev.models.resampler import VocabularyResampler

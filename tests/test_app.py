@@ -50,17 +50,17 @@ def user(server, browser):
         page.set_default_timeout(60_000)
         page.on('request', lambda r: asked.append(r.url))
         page.goto(f'http://127.0.0.1:{port}/')
-        page.wait_for_selector('#v2-draw')
+        page.wait_for_selector('#v2-generate')
         return page
     yield come
     for c in contexts: c.close()
     assert {u for u in asked if not u.startswith((f'http://127.0.0.1:{port}/', 'data:', 'blob:'))} == set()
 
-def draw(page, caption, **settings):
+def generate(page, caption, **settings):
     for label, value in settings.items():
         page.get_by_label(f'number input for {label.capitalize()}').locator('visible=true').fill(str(value))
     page.fill('#v2-caption textarea', caption)
-    page.click('#v2-draw')
+    page.click('#v2-generate')
 
 def until(page, where, text, seconds=60):
     "Wait for a text, and give the whole of what is there"
@@ -68,36 +68,36 @@ def until(page, where, text, seconds=60):
                            arg=[where, text], timeout=1000*seconds)
     return page.inner_text(where)
 
-def shown_images(page, where='#v2-drawn'):
+def shown_images(page, where='#v2-generated'):
     sources = page.eval_on_selector_all(f'{where} img', 'all => all.map(i => i.src)')
     return [Image.open(io.BytesIO(base64.b64decode(s.partition(',')[2]))).convert('L') for s in sources]
 
 def spread(image): return image.getextrema()[1] - image.getextrema()[0]
 
 def upload(page, file):
-    page.click('[role=tab]:has-text("Image → words")')
+    page.click('[role=tab]:has-text("Image → tokens")')
     page.set_input_files('#v2-picker input', file)
 
 @needs_browser
 def test_a_caption_becomes_images(user):
     page = user()
-    draw(page, 'a handwritten seven', images=3)
-    assert until(page, '#v2-drawing-status', 'each') == '“a handwritten seven”: 3 images, 16 words each.'
+    generate(page, 'a handwritten seven', images=3)
+    assert until(page, '#v2-generate-status', 'each') == '“a handwritten seven”: 3 images, 16 tokens each.'
     made = shown_images(page)
     assert len(made) == 3 and all(i.size == (8, 8) and spread(i) > 100 for i in made)
     assert not page.locator('footer').locator('visible=true').count()
     # and the first of them goes on to the other tab
-    page.click('[role=tab]:has-text("Image → words")'); page.click('#v2-last')
-    until(page, '#v2-reading-status', '16 tokens')
+    page.click('[role=tab]:has-text("Image → tokens")'); page.click('#v2-last')
+    until(page, '#v2-encode-status', '16 tokens')
     assert spread(shown_images(page, '#v2-answer')[0]) > 100
 
 @needs_browser
-def test_a_image_becomes_tokens_and_words(user, server, tmp_path):
+def test_an_image_becomes_tokens_and_a_caption(user, server, tmp_path):
     from v2flow_nbdev.data.sources import digits
     digits('test')[0]['image'].resize((200, 120)).save(tmp_path/'digit.png')
     page = user()
     upload(page, tmp_path/'digit.png')
-    until(page, '#v2-reading-status', '16 tokens')
+    until(page, '#v2-encode-status', '16 tokens')
     cells = page.locator('.v2-cell')
     assert cells.count() == 16 and spread(shown_images(page,
                                                    '#v2-answer')[
@@ -107,7 +107,7 @@ def test_a_image_becomes_tokens_and_words(user, server, tmp_path):
     cells.nth(2).hover(); assert shown() == [2, 10]
     cells.nth(5).click(); page.mouse.move(5, 5); assert shown() == [5]
     text = cells.nth(5).locator('.v2-card').inner_text()
-    assert 'row 2, column 2' in text and 'The resampler reads it as' in text and re.search(r'␣\w+',
+    assert 'row 2, column 2' in text and 'Mixture of text tokens' in text and re.search(r'␣\w+',
         text) and '%' in text
     assert not files_in(server[1])                                                 # the upload never was a file
 
@@ -117,8 +117,8 @@ def test_wrong_input_is_answered_in_sentences(user, server, tmp_path):
     for caption, why in (('', 'The caption is empty'),
                          ('seven '*100, 'The caption has 600 characters; this page takes 500'),
                          ('7 '*200, 'tokens is too long')):
-        draw(page, caption)
-        assert why in until(page, '#v2-drawing-status .v2-error', why) and not shown_images(page)
+        generate(page, caption)
+        assert why in until(page, '#v2-generate-status .v2-error', why) and not shown_images(page)
     whole = io.BytesIO(); Image.effect_noise((64, 64), 50).save(whole, 'PNG')
     Image.new('1', (20_000, 20_000)).save(tmp_path/'bomb.png')
     for name, content, why in (('broken.png', whole.getvalue()[:500], 'damaged or truncated'),
@@ -126,24 +126,24 @@ def test_wrong_input_is_answered_in_sentences(user, server, tmp_path):
                                ('big.png', bytes(21*2**20), 'larger than 20 MB'), ('bomb.png', None, 'far too large')):
         if content is not None: (tmp_path/name).write_bytes(content)
         upload(page, tmp_path/name)
-        assert until(page, '#v2-reading-status .v2-error', why).startswith('The image cannot be used: ')
+        assert until(page, '#v2-encode-status .v2-error', why).startswith('The image cannot be used: ')
     assert not page.locator('.v2-cell').count() and not files_in(server[1])
 
 @needs_browser
 def test_two_at_once_a_third_waits_and_all_can_stop(user):
     slow = dict(images=16, rounds=16, steps=100)
     first, second, third = user(), user(), user()
-    draw(first, 'the digit 3', **slow); until(first, '#v2-drawing-status', 'Revealing')
-    draw(second, 'a six', images=1); until(second, '#v2-drawing-status', '1 image,')
+    generate(first, 'the digit 3', **slow); until(first, '#v2-generate-status', 'Decoding')
+    generate(second, 'a six', images=1); until(second, '#v2-generate-status', '1 image,')
     # still at it, and what there is can be seen
-    assert 'Revealing' in first.inner_text('#v2-drawing-status') and len(shown_images(first)) == 16
-    draw(second, 'the digit 8', **slow); until(second, '#v2-drawing-status', 'Revealing')
-    draw(third, 'a two', images=1); assert 'Waiting' in until(third, '#v2-drawing-status', 'Waiting')
-    first.click('#v2-stop-drawing'); until(first, '#v2-drawing-status', 'Stopped.')
-    until(third, '#v2-drawing-status', '1 image,')                               # its place was free at once:
-    assert 'Revealing' in second.inner_text('#v2-drawing-status')                  # the other is still at its work
+    assert 'Decoding' in first.inner_text('#v2-generate-status') and len(shown_images(first)) == 16
+    generate(second, 'the digit 8', **slow); until(second, '#v2-generate-status', 'Decoding')
+    generate(third, 'a two', images=1); assert 'Waiting' in until(third, '#v2-generate-status', 'Waiting')
+    first.click('#v2-generate-stop'); until(first, '#v2-generate-status', 'Stopped.')
+    until(third, '#v2-generate-status', '1 image,')                               # its place was free at once:
+    assert 'Decoding' in second.inner_text('#v2-generate-status')                  # the other is still at its work
     second.close()                                                                 # whoever leaves stops too
-    draw(first, 'a one', images=1); until(first, '#v2-drawing-status', '“a one”: 1 image,')
+    generate(first, 'a one', images=1); until(first, '#v2-generate-status', '“a one”: 1 image,')
 
 def test_the_server_takes_no_files_and_no_floods(server):
     def post(path, headers, body=b''):
@@ -156,6 +156,12 @@ def test_the_server_takes_no_files_and_no_floods(server):
     assert post('/gradio_api/queue/join', {'Content-Length': str(10**9)}) == 413
     assert post('/gradio_api/queue/join', {'Transfer-Encoding': 'chunked'}, b'0\r\n\r\n') == 413
     assert not files_in(server[1])
+
+def test_a_folder_that_is_no_model_ends_the_command(tmp_path):
+    "At once: no thread of the page's framework is waited for"
+    process = v2flow_app('--model', tmp_path, '--port', 0, folder=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and err.count('\n') == 1 and 'model_index.json: missing' in err and not out, err
 
 def test_a_port_that_cannot_be_had(server, tmp_path):
     for port, code, why in ((server[0], 1, f'127.0.0.1:{server[0]}: cannot be listened on (address already in use); '

@@ -78,7 +78,7 @@ def make_files(f):
     (f/'odd.yaml').write_text('colour: red')
     (f/'list.yaml').write_text('- 1'); (f/'numbers.yaml').write_text('1: 2\ncolour: red')
     (f/'read_only').mkdir(); (f/'read_only').chmod(0o500)
-    (f/'held/checkpoints/step-00000010').mkdir(parents=True)
+    (f/'held/checkpoints/step-00000010').mkdir(parents=True); (f/'held/model').mkdir()
     (f/'images').mkdir(); good.save(f/'images/a.png'); (f/'images/b.png').write_text('broken')
     (f/'nothing').mkdir()
 
@@ -133,6 +133,8 @@ cases = {  # name: (arguments, exit code, what the line must contain)
     'ids file binary': (('decode', '{f}/binary.json', *O), 1, 'binary.json: cannot be read as JSON'),
     'ids file nested without end': (('decode', '{f}/deep.json', *O), 1, 'deep.json: cannot be read as JSON'),
     'ids file missing': (('decode', '{f}/none.json', *O), 1, 'none.json: no such file'),
+    'ids file is a folder': (('decode', '{f}', *O), 1, 'a folder, not a JSON file'),
+    'ids file is text': (('decode', '{f}/text.png', *O), 1, 'needs what `v2flow encode` prints'),
     'out in a missing folder': (('generate', 'a six', '--out', '{f}/no/x.png'), 1, 'does not exist'),
     'out is a folder': (('generate', 'a six', '--out', '{f}'), 1, 'is a folder'),
     'out is no image': (('generate', 'a six', '--out', '{f}/x.docx'), 2, 'no image format'),
@@ -142,6 +144,22 @@ cases = {  # name: (arguments, exit code, what the line must contain)
     'seed too large': (('generate', 'a six', '--seed', '18446744073709551616', *O), 2, '--seed'),
     'unknown command': (('paint',), 2, 'paint'),
     'unknown option': (('generate', 'a six', '--colour', 'red'), 2, '--colour'),
+    'which help to read': (('generate', 'a six', '--sed', '1'), 2, '--seed, --size) (see v2flow generate --help)'),
+    'a caption without quotes': (('generate', 'a', 'six'), 2, 'put a text with blanks in quotes'),
+    'a setting with dashes': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run',
+                               '--training.steps=3'), 2, 'settings are written without dashes'),
+    'a run in place of its model': (('generate', 'a six', '--model', '{f}/held', *O), 1, 'its model lies in {f}/held/model'),
+    'a folder that is no tokenizer': (('encode', '{f}/good.png', '--model', '{f}/images'), 1, 'config.json: missing'),
+    'a page of no model': (('app', '--model', '{f}/empty_model', '--port', '0'), 1, 'model_index.json: missing'),
+    'a demo of other images': (('demo', '--model', f'{shipped.parent}/shapes', *O), 1, 'the demo shows 8×8 digits'),
+    'run folder is a file': (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', '{f}/ok.json'), 1,
+                             'ok.json: is a file'),
+    'ids folder is a file': (('encode-dataset', '--config', 'configs/digits-llm.yaml', '--out', '{f}/ok.json'), 1,
+                             'ok.json: is a file'),
+    'an autoencoder that is not there': (('train-decoder', '--config', 'configs/emoji-decoder.yaml', '--dry-run',
+                                          f'image_tokenizer={shipped}/image_tokenizer'), 1, 'no decoder to train'),
+    'config of another subcommand': (('train-tokenizer', '--config', 'configs/digits-llm.yaml', '--out', '{f}/run'), 2,
+                                     'unknown settings generation'),
     'config missing': (('train-llm', '--config', '{f}/none.yaml', '--out', '{f}/run'), 1, 'none.yaml: cannot be read'),
     'config not YAML': (('train-tokenizer', '--config', '{f}/not.yaml', '--out', '{f}/run'), 1, 'not.yaml: not YAML'),
     'config is a list': (('train-tokenizer', '--config', '{f}/list.yaml', '--out', '{f}/run'), 1, 'needs the sections'),
@@ -307,11 +325,12 @@ def results(tmp_path_factory):
     done = {**halves[0], **halves[1]}
     new = {p for p in f.rglob('*')} - before
     (f/'read_only').chmod(0o700)
-    return done, new
+    return done, new, str(f)
 
 @pytest.mark.parametrize('name', cases)
 def test_one_clear_line(results, name):
     args, code, contains = cases[name]
+    contains = contains.replace('{f}', results[2])
     if name == 'out not writable' and os.geteuid() == 0: pytest.skip('root may write anywhere')
     done = results[0][name]
     assert done.returncode == code, done.stderr
@@ -331,5 +350,9 @@ def test_a_missing_model_of_the_hub_is_one_line(tmp_path):
 
 def test_help_is_complete():                                          # that it is quick: see test_structure
     done = v2flow('--help'); assert done.returncode == 0
-    for command in 'demo generate reconstruct encode decode caption pretrain-llm train-tokenizer train-llm evaluate app'.split():
-        assert command in done.stdout
+    from v2flow_nbdev.apps.cli import app
+    names = [c.name for c in app.registered_commands]
+    assert {'demo', 'generate', 'train-llm'} <= set(names)
+    for name in names:                                                # each with its first sentence, whole
+        line, = [l for l in done.stdout.splitlines() if l.split()[:1] == [name]]
+        assert line.endswith('.') and not line.endswith('...'), line

@@ -365,7 +365,7 @@ def restored(back, real):
 def pretrain_llm_command(config:Config, out:RunFolder=None, overrides:Overrides=None, resume:Resume=False,
                          dry_run:DryRun=False):
     "Train a small LLaMA on captions, and on other text if there is any."
-    from v2flow_nbdev.training.llm_recipes import PretrainRecipe, pretrain_llm, pretraining_text
+    from v2flow_nbdev.training.text_recipes import PretrainRecipe, pretrain_llm, pretraining_text
     recipe = read_recipe(config, overrides, PretrainRecipe)
     if dry_run:
         from v2flow_nbdev.training.costs import llm_plan

@@ -9,6 +9,7 @@ __all__ = ['DataConfig', 'load_data']
 import os, torch
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from inspect import signature
+from pathlib import Path
 from typing import get_args
 from ..base.files import Report
 from ..base.folders import config_from_dict
@@ -19,7 +20,6 @@ from ..data.hub import hub
 from ..data.batches import reason_unusable, unusable_example
 from ..data.shapes import shapes
 from .checkpoints import checkpoints
-from .config import check_range
 from .processes import start_processes
 
 # %% ../../nbs/training/45_recipes.ipynb #21e0b880
@@ -197,6 +197,14 @@ def all_captions(examples):
     "All captions of the data; of a stream, those of its first 10,000 examples"
     return sorted({c for captions in captions_of(examples if hasattr(examples, '__len__') else examples.take(10_000))
                    for c in captions if c})
+
+# %% ../../nbs/training/45_recipes.ipynb #6aba65dc
+def text_lines(path):
+    "(lines to train on, at most 500 held-out lines) of a file with one text a line"
+    try: lines = [l.strip() for l in Path(path).read_text(encoding='utf-8').splitlines() if l.strip()]
+    except (OSError, UnicodeDecodeError) as e: raise RunFailed(f"{path}: cannot be read as text ({e})") from None
+    if len(lines) < 50: raise RunFailed(f"{path}: {len(lines)} lines of text; at least 50 are needed")
+    return [l for i,l in enumerate(lines) if i % 50], usable_sample(lines[::50], 500)
 
 # %% ../../nbs/training/45_recipes.ipynb #98bd108e
 def check_run(

@@ -115,7 +115,7 @@ def llm_plan(
     codebook_size:int, # K
     text:int,        # text tokens beside an image
     pack:int=0,      # tokens of a packed sequence
-    trained:float=1., # share of the parameters that is trained
+    trained:float=1., # fraction of the parameters that is trained
 )->str:
     "What a training of a language model takes"
     n, gib = max(1, training.processes), 2**30

@@ -9,7 +9,8 @@ from conftest import Shell, root, shipped
 from v2flow_nbdev.training import checkpoints as saving, optimizers, processes
 from v2flow_nbdev.training.checkpoints import RunLog, checkpoints
 from v2flow_nbdev.training.config import TrainConfig
-from v2flow_nbdev.training.loop import make_loader, train
+from v2flow_nbdev.training.loop import train
+from v2flow_nbdev.training.processes import make_loader
 
 config = TrainConfig(steps=4, batch_size=2, trackers=[], mixed_precision='no', lr=0.1)
 

@@ -30,7 +30,7 @@ def test_more_text_than_captions(tmp_path):
 
 def lines(folder):
     "The log, without what a clock says"
-    return [{k: v for k,v in json.loads(l).items() if k not in ('seconds', 'rows_per_s')}
+    return [{k: v for k,v in json.loads(l).items() if k not in ('seconds', 'examples_per_s')}
             for l in (folder/'log.jsonl').read_text().splitlines()]
 
 def test_killed_and_resumed_is_the_same_run(text, tmp_path):
@@ -56,7 +56,7 @@ def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(text, tmp_path):
     saved = max(tmp_path.glob('checkpoints/step-*'))
     assert process.returncode == 128 + signal.SIGTERM and err.strip(
         ).splitlines(
-            )[-1] == f'v2flow: SIGTERM after step {int(saved.name[5:])}, which is saved: go on with --resume', err
+            )[-1] == f'v2flow: SIGTERM after step {int(saved.name[5:])}, which is saved: continue with --resume', err
     content = bytearray((saved/'optimizer.safetensors').read_bytes())
     content[-1] ^= 1; (saved/'optimizer.safetensors').write_bytes(content)
     done = v2flow(*args, '--resume')
@@ -242,11 +242,11 @@ def test_on_an_autoencoder_and_from_a_cache(text, tmp_path):
     assert torch.equal(learned.encode(images), ids) and learned.codebook_checksum == tok.codebook_checksum
     assert (learned.decode(ids, generator=seed()) - tok.decode(ids, generator=seed())).abs().mean() > 1e-3
     from safetensors.torch import load_file
-    # what is kept is the running average
-    average = load_file(tmp_path/'decoder/checkpoints/step-00000004/average.safetensors')
+    # what is kept is the EMA
+    ema = load_file(tmp_path/'decoder/checkpoints/step-00000004/ema.safetensors')
     for part, m in dict(decoder=learned.latents.model.decoder, masked=learned.masked,
                         velocity=learned.velocity).items():
-        for n, p in m.named_parameters(): assert torch.equal(p, average[f'{part}.{n}']), (part, n)
+        for n, p in m.named_parameters(): assert torch.equal(p, ema[f'{part}.{n}']), (part, n)
     assert any(not torch.equal(a, b) for a, b in zip(learned.velocity.parameters(), tok.velocity.parameters()))
     done = shell('train-decoder', '--config', config, '--out', tmp_path/'half', 'decoder.save_dtype=float16',
                  'training.evaluate_every=0')

@@ -175,6 +175,7 @@ def training_subcommand(
         return parts
     return make
 
+<<<<<<< HEAD
 # %% ../../nbs/apps/85_cli.ipynb #4a55b1d7
 @training_subcommand('pretrain-llm')
 def pretraining():
@@ -182,6 +183,30 @@ def pretraining():
     from v2flow_nbdev.training.costs import llm_plan
     from v2flow_nbdev.training.llm_recipes import PretrainRecipe, pretrain_llm, pretraining_text
     def plan(recipe):
+=======
+def run_folder(out, resume, recipe):
+    "Checked before anything heavy is done"
+    from v2flow_nbdev.training.recipes import check_run
+    if not out: raise typer.BadParameter('a folder for the run is needed', param_hint='--out')
+    check_run(out, resume or recipe.training.resume)
+    quiet()
+
+def restored(back, real):
+    "Scores of restored images"
+    from v2flow_nbdev.evaluation.metrics import fidelity
+    return {name: values.mean().item() for name, values in fidelity(back, real).items()}
+
+# %% ../../nbs/apps/81_cli.ipynb #50af2560
+@app.command('pretrain-llm')
+def pretrain_llm_command(config:Config, out:RunFolder=None, overrides:Overrides=None, resume:Resume=False,
+                         dry_run:DryRun=False):
+    "Train a small LLaMA on captions, and on other text if there is any."
+    from v2flow_nbdev.training.text_recipes import PretrainRecipe, pretrain_llm, pretraining_text
+    recipe = read_recipe(config, overrides, PretrainRecipe)
+    if dry_run:
+        from v2flow_nbdev.training.costs import llm_plan
+        quiet()
+>>>>>>> 3dd305a84fb27a877dad771808120d5a3666b821
         model, _, examples, _, _ = pretraining_text(recipe)
         length = round(sum(len(p) + len(t) for p, t in examples)/len(examples))
         return llm_plan(model.config, recipe.training, [], 0, length)

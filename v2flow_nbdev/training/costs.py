@@ -23,7 +23,7 @@ def costs(
     # parameters of each part; FLOPs of a training step and of a decode; bytes of the state and of what backward needs
 )->dict:
     """What a tokenizer takes, counted on the meta device, where nothing is allocated. A training step counts forward
-    and backward with every position hidden, the dearest case; its memory is counted in float32 (about half under
+    and backward with every position hidden, the worst case; its memory is counted in float32 (about half under
     bf16 autocast)"""
     from torch.utils.flop_counter import FlopCounterMode
     with torch.device('meta'):
@@ -44,13 +44,19 @@ def costs(
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): loss = lesson.train()(latents=latents).loss
         loss.backward()
     kept_bytes = sum(kept.values()) - sum(scores)
+    n = batch_size*config.grid[0]*config.grid[1]
     with FlopCounterMode(display=False) as decode:
-        model.eval().decode_latents(torch.zeros(batch_size, config.grid[0]*config.grid[1], dtype=torch.long))
+        model.eval().decode_latents(torch.zeros(batch_size, n//batch_size, dtype=torch.long), n_steps=1)
+    latents = n*config.pool**2
+    with FlopCounterMode(display=False) as step, torch.device('meta'), torch.no_grad():
+        model.velocity(torch.empty(latents, config.channels), torch.empty(latents), torch.empty(latents, config.dim))
+    branches = 1 if config.guidance_scale == 1 else 2  # guidance needs the null condition too
+    decode_flops = decode.get_total_flops() + (config.n_steps - 1)*branches*step.get_total_flops()
     parts = [*model.named_children(), ('aux_decoder', lesson.aux_decoder)]
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts}
     tables = 4*sum(t.numel() for t in (model.vocab, *model.quantizer.buffers()))
     return dict(parameters={n: p for n,p in parameters.items() if p}, train_flops=train.get_total_flops(),
-                decode_flops=decode.get_total_flops(),
+                decode_flops=decode_flops,
                 state_bytes=5*4*sum(parameters.values()) + tables, kept_bytes=kept_bytes)
 
 # %% ../../nbs/training/44_costs.ipynb #28673caf
@@ -60,16 +66,16 @@ def llm_costs(
     codebook_size:int,     # K
     text:int=64,           # text tokens beside an image
     pack:int=0,            # tokens of a sequence, if short ones are packed
-    trained:float=1.,      # share of the weights that learns
+    trained:float=1.,      # fraction of the parameters that is trained
     batch_size:int=8,      # sequences per forward and process
     processes:int=1,       # GPUs
-    shards:bool=False,     # FSDP: weights, gradients, AdamW and average in equal parts over the processes
+    shards:bool=False,     # FSDP: parameters, gradients, AdamW and EMA in equal parts over the processes
     recompute:bool=False,  # activation checkpointing
     # parameters; for each grid {tokens, flops: of a training step per token, state, gathered, activations, logits:
     # bytes per process}
 )->dict:
-    """What a training takes, counted on the meta device, where nothing is allocated. Weights and average are
-    float32, and so are gradients and AdamW's two moments of what learns; activations bf16, 34 bytes per position,
+    """What a training takes, counted on the meta device, where nothing is allocated. Parameters and EMA are
+    float32, and so are gradients and AdamW's two moments of what is trained; activations bf16, 34 bytes per position,
     width and block (Korthikanti et al., arXiv 2205.05198, without scores), logits float32 too"""
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModelForCausalLM
@@ -90,12 +96,12 @@ def llm_costs(
         with torch.device('meta'), FlopCounterMode(display=False) as counter:
             model(input_ids=torch.zeros(1, length, dtype=torch.long), attention_mask=torch.ones(1, 1, length, length,
                 dtype=torch.bool), use_cache=False)
-        rows, width, depth = batch_size*length, shape.hidden_size, shape.num_hidden_layers
+        positions, width, depth = batch_size*length, shape.hidden_size, shape.num_hidden_layers
         found[h, w] = dict(tokens=length, flops=counter.get_total_flops()/length*(4 if recompute else 3),
                            state=(8 + 12*trained)*n/(processes if shards else 1),
             gathered=4*(loose + 2*max(blocks, default=0)) if shards else 0,
-            activations=rows*width*(4*depth + 34 if recompute else 34*depth),
-            logits=rows*model.get_output_embeddings().weight.shape[0]*10)  # bf16, float32, and the float32 gradient
+            activations=positions*width*(4*depth + 34 if recompute else 34*depth),
+            logits=positions*model.get_output_embeddings().weight.shape[0]*10)  # bf16, float32, float32 gradient
     return dict(parameters=n, tables=model.get_input_embeddings().weight.numel()*(1
         if shape.tie_word_embeddings else 2), grids=found)
 
@@ -109,24 +115,24 @@ def llm_plan(
     codebook_size:int, # K
     text:int,        # text tokens beside an image
     pack:int=0,      # tokens of a packed sequence
-    trained:float=1., # share of the parameters that is trained
+    trained:float=1., # fraction of the parameters that is trained
 )->str:
     "What a training of a language model takes"
     n, gib = max(1, training.processes), 2**30
     c = llm_costs(config, grids or [(0, 0)], codebook_size, text, pack, trained, training.batch_size, n, training.fsdp,
                   training.activation_checkpointing)
-    lines = ([f'a language model of {c["parameters"]/1e6:,.2f} M parameters, {c["tables"]/1e6:,.2f} M of them '
-              f'embeddings' + (', of which new rows and about 2 % low-rank updates learn'
-                               if 0 < trained < 1 else ', of which new rows alone learn'*(not trained)),
-             f'{n} process{"es" if n > 1 else ""}, {"each with a share of" if training.fsdp else "each with all"} '
-             f'parameters, gradients, AdamW and average'
-             + ', activations computed twice'*training.activation_checkpointing])
+    lines = [f'a language model of {c["parameters"]/1e6:,.2f} M parameters, {c["tables"]/1e6:,.2f} M of them '
+              f'embeddings' + (', of which new embeddings and about 2 % low-rank updates are trained'
+                               if 0 < trained < 1 else ', of which new embeddings alone are trained'*(not trained)),
+             f'{n} process{"es" if n > 1 else ""}, {"each with a shard of" if training.fsdp else "each with all"} '
+             f'parameters, gradients, AdamW and EMA'
+             + ', activations computed twice'*training.activation_checkpointing]
     parts = dict(state='state', gathered='gathered shards', activations='activations in bf16', logits='logits')
     for (h, w), g in c['grids'].items():
-        rows = training.batch_size*training.gradient_accumulation_steps*n
-        flops = rows*g['tokens']*g['flops']
+        sequences = training.batch_size*training.gradient_accumulation_steps*n
+        flops = sequences*g['tokens']*g['flops']
         lines += ([f'{f"{h*w:,} visual tokens and {text} of text" if h else f"{text} tokens of text"}: '
-                  f'{rows*g["tokens"]:,} tokens per step '
+                  f'{sequences*g["tokens"]:,} tokens per step '
                   f'({n}×{training.batch_size}×{training.gradient_accumulation_steps} sequences of {g["tokens"]:,})',
             f'  {flops/1e12:,.3g} TFLOP per step; {training.steps:,} steps: {training.steps*flops/1e18:,.3g} EFLOP',
             f'  memory per process: {sum(g[k] for k in parts)/gib:,.3g} GiB = '
@@ -151,19 +157,19 @@ def autoencoder_plan(
                       f'{count*grid[1]*grid[2]:,} latents per step and process '
                       f'({training.batch_size}×{training.gradient_accumulation_steps} images)',
         f'{flops/1e12:,.3g} TFLOP per step; {training.steps:,} steps: {training.steps*flops/1e18:,.3g} EFLOP in each '
-        f'process', f'memory: {20*n/2**30:,.3g} GiB for parameters, gradients, AdamW and average'])
+        f'process', f'memory: {20*n/2**30:,.3g} GiB for parameters, gradients, AdamW and EMA'])
 
 def tokenizer_plan(
     shape:V2FlowConfig,      # of the tokenizer
     training,                # a `TrainConfig`
-    vocabulary:str,          # a language model, whose table is looked at where the shape does not tell its size
+    vocabulary:str,          # a language model, whose table is read where the shape does not tell its size
     tuning:TokenizerTrainingConfig|None=None, # None: its defaults
 )->str:
     "What a training of the image tokenizer takes"
     if not shape.vocab_size:
         table = Vocabulary.from_pretrained(vocabulary).embeddings
         shape = replace(shape, vocab_size=table.shape[0], vocab_dim=table.shape[1])
-    c, one = costs(shape, training.batch_size, tuning), costs(shape, 1, tuning)
+    c = costs(shape, training.batch_size, tuning)
     c['train_flops'] *= training.gradient_accumulation_steps
     parts, gib = c['parameters'], 2**30
     return '\n'.join([f'image {shape.image_size[0]}×{shape.image_size[1]} → {shape.grid[0]}×{shape.grid[1]} tokens of '
@@ -174,6 +180,6 @@ def tokenizer_plan(
         f'process ({training.batch_size}×{training.gradient_accumulation_steps} images): {c["train_flops"]/1e12:,.3g} '
         f'TFLOP; {training.steps:,} steps: {training.steps*c["train_flops"]/1e18:,.3g} EFLOP in each process',
         f'decoding one image ({shape.n_iter} rounds × {shape.n_steps} steps, guidance {shape.guidance_scale:g}): '
-        f'{one["decode_flops"]/1e12:,.3g} TFLOP',
-        f'memory: {c["state_bytes"]/gib:,.3g} GiB for parameters, gradients, AdamW, average, codebook and vocabulary; '
+        f'{c["decode_flops"]/training.batch_size/1e12:,.3g} TFLOP',
+        f'memory: {c["state_bytes"]/gib:,.3g} GiB for parameters, gradients, AdamW, EMA, codebook and vocabulary; '
         f'{c["kept_bytes"]/gib:,.3g} GiB for backward in float32, about half in bf16'])

@@ -66,7 +66,7 @@ def masked_flow_loss(
 # %% ../../nbs/models/18_tokenizer_training.ipynb #4b616da2
 @dataclass
 class TokenizerTrainingConfig:
-    "How an image tokenizer is trained: what is annealed and when, and the losses. Moments are fractions of the training"
+    "How an image tokenizer is trained: what is annealed and when, and the losses. Moments are fractions of the run"
     noise:float=1.             # weight of the Gumbel noise at the start, annealed to 0 by 0.8 · `freeze_codes_at`
     tau_start:float=1.         # softmax temperature at the start, annealed to the tokenizer's `tau` by then
     quantize_from:float=0.1    # when k-means makes the codebook; until then mixtures pass unquantized

@@ -4,7 +4,8 @@ The names below are what most programs need; each is imported with its module wh
 __version__ = "0.1.0"
 
 _modules = {
-    'V2Flow': 'models.tokenizer', 'V2FlowConfig': 'models.tokenizer', 'TokenizerTraining': 'models.tokenizer_training',
+    'V2Flow': 'models.tokenizer', 'V2FlowConfig': 'models.tokenizer_config',
+    'TokenizerTraining': 'models.tokenizer_training',
     'AutoencoderLatents': 'models.latents', 'Vocabulary': 'models.vocabulary',
     'VocabularyResampler': 'models.resampler', 'VectorQuantizer': 'models.quantizer',
     'VisualTokens': 'language.visual_tokens',

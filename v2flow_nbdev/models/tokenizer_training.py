@@ -22,8 +22,7 @@ from .tokenizer import V2Flow
 
 # %% ../../nbs/models/18_tokenizer_training.ipynb #2a19c031
 class AuxiliaryDecoder(nn.Module):
-    """Codes at their places → latents by regression: an auxiliary decoder, which teaches the codes (ours; not used
-    to decode)"""
+    """Codes at their positions → latents by regression: teaches the codes (ours; not used to decode)"""
     def __init__(self,
         channels:int,    # C, of a latent
         code_dim:int,    # E, of a code
@@ -49,12 +48,12 @@ def masked_flow_loss(
     codes:torch.Tensor,        # (B, Nc, E)
     z:torch.Tensor,            # latents, (B, N, C)
     grid:tuple,                # (h, w) of the latents
-    mask_ratio_min:float=0.7,  # least share hidden
-    code_dropout:float=0.1,    # share of images with the null condition
+    mask_ratio_min:float=0.7,  # smallest mask ratio
+    code_dropout:float=0.1,    # fraction of images with the null condition
     n_draws:int=4,             # noise and time draws per hidden position
     generator:torch.Generator|None=None,  # draws masks, dropped images, noise and times
 )->torch.Tensor:               # scalar
-    "Hide a random share of the positions and score the velocity there, and only there"
+    "Hide a random fraction of the positions and score the velocity there, and only there"
     b, n, _ = z.shape
     n_hidden = max(1, round(n*sample_mask_ratio(mask_ratio_min, generator=generator)))
     orders = random_orders(b, n, generator, z.device)
@@ -67,14 +66,14 @@ def masked_flow_loss(
 # %% ../../nbs/models/18_tokenizer_training.ipynb #4b616da2
 @dataclass
 class TokenizerTrainingConfig:
-    "How an image tokenizer is trained: what is annealed and when, and the losses. Moments are shares of the training"
+    "How an image tokenizer is trained: what is annealed and when, and the losses. Moments are fractions of the run"
     noise:float=1.             # weight of the Gumbel noise at the start, annealed to 0 by 0.8 · `freeze_codes_at`
     tau_start:float=1.         # softmax temperature at the start, annealed to the tokenizer's `tau` by then
     quantize_from:float=0.1    # when k-means makes the codebook; until then mixtures pass unquantized
     freeze_codes_at:float=0.4  # when resampler and codebook are frozen; from then on only the flow decoder is trained
     aux_decoder_width:int=64   # of the auxiliary decoder, divisible by 4
-    mask_ratio_min:float=0.7   # least share of positions hidden
-    code_dropout:float=0.1     # share of images with the null condition
+    mask_ratio_min:float=0.7   # smallest mask ratio
+    code_dropout:float=0.1     # fraction of images with the null condition
     n_draws:int=4              # draws of noise and time for each hidden position
 
     def __post_init__(self):
@@ -88,19 +87,9 @@ class TokenizerTrainingConfig:
             raise ValueError(f"n_draws={self.n_draws}: needs at least 1"
                              if self.n_draws < 1 else f"noise={self.noise}: needs 0 or more")
 
-# %% ../../nbs/models/18_tokenizer_training.ipynb #eff7e88b
-@dataclass
-class V2FlowOutput:
-    "What a training step's forward gives"
-    loss:torch.Tensor             # what is minimised: the sum of the three below
-    flow_loss:torch.Tensor        # velocity error at hidden positions
-    aux_loss:torch.Tensor         # regression error of the latents from the codes alone
-    commitment_loss:torch.Tensor  # distance of the mixtures from their codes
-    ids:torch.Tensor|None         # (B, N), None until there is a codebook
-
 # %% ../../nbs/models/18_tokenizer_training.ipynb #e09ec3f3
-class TokenizerTraining(nn.Module):
-    "An image tokenizer in training: the auxiliary decoder, what is annealed, and the losses. What remains is `tok`"
+class _Schedule(nn.Module):
+    "What changes while a tokenizer is trained"
     _no_split_modules = V2Flow._no_split_modules
     def __init__(self,
         tok:V2Flow,                                # trained in place
@@ -112,13 +101,8 @@ class TokenizerTraining(nn.Module):
                                             c.pool)
         self.before_step(0.)
 
-    def gradient_checkpointing_enable(self)->None:
-        "Activations of the transformer blocks are computed twice instead of kept"
-        for m in self.modules():
-            if isinstance(m, Block): m.recompute = True
-
     def before_step(self,
-        progress:float,  # share of training done, in [0, 1]
+        progress:float,  # fraction of training done, in [0, 1]
     )->None:
         "Set what changes over training: the Gumbel noise, τ, and whether the codes are frozen"
         c, tau, self.progress = self.config, self.tok.config.tau, progress
@@ -134,6 +118,24 @@ class TokenizerTraining(nn.Module):
         elif self.progress >= self.config.quantize_from: self.tok.quantizer.init_codebook()
         else: self.tok.quantizer.collected.clear()
 
+    def gradient_checkpointing_enable(self)->None:
+        "Activations of the transformer blocks are computed twice instead of kept"
+        for m in self.modules():
+            if isinstance(m, Block): m.recompute = True
+
+# %% ../../nbs/models/18_tokenizer_training.ipynb #eff7e88b
+@dataclass
+class V2FlowOutput:
+    "What a training step's forward gives"
+    loss:torch.Tensor             # what is minimised: the sum of the three below
+    flow_loss:torch.Tensor        # velocity error at hidden positions
+    aux_loss:torch.Tensor         # regression error of the latents from the codes alone
+    commitment_loss:torch.Tensor  # distance of the mixtures from their codes
+    ids:torch.Tensor|None         # (B, N), None until there is a codebook
+
+# %% ../../nbs/models/18_tokenizer_training.ipynb #fa5fdd76
+class TokenizerTraining(_Schedule):
+    "An image tokenizer in training: the auxiliary decoder, what is annealed, and the losses. What remains is `tok`"
     def forward(self,
         images:torch.Tensor|None=None,   # (B, C, H, W) in [-1, 1], of any size that `patch_size` · `pool` divides
         latents:torch.Tensor|None=None,  # or their latents, (B, C, h, w), at unit scale: of an autoencoder, or cached
@@ -158,18 +160,18 @@ class TokenizerTraining(nn.Module):
 
 # %% ../../nbs/models/18_tokenizer_training.ipynb #b7819871
 class DecoderTraining(nn.Module):
-    """The decoder of a tokenizer's autoencoder learns on, from the latents that ids give back instead of those that
-    it was taught with (ours); so does, if asked to, the flow that gives them back. Encoder, codes and ids stay as
+    """The decoder of a tokenizer's autoencoder is fine-tuned on the latents that ids give back instead of those that
+    it was trained with (ours); so is, if asked to, the flow that gives them back. Encoder, codes and ids stay as
     they are, and so does what a language model has learned of them"""
     def __init__(self,
         tok:V2Flow,       # on the latents of an autoencoder; its decoder is what is trained
         loss:Callable=F.mse_loss,  # (restored, real) → scalar, both (B, C, H, W) in [-1, 1]
-        flow:bool=False,  # True: ids → latents is trained too, by the loss that it began with
+        flow:bool=False,  # True: ids → latents is trained too, by its own loss
         config:TokenizerTrainingConfig|None=None,  # of that loss; None: its defaults
     ):
         super().__init__()
         if not tok.config.autoencoder:
-            raise ValueError("the tokenizer speaks of pixel patches; there is no decoder to train")
+            raise ValueError("the tokenizer works on pixel patches; there is no decoder to train")
         # not a part: what is not named below is neither trained nor averaged
         object.__setattr__(self, 'tok', tok.eval())
         self.decoder, self.loss, self.config = tok.latents.model.decoder.requires_grad_(

@@ -1,8 +1,9 @@
-"""Does it help a language model that the codes lie among its words? The same training from four starts of the new rows, three seeds each.
+"""Does it help a language model that the codes lie among its token embeddings? The same training from four starts of the new embeddings, three
+seeds each.
 
-`codebook`: the codes themselves. `rotated`: the codes under one random rotation, the same geometry without the alignment. `mean`: every row
-the words' mean, what transformers does for new words. `random`: random directions at the words' length. Everything else is equal: the
-weights, the data, the order of batches, the captions drawn.
+`codebook`: the codes themselves. `rotated`: the codes under one random rotation, the same geometry without the alignment. `mean`: all at
+the text tokens' mean, near what transformers does for new tokens. `random`: random directions at the text tokens' norm. Everything else is equal: the
+parameters, the data, the order of batches, the captions drawn.
 
     python -m benchmarks.alignment digits --llm runs/digits-text/model --tokenizer data/checkpoints/digits/image_tokenizer
     python -m benchmarks.alignment shapes --llm runs/shapes64-text/model --tokenizer runs/shapes64-tokenizer/model --steps 200 --points 4
@@ -35,30 +36,30 @@ from v2flow_nbdev.training.loop import train
 
 here = Path(__file__).parent
 
-def rows_of(name):
-    "(training rows, held-out rows)"
+def examples_of(name):
+    "(training examples, held-out examples)"
     if name == 'digits': return augment(digits('train'), 8, seed=1), digits('test')
     return shapes('train', 12_000, 32), shapes('test', 256, 32)
 
-def pairs(examples, ids, tokenizer, words):
+def pairs(examples, ids, tokenizer, visual):
     "One fixed sequence per held-out image and direction"
     tokens = [tokenizer(r['captions'][i % len(r['captions'])], add_special_tokens=False).input_ids for i,
               r in enumerate(examples)]
     bos, eos = first_id(tokenizer), tokenizer.eos_token_id
-    return [text_to_image(words, bos, c, x) for c,x in zip(tokens, ids)], [image_to_text(words, bos, x, c + [eos])
+    return [text_to_image(visual, bos, c, x) for c,x in zip(tokens, ids)], [image_to_text(visual, bos, x, c + [eos])
         for c,x in zip(tokens, ids)]
 
 @torch.no_grad()
 def mean_loss(model, sequences):
-    "Nats per word of the target"
+    "Nats for each token of the target"
     total = count = 0
     for i in range(0, len(sequences), 64):
         batch = collate(sequences[i:i + 64]); n = (batch['labels'] != -100).sum().item()
         total, count = total + n*model(**batch).loss.item(), count + n
     return total/count
 
-def drawn_right(name, model, tokenizer, tok, examples, seed=0):
-    """Share of images from held-out captions that show what was asked: the digit; the mean over the judge's five
+def generated_accuracy(name, model, tokenizer, tok, examples, seed=0):
+    """Fraction of images from held-out captions that show what was asked: the digit; the mean over the judge's five
     answers"""
     g = torch.Generator().manual_seed(seed)
     if name == 'digits':
@@ -73,16 +74,16 @@ def drawn_right(name, model, tokenizer, tok, examples, seed=0):
 def one_run(name, start, seed, args, tok, train_ids, held_out, held_ids):
     "Train once; scores before the first step and at each of `--points` parts of the run"
     llm, tokenizer = load_llm(Path(args.llm))
-    words = add_visual_tokens(llm, tokenizer, tok, start, seed=seed)
-    writes, reads = pairs(held_out, held_ids, tokenizer, words)
+    visual = add_visual_tokens(llm, tokenizer, tok, start, seed=seed)
+    writes, reads = pairs(held_out, held_ids, tokenizer, visual)
     curve, began = [], time.time()
     def scores(model):
         model.eval()
         curve.append(dict(write_loss=mean_loss(model, writes), read_loss=mean_loss(model, reads),
-                          accuracy=drawn_right(name, model, tokenizer, tok, held_out)))
+                          accuracy=generated_accuracy(name, model, tokenizer, tok, held_out)))
         return curve[-1]
     scores(llm)
-    train(llm, ImageTextSequences(train_ids, tokenizer, words),
+    train(llm, ImageTextSequences(train_ids, tokenizer, visual),
           TrainConfig(steps=args.steps, batch_size=args.batch_size, lr=args.lr, ema_decay=0.98, seed=seed, trackers=(),
                       evaluate_every=1/args.points),
           collate, scores, progress=False)
@@ -98,7 +99,7 @@ def plot(found, out):
     fig, axes = plt.subplots(len(names), 3, figsize=(10, 2.7*len(names)), dpi=80, squeeze=False)
     for line, name in zip(axes, names):
         for ax, key, title in zip(line, ('write_loss', 'read_loss', 'accuracy'),
-                                  ('loss, caption → image', 'loss, image → caption', 'images drawn right')):
+                                  ('loss, caption → image', 'loss, image → caption', 'accuracy of generated images')):
             for start, colour in zip(starts, ('tab:red', 'tab:blue', 'tab:green', 'tab:gray')):
                 runs = [r for r in found if (r['data'], r['start']) == (name, start)]
                 if not runs: continue
@@ -123,7 +124,7 @@ def main():
     found = json.loads(results.read_text()) if results.exists() else []
     if args.what == 'plot': return plot(found, results.with_suffix('.png'))
     tok = V2Flow.from_pretrained(args.tokenizer)
-    examples, held_out = rows_of(args.what)
+    examples, held_out = examples_of(args.what)
     held_out = held_out[:256] if args.what == 'shapes' else [held_out[i] for i in range(len(held_out))]
     train_ids = encode_dataset(examples, tok, Path(args.cache)/f'{args.what}-train')
     held_ids = [r['ids'] for r in encode_dataset(held_out, tok, Path(args.cache)/f'{args.what}-test')]
@@ -134,7 +135,7 @@ def main():
             found.append(run)
             with write_atomically(results) as tmp: tmp.write_text(json.dumps(found) + '\n')
             print(f"{args.what} {start:>8} seed {seed}: loss {run['curve'][-1]['write_loss']:.3f} / "
-                  f"{run['curve'][-1]['read_loss']:.3f}, right {run['curve'][-1]['accuracy']:.3f} ({run['seconds']} s)",
+                  f"{run['curve'][-1]['read_loss']:.3f}, accuracy {run['curve'][-1]['accuracy']:.3f} ({run['seconds']} s)",
                   flush=True)
 
 if __name__ == '__main__': main()

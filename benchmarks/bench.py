@@ -219,9 +219,9 @@ def resampler():
     kept = {}
     for words in (32_000, 128_256):
         with Pair(resampler_case, words=words) as pair: kept[words] = {side: pair.ask(side, 'kept') for side in sides}
-        yield row(f'resampler, kept for backward, {words:,} words', 'memory, MB',
+        yield row(f'resampler, saved activations, {words:,} text tokens', 'memory, MB',
                   *(kept[words][side]/1e6 for side in sides))
-    yield row('resampler, kept at 128,256 over kept at 32,000 words', 'quotient',
+    yield row('resampler, saved activations at 128,256 over 32,000 text tokens', 'quotient',
               *(kept[128_256][side]/kept[32_000][side] for side in sides))
 
 def quantizer():
@@ -259,13 +259,13 @@ def growth():
             if v == 32_000: tokens = [pair.turns(5, 15, tokens=n)[0] for n in sizes]
             words.append(tokens[sizes.index(256)] if tokens and v == 32_000 else pair.turns(5, 15, tokens=256)[0])
     with Pair(decode_case) as pair: decoding = [pair.turns(3, 10, tokens=n, n_steps=10)[0] for n in sizes]
-    for n, t in zip(sizes, tokens): yield from rows(f'encode, {n:,} tokens, 32,000 words', t)
+    for n, t in zip(sizes, tokens): yield from rows(f'encode, {n:,} visual tokens, 32,000 text tokens', t)
     for v, t in zip(tables, words):
-        if v != 32_000: yield from rows(f'encode, 256 tokens, {v:,} words', t)
-    for n, t in zip(sizes, decoding): yield from rows(f'decode, {n:,} tokens, 10 steps', t)
-    yield slope('encode', 'tokens', tokens, sizes)
-    yield slope('encode', 'words', words, tables)
-    yield slope('decode', 'tokens', decoding, sizes)
+        if v != 32_000: yield from rows(f'encode, 256 visual tokens, {v:,} text tokens', t)
+    for n, t in zip(sizes, decoding): yield from rows(f'decode, {n:,} visual tokens, 10 steps', t)
+    yield slope('encode', 'visual tokens', tokens, sizes)
+    yield slope('encode', 'text tokens', words, tables)
+    yield slope('decode', 'visual tokens', decoding, sizes)
 
 def compiled():
     "`torch.compile` of the masked transformer and the velocity network, on CUDA"
@@ -285,20 +285,20 @@ targets = {  # (name, metric): what the project aims at, and whether a row reach
     ('resampler, forward and backward, bf16', 'memory, MB'): ('≥ 4 × less', at_most(1/4)),
     ('resampler, inference, fp32', 'time, ms'): ('≤ 0.7 ×', at_most(0.7)),
     ('resampler, inference, fp32', 'memory, MB'): ('≥ 10 × less', at_most(1/10)),
-    ('resampler, kept at 128,256 over kept at 32,000 words', 'quotient'): ('ours ≤ 1.1', at_most(1.1, 'ours')),
+    ('resampler, saved activations at 128,256 over 32,000 text tokens', 'quotient'): ('ours ≤ 1.1', at_most(1.1, 'ours')),
     ('quantizer, forward and update, fp32', 'time, ms'): ('≥ 2.5 × faster', at_most(1/2.5)),
     ('quantizer, forward and update, fp32', 'memory, MB'): ('≥ 5 × less', at_most(1/5)),
     ('training step, bf16', 'time, ms'): ('≥ 2.2 × faster', at_most(1/2.2)),
     ('training step, bf16', 'memory, MB'): ('≥ 2 × less', at_most(1/2)),
     ('training step, bf16', 'arithmetic reached'): ('ours ≥ 0.4', lambda r: r['ours'] >= 0.4),
     ('decode, bf16', 'time, ms'): ('≥ 2 × faster', at_most(1/2)),
-    **{(f'growth of {what}', 'largest slope'): ('ours ≤ 2', at_most(2, 'ours')) for what in ('encode with tokens',
-        'encode with words', 'decode with tokens')}}
+    **{(f'growth of {what}', 'largest slope'): ('ours ≤ 2', at_most(2, 'ours')) for what in ('encode with visual tokens',
+        'encode with text tokens', 'decode with visual tokens')}}
 
 def table(results):
     "The results as a table in Markdown"
     def number(x): return f'{x:,.0f}' if x >= 100 else f'{x:.3g}'
-    lines = ['| what | metric | plain | ours | ours/plain | aim | reached? |', '|---|---|--:|--:|--:|---|---|']
+    lines = ['| what | metric | plain | ours | ours/plain | target | reached? |', '|---|---|--:|--:|--:|---|---|']
     for r in results:
         aim, reached = targets.get((r['name'], r['metric']), ('', None))
         times = next((f" ({1/r['ratio']:.1f} × {word})" for start, word in (('time', 'faster'), ('memory', 'less'))
@@ -309,7 +309,7 @@ def table(results):
     return '\n'.join(lines)
 
 def machine():
-    "This machine in words"
+    "What this machine is"
     if cuda: return f'{torch.cuda.get_device_name()}, torch {torch.__version__}'
     try: info = Path('/proc/cpuinfo').read_text()
     except OSError: info = ''
@@ -330,11 +330,11 @@ def write(results):
     new = f'Measured on: {machine()}.\n\n{table(results)}\n'
     (here/'README.md').write_text(f'{before}<!-- table{suffix} -->\n{new}<!-- end of table{suffix} -->{after}',
                                   encoding='utf-8')
-    if all(f'decode, {n:,} tokens, 10 steps' in {r['name'] for r in results} for n in sizes):
+    if all(f'decode, {n:,} visual tokens, 10 steps' in {r['name'] for r in results} for n in sizes):
         draw_growth({r['name']: r for r in results})
 
 def draw_growth(named):
-    "Time against tokens and against words, both axes logarithmic"
+    "Time against visual tokens and against text tokens, both axes logarithmic"
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
@@ -344,10 +344,10 @@ def draw_growth(named):
             axes.plot(at, [named[n][side] for n in names], style, color=colour, ms=4, label=f'{label}, {side}')
         axes.plot(at, [named[names[0]]['ours']*(n/at[0])**2 for n in at], '--', color='grey', lw=1, label='slope 2'
                   if colour == 'C1' else None)
-    curve(left, sizes, [f'decode, {n:,} tokens, 10 steps' for n in sizes], 'decode', 'C0')
-    curve(left, sizes, [f'encode, {n:,} tokens, 32,000 words' for n in sizes], 'encode', 'C1')
-    curve(right, tables, [f'encode, 256 tokens, {v:,} words' for v in tables], 'encode', 'C1')
-    for axes, at, label in ((left, sizes, 'tokens'), (right, tables, 'words in the vocabulary (256 tokens)')):
+    curve(left, sizes, [f'decode, {n:,} visual tokens, 10 steps' for n in sizes], 'decode', 'C0')
+    curve(left, sizes, [f'encode, {n:,} visual tokens, 32,000 text tokens' for n in sizes], 'encode', 'C1')
+    curve(right, tables, [f'encode, 256 visual tokens, {v:,} text tokens' for v in tables], 'encode', 'C1')
+    for axes, at, label in ((left, sizes, 'visual tokens'), (right, tables, 'text tokens in the vocabulary (256 visual tokens)')):
         axes.set(xscale='log', yscale='log', xlabel=label)
         axes.set_xticks(at, [f'{n:,}' for n in at]); axes.minorticks_off(); axes.legend(fontsize=7)
     left.set_ylabel('time, ms')

@@ -24,16 +24,15 @@ def test_the_other_scores(scores, committed):
     assert abs(scores['diversity'] - committed['diversity']) <= 0.08
     assert abs(scores['codebook_perplexity'] - committed['codebook_perplexity']) <= 3
 
-def test_committed_scores_reach_the_aims(committed):
+def test_committed_scores_reach_the_targets(committed):
     c = committed
     assert c['psnr_db'] >= 19 and c['reconstruction_accuracy'] >= .96 and c['generation_accuracy'] >= .95
     assert .7 <= c['diversity'] <= 1.2 and c['codebook_usage'] >= .8 and c['caption_accuracy'] >= .93
 
-def test_readmes_tell_the_committed_scores(committed):
+def test_the_page_tells_the_committed_scores(committed):
     from v2flow_nbdev.evaluation.metrics import score_table
-    for line in score_table(committed, digit_targets).splitlines()[2:]:
-        for readme in (shipped/'README.md', shipped.parents[2]/'README.md'):
-            assert line in readme.read_text(encoding='utf-8'), (readme, line)
+    page = (shipped/'README.md').read_text(encoding='utf-8')
+    for line in score_table(committed, digit_targets).splitlines(): assert line in page, line
 
 def test_encode_is_deterministic_and_batch_free(pipe):
     tok, x = pipe.image_tokenizer, pixels(digits('test')[:50])
@@ -69,7 +68,7 @@ def test_another_seed_is_another_image(pipe):
     made = [pipe('a six', 4, generator=torch.Generator().manual_seed(s)).ids for s in (0, 1)]
     assert not torch.equal(*made) and len({tuple(r) for r in torch.cat(made).tolist()}) == 8
 
-def test_text_is_never_interrupted_by_a_image(pipe):
+def test_text_is_never_interrupted_by_an_image(pipe):
     "Plain `generate` on plain text, by someone who has never heard of visual tokens"
     from v2flow_nbdev.language.visual_tokens import VisualTokens
     batch = pipe.tokenizer(['<s> a', '<s> the digit'], return_tensors='pt', padding=True, padding_side='left',
@@ -103,9 +102,8 @@ def test_the_emoji_model_does_what_its_pages_say():
     sizes = [p.stat().st_size for p in folder.rglob('*') if p.is_file()]
     assert sum(sizes) <= 24*2**20 and max(sizes) < 15*2**20
     committed = json.loads((folder/'scores.json').read_text())
-    for line in score_table(committed, emoji_targets).splitlines()[2:]:
-        for readme in (folder/'README.md', root/'README.md'):
-            assert line in readme.read_text(encoding='utf-8'), (readme, line)
+    page = (folder/'README.md').read_text(encoding='utf-8')
+    for line in score_table(committed, emoji_targets).splitlines(): assert line in page, line
     pipe, judge = V2FlowPipeline.from_pretrained(folder), emoji_judge(folder)
     tok, x = pipe.image_tokenizer, to_tensor([r['image'] for r in emoji('held_out_bases')], 3)
     z = tok.to_latents(x)
@@ -113,15 +111,15 @@ def test_the_emoji_model_does_what_its_pages_say():
     assert abs(psnr(tok.latents.decode(z), x).mean().item() - committed['psnr_db_autoencoder']) < 0.1
     assert abs(psnr(tok.decode(tok.encode(latents=z[::6]), generator=torch.Generator().manual_seed(0)),
                     x[::6]).mean().item() - committed['psnr_db']) < 1
-    drawn, examples = emoji_generation_scores(pipe, 12, judge, seed=5), emoji_examples()
+    made, examples = emoji_generation_scores(pipe, 12, judge, seed=5), emoji_examples()
     read = emoji_captioning_scores(pipe, [r for r in examples if r['split'] == 'held_out_compositions'][::8], examples)
-    print(drawn, read)
-    # three deviations of a share of 12
-    assert all(abs(v - committed[k]) < 0.4 for k,v in (drawn | read).items()), (drawn, read)
+    print(made, read)
+    # three standard errors of a fraction of 12
+    assert all(abs(v - committed[k]) < 0.4 for k,v in (made | read).items()), (made, read)
 
 @pytest.mark.long  # the golden test holds what it gives
-def test_the_shapes_model_draws_one_thing_as_it_is_told():
-    "Its README and scores agree; and of captions of a single thing, drawn anew, few are wrong"
+def test_the_shapes_model_generates_one_thing_as_it_is_told():
+    "Its README and scores agree; and of images from captions of a single thing, generated anew, few are wrong"
     from v2flow_nbdev.evaluation.metrics import score_table
     from v2flow_nbdev.language.pipeline import V2FlowPipeline
     from v2flow_nbdev.data.judge import judge
@@ -129,7 +127,7 @@ def test_the_shapes_model_draws_one_thing_as_it_is_told():
     from v2flow_nbdev.evaluation.compositions import shape_reconstruction_scores, shape_targets
     folder = root/'data/checkpoints/shapes'
     committed = json.loads((folder/'scores.json').read_text())
-    for line in score_table(committed, shape_targets).splitlines()[2:]:
+    for line in score_table(committed, shape_targets).splitlines():
         assert line in (folder/'README.md').read_text(encoding='utf-8'), line
     pipe = V2FlowPipeline.from_pretrained(folder)
     found = shape_reconstruction_scores(pipe.image_tokenizer, 48, 1, 48)
@@ -139,5 +137,5 @@ def test_the_shapes_model_draws_one_thing_as_it_is_told():
         ('medium', 'green', 'star', 'in the upper half'), ('large', 'yellow', 'circle', 'near the bottom'),
         ('small', 'purple', 'cross', 'on the left'), ('large', 'pink', 'ring', 'on the right'),
         ('medium', 'orange', 'circle', 'near the bottom'), ('large', 'cyan', 'triangle', 'in the upper half'))]
-    drawn = pipe(captions, generator=torch.Generator().manual_seed(0)).images
-    assert sum(judge(im, read_caption(c))['all'] for im, c in zip(drawn, captions)) >= 6
+    made = pipe(captions, generator=torch.Generator().manual_seed(0)).images
+    assert sum(judge(im, read_caption(c))['all'] for im, c in zip(made, captions)) >= 6

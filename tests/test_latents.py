@@ -333,7 +333,7 @@ def share(folder):
     assert str(e.value) == ('too large' if dist.get_rank() else 'process 1 of 2 failed (MemoryError: too large)')
     assert cache_latents(Broken(examples, odd), PixelLatents(1, 2), Path(folder)/'broken',
                          **how).report.left_out == named
-    from v2flow_nbdev.base.failures import leave
+    from v2flow_nbdev.training.failures import leave
     leave(0)                                                                     # as the command does
 
 def free_port():

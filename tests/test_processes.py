@@ -26,7 +26,7 @@ def launch(parts, folder):
             f'test_processes import learn\nfrom v2flow_nbdev.models.quantizer import VectorQuantizer\n'
             "import os; dist.init_process_group('gloo', init_method='file://' + sys.argv[1] + '/meeting', "
             "rank=int(os.environ['RANK']), world_size=int(os.environ['WORLD_SIZE']))\nlearn(dist.get_rank(), "
-            "dist.get_world_size(), sys.argv[1])\nfrom v2flow_nbdev.base.failures import leave; leave(0)")
+            "dist.get_world_size(), sys.argv[1])\nfrom v2flow_nbdev.training.failures import leave; leave(0)")
     running = [subprocess.Popen([sys.executable, '-c', code, str(folder)], env={**environment, 'RANK': str(i)},
                                 stderr=subprocess.PIPE, text=True) for i in range(parts)]
     for p in running:
@@ -157,6 +157,6 @@ def test_a_data_set_is_encoded_by_two_processes_and_a_language_model_learns_from
     for name in one: torch.testing.assert_close(one[name], two[name], atol=1e-3, rtol=1e-2, msg=name)
 
 if __name__ == '__main__':
-    from v2flow_nbdev.base.failures import leave
+    from v2flow_nbdev.training.failures import leave
     train_here(sys.argv[1], int(sys.argv[2]), bool(int(sys.argv[3])))
     leave(0)  # as the command does: gloo's threads are still there

@@ -405,7 +405,7 @@ def test_something_is_always_left_to_train_on_and_to_judge_on(n, held_out):
         or not {*train} & {*judged}) and len(judged) <= (n + 1)//2
 
 def test_some_of_none_and_of_broken_rows():
-    from v2flow_nbdev.base.failures import RunFailed
+    from v2flow_nbdev.training.failures import RunFailed
     from v2flow_nbdev.training.recipes import usable_sample as some
     class Torn(list):
         def __getitem__(self, i):

@@ -10,7 +10,7 @@ import json, sys
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 import typer
-from ..base.failures import RunFailed, leave, running, say
+from ..training.failures import RunFailed, leave, running, say
 from .commands import (
     Config, DryRun, ImageFile, Json, Model, Out, Overrides, Resume, RunFolder, Seed, Strict, check_image_path,
     escape_what_streams_lack, find_model, generator, ids_of_file, open_tokenizer, load_pipe, plan_decoder,
@@ -51,7 +51,7 @@ def demo_command(out:Out=Path('outputs/demo.png'), seed:Seed=0, model:Model=ship
 @app.command('generate')
 def generate_command(
     caption:Annotated[str, typer.Argument(
-        help='What the image shows, in quotes. "a woman astronaut with medium-dark skin tone" is a composition that '
+        help='What the image shows, in quotes. "a woman artist with medium skin tone" is a composition that '
              'the shipped model was not trained on.')],
     out:Out=Path('out.png'),
     num_images:Annotated[int, typer.Option(min=1, max=1000, help='How many images.')]=1,
@@ -175,38 +175,13 @@ def training_subcommand(
         return parts
     return make
 
-<<<<<<< HEAD
 # %% ../../nbs/apps/85_cli.ipynb #4a55b1d7
 @training_subcommand('pretrain-llm')
 def pretraining():
     "Train a small LLaMA on captions and other text."
     from v2flow_nbdev.training.costs import llm_plan
-    from v2flow_nbdev.training.llm_recipes import PretrainRecipe, pretrain_llm, pretraining_text
-    def plan(recipe):
-=======
-def run_folder(out, resume, recipe):
-    "Checked before anything heavy is done"
-    from v2flow_nbdev.training.recipes import check_run
-    if not out: raise typer.BadParameter('a folder for the run is needed', param_hint='--out')
-    check_run(out, resume or recipe.training.resume)
-    quiet()
-
-def restored(back, real):
-    "Scores of restored images"
-    from v2flow_nbdev.evaluation.metrics import fidelity
-    return {name: values.mean().item() for name, values in fidelity(back, real).items()}
-
-# %% ../../nbs/apps/81_cli.ipynb #50af2560
-@app.command('pretrain-llm')
-def pretrain_llm_command(config:Config, out:RunFolder=None, overrides:Overrides=None, resume:Resume=False,
-                         dry_run:DryRun=False):
-    "Train a small LLaMA on captions, and on other text if there is any."
     from v2flow_nbdev.training.text_recipes import PretrainRecipe, pretrain_llm, pretraining_text
-    recipe = read_recipe(config, overrides, PretrainRecipe)
-    if dry_run:
-        from v2flow_nbdev.training.costs import llm_plan
-        quiet()
->>>>>>> 3dd305a84fb27a877dad771808120d5a3666b821
+    def plan(recipe):
         model, _, examples, _, _ = pretraining_text(recipe)
         length = round(sum(len(p) + len(t) for p, t in examples)/len(examples))
         return llm_plan(model.config, recipe.training, [], 0, length)

@@ -10,7 +10,7 @@ import json, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from ..base.failures import RunFailed, running, say
+from ..training.failures import RunFailed, running, say
 
 # %% ../../nbs/apps/84_commands.ipynb #01efc5ba
 Model = Annotated[str, typer.Option('--model', help='A pipeline folder, or a Hub id.')]

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/apps/83_demos.ipynb #c85100be
 import torch
-from ..base.failures import say
+from ..training.failures import say
 from ..base.images import image_grid
 from ..data.sources import digit_names, digits
 from ..evaluation.metrics import fidelity

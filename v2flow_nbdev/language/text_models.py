@@ -12,7 +12,8 @@ import torch, torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AddedToken
-from ..models.vocabulary import Vocabulary, text_ids
+from ..base.text import text_ids
+from ..models.vocabulary import Vocabulary
 from ..models.tokenizer import V2Flow, V2FlowConfig
 
 # %% ../../nbs/language/19_text_models.ipynb #cf101ca8

@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from torch.utils.data import ConcatDataset
 from ..base.folders import metadata_files, resolve_folder
-from ..base.failures import running, say
+from .failures import running, say
 from ..base.images import image_grid
 from ..base.tables import table_checksum
-from ..models.vocabulary import text_ids
-from ..language.text_models import collate, count_targets, max_sequence_length
-from ..language.visual_tokens import VisualTokens, add_visual_tokens, starts, text_perplexity
+from ..base.text import text_ids
+from ..language.text_models import collate, count_targets, max_sequence_length, text_perplexity
+from ..language.visual_tokens import VisualTokens, add_visual_tokens, starts
 from ..language.sequences import ImageTextSequences, check_packs, inverse_sqrt_frequency, pack
 from ..language.adapters import TargetLoss, choose_trained, interpolate_weights, ways
 from ..language.pipeline import V2FlowPipeline, load_llm

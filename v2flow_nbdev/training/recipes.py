@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import get_args
 from ..base.files import Report
 from ..base.folders import config_from_dict
-from ..base.failures import RunFailed, say
+from .failures import RunFailed, say
 from ..data.sources import FewCaptions, Subset, augment, captions_of, digits, emoji, mosaics, usable
 from ..data.folders import image_folder
 from ..data.hub import hub

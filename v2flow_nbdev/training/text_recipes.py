@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from torch import nn
 from ..base.files import write_folder
-from ..base.failures import RunFailed, running
-from ..language.text_models import collate, count_targets, small_llama, text_sequences, train_text_tokenizer
-from ..language.visual_tokens import text_perplexity
+from .failures import RunFailed, running
+from ..language.text_models import (collate, count_targets, small_llama, text_perplexity, text_sequences,
+                                               train_text_tokenizer)
 from ..language.sequences import check_packs, pack
 from .config import TrainConfig
 from .loop import train

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from transformers import AutoTokenizer
 from ..base.folders import resolve_folder
-from ..base.failures import RunFailed, running
+from .failures import RunFailed, running
 from ..base.images import image_grid, to_pil
 from ..models.autoencoder import AutoencoderTraining, small_autoencoder
 from ..models.latents import AutoencoderLatents, PixelLatents

@@ -59,6 +59,7 @@ def _read_index(folder):
                       f"remove this one")
     return index
 
+# %% ../../nbs/data/34_cache.ipynb #4a6e764d
 def _check_key(folder, key, found):
     "`ValueError` that names what differs between a cache and what is asked for"
     different = [f"other {name} ({found.get(k)} there, {key[k]} here)" for k,name in key_names.items() if k in key

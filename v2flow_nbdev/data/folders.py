@@ -254,11 +254,8 @@ class ImageFolder:
         found = list(zip(names, _digests(self), self.captions))
         return hashlib.sha256(ascii(found).encode()).hexdigest()[:16]
 
-    def check(self,
-        strict:bool,    # the first image or caption that cannot be used is an error, instead of being left out
-        progress:bool,  # show a progress bar when there are many
-    ):
-        "Read every image once, in several threads, and keep those that can be used"
+    def check(self, strict:bool, progress:bool):
+        "Read every image once, in several threads, and keep those that can be used; see `image_folder`"
         if strict: _refuse_changes(self)
         errors = _read_all(self, strict, progress)
         for path, error in errors.items(): self.report.leave_out(self.name(path), error)

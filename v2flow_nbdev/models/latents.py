@@ -260,8 +260,7 @@ class AutoencoderLatents(ScaledAutoencoder):
 
     def save_pretrained(self,
         folder:str|Path,  # to write `config.json` and the parameters to; those of a model that was there are removed
-        # parameters are stored as this, but those of the encoder only where it loses nothing; None: as they are
-        dtype:torch.dtype|None=None,
+        dtype:torch.dtype|None=None, # that is stored, in the encoder only where it loses nothing; None: as it is
         max_shard_size:str='10GB', # larger models are stored in several files
     )->None:
         "Save in the format of `diffusers`, shift and scale in the config; loaded again, it gives the same latents"

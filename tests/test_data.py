@@ -117,7 +117,7 @@ def test_files_that_break_later_are_replaced_and_named(tmp_path):
         train(Mean(), data, TrainConfig(steps=20, batch_size=4, num_workers=workers, mixed_precision='no'),
               data.collate, out=tmp_path/f'run{workers}', progress=False)
         state = json.loads(max((tmp_path/f'run{workers}/checkpoints').glob('step-*/state.json')).read_text())
-        assert len(state['lost']) == 1 and state['lost'][
+        assert len(state['unusable']) == 1 and state['unusable'][
             0].startswith('3.png: not an image') and torch.cat(seen).unique().numel() == 7
 
 @pytest.fixture(scope='module')

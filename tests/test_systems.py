@@ -321,7 +321,7 @@ def test_a_row_that_cannot_be_used_ends_nothing(tmp_path, capsys, error, late):
                                  if isinstance(error,
                                                OSError) else [
                                                    'example 4']) and json.loads(
-                                                       (checkpoints(tmp_path)[0]/'state.json').read_text())['lost']
+                                                       (checkpoints(tmp_path)[0]/'state.json').read_text())['unusable']
 
 @pytest.mark.parametrize('error', [KeyError('x'), TypeError('y'), AttributeError('z')], ids=lambda e: type(e).__name__)
 def test_a_mistake_in_the_program_is_no_odd_row(error):

@@ -154,7 +154,7 @@ def nearest_figures(folder, cache=None, n=208):
         for name, x in ((f'{len(images):,} generated, {split}', images), ('the real images of these captions', real[numbers])):
             near = distance(x, soft[train]).amin(1)
             own = (blurred(x).flatten(1) - soft[numbers]).square().mean(1).sqrt()
-            print(f'| {name} | {near.median():.3f} | {own.median():.3f} | {(own <= near).float().mean():.0%} |', flush=True)
+            print(f'| {name} | {near.median():.3f} | {own.median():.3f} | {(own <= near + 1e-3).float().mean():.0%} |', flush=True)
 
 def setting(text):
     "guidance_scale=1.5,temperature=1 → numbers by name"

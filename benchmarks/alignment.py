@@ -21,7 +21,7 @@ import numpy as np, torch
 from v2flow_nbdev.data.sources import augment, digit_captions, digits
 from v2flow_nbdev.base.files import write_atomically
 from v2flow_nbdev.language.sequences import ImageTextSequences, image_to_text, text_to_image
-from v2flow_nbdev.language.visual_tokens import VisualTokens, add_visual_tokens, starts
+from v2flow_nbdev.language.visual_tokens import add_visual_tokens, starts
 from v2flow_nbdev.language.text_models import collate, first_id
 from v2flow_nbdev.data.cache import encode_dataset
 from v2flow_nbdev.language.generation import generate_image_ids

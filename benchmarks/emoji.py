@@ -134,7 +134,7 @@ def family_figures(folder, n=384):
         print(f"| {name} | {mine.sum()} | {right['pixels'][mine].float().mean():.0%} | "
               f"{right['features'][mine].float().mean():.0%} |")
 
-def nearest_figures(folder, cache=None, n=208):
+def nearest_figures(folder, cache=None):
     """Root mean square differences of blurred pixels (range 2): are generated images nearer to a training image than
     real held-out ones are? `cache` keeps what was generated, `split.safetensors` with images and numbers"""
     pipe, _, examples = open_all(folder)
@@ -143,7 +143,7 @@ def nearest_figures(folder, cache=None, n=208):
     def distance(a, b): return torch.cdist(blurred(a).flatten(1), b)/soft.shape[1]**.5
     print('| median distance | to the nearest training image | to the image of the caption | of all these the latter is nearest '
           '|\n|---|--:|--:|--:|')
-    for split in ('train', 'held_out_compositions'):
+    for split, n in (('train', 1792), ('held_out_compositions', 208)):  # those of `v2flow evaluate`
         kept = cache and cache/f'{split}.safetensors'
         if kept and kept.is_file(): found = read_tensors(kept)
         else:

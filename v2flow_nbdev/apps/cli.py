@@ -51,7 +51,7 @@ def demo_command(out:Out=Path('outputs/demo.png'), seed:Seed=0, model:Model=ship
 @app.command('generate')
 def generate_command(
     caption:Annotated[str, typer.Argument(
-        help='What the image shows, in quotes. "a woman artist with medium skin tone" is a composition that '
+        help='What the image shows, in quotes. "a woman astronaut with medium-dark skin tone" is a composition that '
              'the shipped model was not trained on.')],
     out:Out=Path('out.png'),
     num_images:Annotated[int, typer.Option(min=1, max=1000, help='How many images.')]=1,

@@ -218,8 +218,8 @@ def score_table(
     # name → what it says, what it should be; a score without a target is shown under its own name
     targets:dict|None=None,
 )->str:                   # a Markdown table
-    """Scores as people read them: a fraction of n with its standard error √(p(1 - p)/n), a mean with its standard
-    deviation"""
+    """Scores as people read them: a fraction of n with its standard error √(p(1 - p)/n), unless it is 0 or 1; a mean
+    with its standard deviation"""
     targets = targets or {}
     counts = {k.removesuffix('n'): n for k,n in scores.items() if k.endswith('_n')}
     def plain(k, v):
@@ -227,7 +227,8 @@ def score_table(
                 'codebook_usage', 'ids_kept') else f'{v:.3f}' if k.startswith('ssim') else f'{v:.2f}')
     def show(k, v):
         n = next((n for start,n in counts.items() if k.startswith(start) and 'accuracy' in k), None)
-        if n: return f'{100*v:.1f} ± {100*(v*(1 - v)/n)**.5:.1f} % of {n:,}'
+        noise = f' ± {100*(v*(1 - v)/n)**.5:.1f}' if n and 0 < v < 1 else ''
+        if n: return f'{100*v:.1f}{noise} % of {n:,}'
         return f"{v:.3f} ± {scores[f'{k}_std']:.3f}" if f'{k}_std' in scores else plain(k, v)
     def line(k, v):
         what, target = targets.get(k, ('', ''))

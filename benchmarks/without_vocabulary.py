@@ -1,8 +1,8 @@
-"""The emoji tokenizer's codes once more, without words: the resampler's mixture of word embeddings becomes a plain linear layer of the same
+"""The emoji tokenizer's codes once more, without the vocabulary: the resampler's mixture of token embeddings becomes a plain linear layer of the same
 width, and all else stays: data, quantizer, losses, steps. It ends when the codes are frozen, for afterwards they do not change. With these
 codes `54_emoji` compares its visual vocabulary.
 
-    python -m benchmarks.without_words [--config configs/emoji-tokenizer.yaml] [--out runs/emoji-without-words] [training.batch_size=…]"""
+    python -m benchmarks.without_vocabulary [--config configs/emoji-tokenizer.yaml] [--out runs/emoji-without-vocabulary] [training.batch_size=…]"""
 import argparse
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ class Frozen(Exception): "The codes are final"
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', type=Path, default=Path('configs/emoji-tokenizer.yaml'))
-    parser.add_argument('--out', type=Path, default=Path('runs/emoji-without-words'))
+    parser.add_argument('--out', type=Path, default=Path('runs/emoji-without-vocabulary'))
     parser.add_argument('overrides', nargs='*')
     args = parser.parse_args()
     recipe = read_recipe(args.config, args.overrides, TokenizerRecipe)

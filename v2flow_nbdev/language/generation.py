@@ -20,6 +20,7 @@ from ..models.flow import constant_guidance
 from .text_models import first_id, last_id, max_sequence_length
 from .visual_tokens import VisualTokens
 from .sequences import code_ids, image_to_text
+from .decoding import decode_ids, decode_text, unsupported
 
 # %% ../../nbs/language/23_generation.ipynb #39dfc444
 def guide_logits(
@@ -84,19 +85,25 @@ class VisualTokenProcessor(LogitsProcessor):
         self.guidance_scale, self.guidance_schedule, self.min_p = guidance_scale, guidance_schedule, min_p
         self.temperature, self.top_k, self.top_p, self.generator = temperature, top_k, top_p, generator
 
+    def choose(self,
+        scores:torch.Tensor,  # of the K visual tokens, (B or 2B, K)
+        done:int,             # visual tokens chosen so far
+    )->torch.Tensor:          # code indices, (B or 2B, 1): both branches get the same
+        "Guidance, filters and a draw"
+        both = self.guidance_scale != 1
+        cond, null = scores.chunk(2) if both else (scores, None)
+        scale = self.guidance_schedule(self.guidance_scale, (done + 1)/self.n)
+        codes = sample_codes(guide_logits(cond, null, scale, self.min_p), self.temperature, self.top_k, self.top_p,
+                             self.generator)
+        return torch.cat((codes, codes)) if both else codes
+
     def __call__(self,
         input_ids:torch.Tensor,  # (B or 2B, L)
         scores:torch.Tensor,     # (B or 2B, V + new tokens)
     )->torch.Tensor:             # all -inf but the chosen tokens'
         first, K, done = self.visual.first, self.visual.codebook_size, input_ids.shape[1] - self.prompt_length
         if done >= self.n: chosen = torch.full((len(scores), 1), self.visual.end, device=scores.device)
-        else:
-            both, logits = self.guidance_scale != 1, scores[:, first:first + K].float()
-            cond, null = logits.chunk(2) if both else (logits, None)
-            scale = self.guidance_schedule(self.guidance_scale, (done + 1)/self.n)
-            logits = guide_logits(cond, null, scale, self.min_p)
-            chosen = first + sample_codes(logits, self.temperature, self.top_k, self.top_p, self.generator)
-            if both: chosen = torch.cat((chosen, chosen))
+        else: chosen = first + self.choose(scores[:, first:first + K].float(), done)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.)
 
 # %% ../../nbs/language/23_generation.ipynb #be4839fc
@@ -156,7 +163,7 @@ def generate_image_ids(
     grid:tuple|None=None,     # (h, w) of the images, one that the model knows; None: the main one
     guidance_schedule:Callable=constant_guidance, # or `linear_guidance`, see `flow`
     callback:Callable|None=None,  # called after each token with the ids so far, (B, 1 to N); what it raises ends it
-    **generate_kwargs,        # static_cache, compile: see `generate_tokens`
+    **generate_kwargs,        # static_cache, compile: see `generate_tokens`; any of them asks for `model.generate`
 )->torch.Tensor:              # ids, (B, N) int64 in [0, K)
     "Captions → ids, token by token from the language model"
     visual, bos = VisualTokens.of(model), first_id(tokenizer)
@@ -175,6 +182,9 @@ def generate_image_ids(
     length = batch['input_ids'].shape[1]
     processor = VisualTokenProcessor(visual, length, guidance_scale, temperature, top_k, top_p, generator, grid,
                                      guidance_schedule, min_p)
+    if not generate_kwargs and not unsupported(model):
+        return decode_ids(model, batch, processor,
+                          callback and (lambda ids: callback(ids[:len(captions)])))[:len(captions)]
     if callback:
         tell = StepCallback(lambda tokens: callback(tokens[:len(captions)] - visual.first), length)
         generate_kwargs['stopping_criteria'] = StoppingCriteriaList([tell])
@@ -202,7 +212,7 @@ def generate_captions(
     grid:tuple|None=None,  # (h, w), h·w = N; None: the main one
     max_new_tokens:int=64, # of text, at most; fewer where the model has no more positions
     callback:Callable|None=None,  # called after each token with the text tokens so far, (B, 1 to max_new_tokens)
-    **generate_kwargs,     # static_cache, compile: see `generate_tokens`
+    **generate_kwargs,     # static_cache, compile: see `generate_tokens`; any of them asks for `model.generate`
 )->list[str]:              # B captions
     "Ids → captions, greedily; visual tokens are suppressed"
     visual = VisualTokens.of(model)
@@ -216,7 +226,11 @@ def generate_captions(
     length = batch['input_ids'].shape[1]
     if length >= max_sequence_length(model):
         raise ValueError(f"no positions are left for a caption beside an image of {ids.shape[1]} visual tokens")
+    longest = min(max_new_tokens, max_sequence_length(model) - length)
+    if not generate_kwargs and not unsupported(model):
+        return decode_caption(tokenizer, decode_text(model, batch, longest, last_id(tokenizer), visual.new,
+                                                     callback).tolist())
     if callback: generate_kwargs['stopping_criteria'] = StoppingCriteriaList([StepCallback(callback, length)])
-    out = generate_tokens(model, tokenizer, batch, min(max_new_tokens, max_sequence_length(model) - length),
+    out = generate_tokens(model, tokenizer, batch, longest,
                           eos_token_id=last_id(tokenizer), suppress_tokens=list(visual.new), **generate_kwargs)
     return decode_caption(tokenizer, out[:, length:].tolist())

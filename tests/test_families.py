@@ -299,10 +299,11 @@ def test_what_was_written_is_read_up_to_its_end():
     t.add_special_tokens({'pad_token': '!'}); said = 'no <|endoftext|> here!'
     assert decode_caption(t, [[*text_ids(t, [said])[0], e, bang]]) == [said]
     model, tokenizer, tok = plain('no bos'); visual = add_visual_tokens(model, tokenizer, tok)
-    with patch('v2flow_nbdev.language.generation.generate_tokens', lambda model, tokenizer, batch, *a,
-               **k: torch.cat((batch['input_ids'],
-                               torch.tensor([[*text_ids(tokenizer, ['a six'])[0], *[last_id(tokenizer)]*2, 0]])), 1)):
-        assert generate_captions(model, tokenizer, torch.zeros(1, 16).int()) == ['a six']
+    said = torch.tensor([[*text_ids(tokenizer, ['a six'])[0], *[last_id(tokenizer)]*2, 0]])
+    there, zeros = 'v2flow_nbdev.language.generation.', torch.zeros(1, 16).int()
+    with patch(there + 'generate_tokens', lambda model, tokenizer, batch, *a, **k: torch.cat((batch['input_ids'], said), 1)):
+        assert generate_captions(model, tokenizer, zeros, static_cache=False) == ['a six']
+    with patch(there + 'decode_text', lambda *a: said): assert generate_captions(model, tokenizer, zeros) == ['a six']
 
 def test_captions_and_ids_are_checked():
     model, tokenizer, tok = plain(); visual = add_visual_tokens(model, tokenizer, tok)

@@ -142,3 +142,17 @@ def test_marks_of_a_chat_survive():
     before = tokenizer('<|im_start|>the digit 3').input_ids
     add_visual_tokens(model, tokenizer, tok)
     assert '<|im_start|>' in tokenizer.all_special_tokens and tokenizer('<|im_start|>the digit 3').input_ids == before
+
+def test_the_pipeline_generates_by_the_loop_and_as_generate_does():
+    "What a user calls is what was made fast; a setting of `generate` goes through it, and gives the same image and caption"
+    from unittest.mock import patch
+    import v2flow_nbdev.language.generation as generation
+    from v2flow_nbdev.language.pipeline import V2FlowPipeline
+    pipe = V2FlowPipeline.from_pretrained(shipped)
+    def made(**kw): return pipe('a handwritten seven', generator=torch.Generator().manual_seed(0), **kw)
+    with patch.object(generation, 'generate_tokens', side_effect=AssertionError('not by the loop')):
+        image = made(); text = pipe.caption(image.images[0])
+    with patch.object(generation, 'decode_ids', side_effect=AssertionError), patch.object(generation, 'decode_text',
+                                                                                         side_effect=AssertionError):
+        assert made(static_cache=True).ids.equal(image.ids)
+        assert pipe.caption(image.images[0], static_cache=True) == text

@@ -61,20 +61,17 @@ def unsupported(
     c, body = model.config, getattr(model, 'model', None)
     if c.model_type not in families or not hasattr(body, 'layers'):
         return f"a model of type {c.model_type} is not one of {', '.join(families)}"
-    parts = [m for layer in body.layers for m in (layer.self_attn.q_proj, layer.self_attn.k_proj,
-                                                  layer.self_attn.v_proj,
-             layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)]
-    if any(type(m) is not nn.Linear for m in (*parts,
-                                              model.get_output_embeddings(
-                                                  ))) or type(body.embed_tokens) is not nn.Embedding:
+    names = [f'self_attn.{n}_proj' for n in 'qkvo'] + [f'mlp.{n}_proj' for n in ('gate', 'up', 'down')]
+    linear = [layer.get_submodule(n) for layer in body.layers for n in names] + [model.get_output_embeddings()]
+    if any(type(m) is not nn.Linear for m in linear) or type(body.embed_tokens) is not nn.Embedding:
         return "its layers are wrapped, by an adapter or a quantisation"
     if any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, '_hf_hook') for m in model.modules()):
         return "its modules have hooks, which the loop would not call"
     if any(type(p) is not nn.Parameter or p.device != body.norm.weight.device for p in model.parameters()):
         return "its parameters are not plain tensors of one device"
     if torch.is_autocast_enabled(body.norm.weight.device.type): return "autocast is on"
-    if 'sliding_attention' in (getattr(c, 'layer_types', None) or ()) or (c.model_type == 'mistral'
-        and c.sliding_window):
+    window = c.model_type == 'mistral' and c.sliding_window
+    if window or 'sliding_attention' in (getattr(c, 'layer_types', None) or ()):
         return "its attention sees a sliding window alone"
     if (kind := body.rotary_emb.rope_type) not in ('default', 'linear', 'llama3', 'yarn'):
         return f"its rotary positions ({kind}) depend on the length"

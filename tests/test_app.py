@@ -11,9 +11,24 @@ sync_api = pytest.importorskip('playwright.sync_api', reason='playwright steers 
 chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
 needs_browser = pytest.mark.skipif(not chromium, reason='no chromium here (Debian: apt-get install chromium)')
 
-def v2flow_app(*args, folder, **kw):
+# the same command, where a run of sixteen rounds stays in its second until it is stopped: however fast the machine
+held = """
+import time
+from v2flow_nbdev.apps import app
+from v2flow_nbdev.apps.cli import main
+follow = app.follow
+def held(work, sign):
+    def wait(tell, output):
+        tell(output)
+        while 'round 2 of 16' in output[0]: time.sleep(0.1); tell(output)
+    return follow(lambda tell: work(lambda output: wait(tell, output)), sign)
+app.follow = held
+main()
+"""
+
+def v2flow_app(*args, folder, code=('-m', 'v2flow_nbdev.apps.cli'), **kw):
     "The command, with a folder of its own for temporary files"
-    return subprocess.Popen([sys.executable, '-m', 'v2flow_nbdev.apps.cli', 'app', *map(str, args)], cwd=root,
+    return subprocess.Popen([sys.executable, *code, 'app', *map(str, args)], cwd=root,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1',
                                  'TMPDIR': str(folder)}, **kw)
@@ -23,7 +38,7 @@ def files_in(folder): return [p for p in Path(folder).rglob('*') if p.is_file()]
 @pytest.fixture(scope='module')
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp('tmp')
-    process = v2flow_app('--model', shipped, '--port', 0, folder=folder)
+    process = v2flow_app('--model', shipped, '--port', 0, folder=folder, code=('-c', held))
     line = process.stderr.readline()
     port = int(re.fullmatch(r'v2flow: http://127\.0\.0\.1:(\d+) \(Ctrl-C ends it\)\n', line).group(1))
     yield port, folder
@@ -131,19 +146,19 @@ def test_wrong_input_is_answered_in_sentences(user, server, tmp_path):
 
 @needs_browser
 def test_two_at_once_a_third_waits_and_all_can_stop(user):
-    slow = dict(images=16, rounds=16, steps=100)
+    slow = dict(images=2, rounds=16)
     first, second, third = user(), user(), user()
     generate(first, 'the digit 3', **slow); until(first, '#v2-generate-status', 'Decoding')
     generate(second, 'a six', images=1); until(second, '#v2-generate-status', '1 image,')
     # still at it, and what there is can be seen
-    assert 'Decoding' in first.inner_text('#v2-generate-status') and len(shown_images(first)) == 16
+    assert 'Decoding' in first.inner_text('#v2-generate-status') and len(shown_images(first)) == 2
     generate(second, 'the digit 8', **slow); until(second, '#v2-generate-status', 'Decoding')
     generate(third, 'a two', images=1); assert 'Waiting' in until(third, '#v2-generate-status', 'Waiting')
     first.click('#v2-generate-stop'); until(first, '#v2-generate-status', 'Stopped.')
     until(third, '#v2-generate-status', '1 image,')                               # its place was free at once:
     assert 'Decoding' in second.inner_text('#v2-generate-status')                  # the other is still at its work
     second.close()                                                                 # whoever leaves stops too
-    generate(first, 'a one', images=1); until(first, '#v2-generate-status', '“a one”: 1 image,')
+    generate(first, 'a one', images=1, rounds=4); until(first, '#v2-generate-status', '“a one”: 1 image,')
 
 def test_the_server_takes_no_files_and_no_floods(server):
     def post(path, headers, body=b''):

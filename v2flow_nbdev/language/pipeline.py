@@ -238,7 +238,7 @@ class V2FlowPipeline(PipelineFolder):
         settings = {k: self.defaults[k] if v is None else v for k,v in given.items()}
         captions = [p for p in prompts for _ in range(num_images_per_prompt)]
         check_counts(len(captions), 'images', generators=generator)
-        asked = {k: True for k,v in dict(static_cache=static_cache, compile=compile).items() if v}  # of `model.generate`
+        asked = {k: True for k,v in dict(static_cache=static_cache, compile=compile).items() if v}
         tok, grid = self.image_tokenizer, self.grid_of(height, width)
         tell_token, tell_round = count_steps(callback_on_step_end, self, math.prod(grid), n_iter or tok.config.n_iter)
         ids = generate_image_ids(

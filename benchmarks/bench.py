@@ -272,7 +272,12 @@ def compiled():
     yield from step(True)
     yield from decode(True)
 
-groups = {f.__name__: f for f in (resampler, quantizer, step, decode, growth, *[compiled]*cuda)}
+def generation():
+    "The decoding loop beside `generate` of `transformers`: see `generation.py`"
+    from benchmarks.generation import generation
+    yield from generation(row, device)
+
+groups = {f.__name__: f for f in (resampler, quantizer, step, decode, growth, generation, *[compiled]*cuda)}
 
 # What is written
 
@@ -292,6 +297,11 @@ targets = {  # (name, metric): what the project aims at, and whether a row reach
     ('training step, bf16', 'memory, MB'): ('≥ 2 × less', at_most(1/2)),
     ('training step, bf16', 'arithmetic reached'): ('ours ≥ 0.4', lambda r: r['ours'] >= 0.4),
     ('decode, bf16', 'time, ms'): ('≥ 2 × faster', at_most(1/2)),
+    ('ids of one, fp32', 'time, ms'): ('≥ 1.7 × faster', at_most(1/1.7)),
+    ('ids of one, bf16', 'time, ms'): ('≥ 2.5 × faster', at_most(1/2.5)),
+    ('ids of sixteen, fp32', 'time, ms'): ('≥ 1.4 × faster', at_most(1/1.4)),
+    ('caption → one, fp32', 'time, ms'): ('ours ≤ 600', at_most(600, 'ours')),
+    ('caption → sixteen, fp32', 'time, ms'): ('ours ≤ 2,300', at_most(2300, 'ours')),
     **{(f'growth of {what}', 'largest slope'): ('ours ≤ 2', at_most(2, 'ours')) for what in ('encode with visual tokens',
         'encode with text tokens', 'decode with visual tokens')}}
 

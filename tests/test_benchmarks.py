@@ -3,8 +3,10 @@
 import json
 import pytest, torch
 import v2flow_nbdev.models.flow as flow
-from benchmarks import bench, generation, plain
-from v2flow_nbdev.language.generation import generate_image_ids
+from benchmarks import bench, generation, plain, plain_generation
+from conftest import shipped
+from v2flow_nbdev.language.generation import generate_captions, generate_image_ids
+from v2flow_nbdev.language.pipeline import V2FlowPipeline
 from v2flow_nbdev.models.quantizer import VectorQuantizer
 from v2flow_nbdev.models.resampler import resample
 from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
@@ -82,29 +84,27 @@ def test_dropout_is_the_only_difference_of_a_block(pair):
 def test_results_and_the_table_made_of_them():
     rows, readme = (json.loads((bench.here/'results.json').read_text()), (bench.here/'README.md').read_text())
     for r in rows:
-        assert list(r) == ['name', 'metric', 'plain', 'ours', 'ratio'] and r['plain'] > 0 and r['ours'] > 0
+        assert list(r)[:5] == ['name', 'metric', 'plain', 'ours', 'ratio'] and r['plain'] > 0 and r['ours'] > 0
         assert r['ratio'] == pytest.approx(r['ours']/r['plain'], rel=2e-3)
     names = {(r['name'], r['metric']) for r in rows}
     assert len(names) == len(rows) and set(bench.targets) <= names, set(bench.targets) - names
     assert bench.table(rows) in readme
 
-def test_generation_in_two_passes_writes_the_same_words_and_the_table_has_every_row():
-    """Two calls of the model per word and one batch of both branches, float32, one seed; words are far from equally
-    likely"""
-    model, tokenizer = generation.small_model(words=300, codes=32, grids=((2, 2), (1, 4)), hidden_size=32,
-                                              num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
-    with torch.no_grad():
-        for p in model.parameters(): p.mul_(10 if p.dim() == 2 else 1)
-    captions = [c[:5*(i + 1)] for i,c in enumerate(generation.captions_of(5))]                # of mixed lengths
-    for grid in ((2, 2), (1, 4)):
-        def ours(scale, n=0):
-            return generate_image_ids(model, tokenizer, captions, guidance_scale=scale, grid=grid, generator=seed(n))
-        assert (generation.two_passes(model, tokenizer, captions, grid, 2., seed()) == ours(2.)).all()
-        assert (ours(2.) != ours(1.)).any() and (ours(2.) != ours(2., 1)).any()
-        assert generation.plain(model, tokenizer, captions, grid, True).shape == (10, 4)
-    rows = [generation.measure(model, tokenizer, batch, grid, 1, 1e9) for batch, grid in ((1, (2, 2)), (3, (1, 4)))]
-    assert all(0 < r['share'] and min(r['seconds'].values()) > 0 for r in rows)
-    assert rows[1]['bound'] == pytest.approx(4*sum(p.numel() for p in model.parameters())/1e9*4/3, rel=1e-3)
-    lines = generation.table(rows).splitlines()
-    assert len(lines) == 2 + len(rows) and all(l.startswith(f"| {r['batch']} | 4 |")
-                                               and l.count('|') == lines[0].count('|') for l, r in zip(lines[2:], rows))
+def test_generation_compares_equals():
+    """The plain form and ours give the same ids from one seed and the same captions, with and without guidance, and so do
+    two passes; what a baseline is made of stands beside each result"""
+    pipe = V2FlowPipeline.from_pretrained(shipped)
+    model, tokenizer, grid, captions = pipe.llm, pipe.tokenizer, (4, 4), ['a seven', 'the digit 3', 'a handwritten 0']
+    for scale in (1., 2.):
+        def ours(n=0): return generate_image_ids(model, tokenizer, captions, scale, generator=seed(n))
+        assert (plain_generation.image_ids(model, tokenizer, captions, grid, scale, seed()) == ours()).all()
+        assert (ours() != ours(1)).any()
+    assert (plain_generation.two_passes(model, tokenizer, captions, grid, 2., seed()) == ours()).all()
+    said = tokenizer.batch_decode(plain_generation.captions(model, tokenizer, ours(), grid), skip_special_tokens=True)
+    assert [s.strip() for s in said] == generate_captions(model, tokenizer, ours())
+    for name, plain, form in generation.cases(pipe):
+        if 'one' in name: plain(); form()
+    rows = json.loads((bench.here/'results.json').read_text())
+    for r in rows:
+        if r.get('baseline'): assert r['baseline']['plain_generation.py'] == generation.baseline()['plain_generation.py']
+    assert sum('baseline' in r for r in rows) == 13

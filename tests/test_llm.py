@@ -156,3 +156,38 @@ def test_the_pipeline_generates_by_the_loop_and_as_generate_does():
                                                                                          side_effect=AssertionError):
         assert made(static_cache=True).ids.equal(image.ids)
         assert pipe.caption(image.images[0], static_cache=True) == text
+
+def test_the_loop_samples_what_generate_samples_up_to_a_near_tie(monkeypatch):
+    """The same noise: the first place at which ids differ, if any, is one where the two best noised scores lie within
+    1e-4"""
+    import v2flow_nbdev.language.generation as generation
+    from v2flow_nbdev.language.pipeline import V2FlowPipeline
+    from v2flow_nbdev.models.resampler import gumbel
+    pipe, gaps, real = V2FlowPipeline.from_pretrained(shipped), [], generation.sample_codes
+    def watched(logits, temperature, top_k, top_p, generator):
+        same = torch.Generator().set_state(generator.get_state())
+        best = (logits/temperature + gumbel(logits.shape, same, logits.device)).topk(2).values
+        gaps.append(best[:, 0] - best[:, 1])
+        return real(logits, temperature, top_k, top_p, generator)
+    captions = texts[::8]
+    def ids(**how):
+        return generate_image_ids(pipe.llm, pipe.tokenizer, captions, 1.5, min_p=0.02, generator=torch.Generator().manual_seed(0),
+                                  **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, 'sample_codes', watched)
+        ours = ids()
+    gaps, differ = torch.stack(gaps, 1), ours != ids(static_cache=False)              # (B, N)
+    assert gaps.shape == ours.shape and gaps.min() > 0 and gaps.median() > 0.01       # noise was really drawn
+    for row in differ.any(1).nonzero().flatten(): assert gaps[row, differ[row].int().argmax()] < 1e-4
+
+def test_int8_is_for_the_loop_alone():
+    "Images and captions come out, near those of float32; a model that the loop cannot run says so, with what to do"
+    from v2flow_nbdev.language.pipeline import V2FlowPipeline
+    pipe = V2FlowPipeline.from_pretrained(shipped)
+    def image(**how): return pipe(['a handwritten seven', 'the digit 3'], temperature=0., generator=torch.Generator().manual_seed(0), **how)
+    exact, rounded = image(), image(int8=True)
+    assert (exact.ids == rounded.ids).float().mean() > 0.5 and not exact.ids.equal(rounded.ids*0)
+    assert pipe.caption(exact.images, int8=True) == pipe.caption(exact.images)
+    model, tokenizer, tok = made('gpt2'); add_visual_tokens(model, tokenizer, tok)
+    with pytest.raises(ValueError, match='gpt2 is not one of .*: use `model.generate`'):
+        generate_image_ids(model, tokenizer, ['a seven'], int8=True)

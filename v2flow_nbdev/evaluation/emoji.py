@@ -70,7 +70,7 @@ def generate_emoji(
     order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
     for k in range(0, len(order), batch_size):
         part = order[k:k + batch_size]
-        for i, image in zip(part, pipe([captions[i] for i in part], generator=g, static_cache=True).images):
+        for i, image in zip(part, pipe([captions[i] for i in part], generator=g).images):
             made[i] = image
         if k//batch_size % 4 == 3: say(f'{k + len(part):,} of {len(captions):,}')
     return to_tensor(made, 3)

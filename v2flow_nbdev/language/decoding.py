@@ -12,44 +12,59 @@ import torch, torch.nn.functional as F
 from torch import nn
 
 # %% ../../nbs/language/22_decoding.ipynb #c29f6405
-def fused(*layers):
-    "Linear layers of one input as a single one: (weight, bias or None)"
-    bias = None if layers[0].bias is None else torch.cat([l.bias for l in layers])
-    return torch.cat([l.weight for l in layers]), bias
+@dataclass
+class Matrix:
+    "A linear layer of the loop, called with (rows, in) → (rows, out), to which `base` is added"
+    weight:Any      # (in, out); int8: (out, in)
+    bias:Any        # (out,), or None
+    scale:Any=None  # of each int8 row, (out,)
+
+    def __call__(self, x, base=None):
+        out = self.product(x, self.bias if base is None else base)
+        return out if base is None or self.bias is None else out + self.bias
+
+    def product(self, x, added):
+        if self.scale is None: return x @ self.weight if added is None else torch.addmm(added, x, self.weight)
+        few = len(x) <= 8  # for more, int8 products are slower than the same in bfloat16
+        out = torch._weight_int8pack_mm(x, self.weight, self.scale) if few else x @ self.weight.t().to(x)*self.scale
+        return out if added is None else out + added
+
+def joined(
+    layers,      # linear layers of one input
+    dtype,       # of the loop
+    int8=False,  # round the weights to int8
+)->Matrix:       # their outputs side by side
+    "Linear layers as a single one"
+    together = lambda parts: (parts[0] if len(parts) == 1 else torch.cat(parts)).detach()
+    weight = together([l.weight for l in layers])
+    bias = None if layers[0].bias is None else together([l.bias for l in layers]).to(dtype)
+    if not int8: return Matrix(weight.to(dtype).t(), bias)
+    scale = weight.float().abs().amax(1).clamp_min(1e-12)/127
+    return Matrix((weight/scale[:, None]).round().to(torch.int8), bias, scale.to(dtype))
 
 # %% ../../nbs/language/22_decoding.ipynb #14a826ad
-@dataclass
 class LayerWeights:
-    "What a layer of the loop multiplies with; each pair is (weight, bias or None)"
-    norm:Any      # before attention, (D,)
-    qkv:tuple     # queries, keys and values of all heads
-    out:tuple     # of attention
-    q_norm:Any    # of each head's query, (head width,); None: there is none
-    k_norm:Any    # the same for its key
-    mlp_norm:Any  # before the MLP, (D,)
-    gate_up:tuple # gate and up projection
-    down:tuple
-
-def layer_weights(
-    layer,  # a decoder layer of `transformers`
-    cast,   # tensor → tensor
-)->LayerWeights:
-    "The layer's parameters, fused and cast"
-    a, m = layer.self_attn, layer.mlp
-    pair = lambda weight, bias: (cast(weight), None if bias is None else cast(bias))
-    of_heads = [cast(getattr(a, n).weight) if hasattr(a, n) else None for n in ('q_norm', 'k_norm')]
-    return LayerWeights(cast(layer.input_layernorm.weight), pair(*fused(a.q_proj, a.k_proj, a.v_proj)),
-                        pair(a.o_proj.weight, a.o_proj.bias), *of_heads, cast(layer.post_attention_layernorm.weight),
-                        pair(*fused(m.gate_proj, m.up_proj)), pair(m.down_proj.weight, m.down_proj.bias))
+    "What a layer of the loop computes with"
+    def __init__(self,
+        layer,  # a decoder layer of `transformers`
+        dtype,  # of the loop
+        int8,   # see `joined`
+    ):
+        a, m = layer.self_attn, layer.mlp
+        cast = lambda norm: norm.weight.detach().to(dtype)
+        self.norm, self.mlp_norm = cast(layer.input_layernorm), cast(layer.post_attention_layernorm)   # (D,)
+        self.head_norms = [cast(getattr(a, n)) for n in ('q_norm', 'k_norm') if hasattr(a, n)]         # (width,) each
+        for name, parts in dict(qkv=(a.q_proj, a.k_proj, a.v_proj), out=(a.o_proj,),
+                                gate_up=(m.gate_proj, m.up_proj), down=(m.down_proj,)).items():
+            setattr(self, name, joined(parts, dtype, int8))
 
 def rotate(
-    x,    # (B, heads, L, width)
-    cos,  # of the positions' angles, (B, 1, L, width/2)
-    sin,
+    x,    # (B, L, heads, width)
+    cos,  # of the positions' angles, (B, L, 1, width)
+    sin,  # the same, the first half negated
 ):        # as x
     "Rotary positions: each pair of numbers turned by its position's angle (RoFormer, arXiv 2104.09864)"
-    a, b = x.chunk(2, -1)
-    return torch.cat((a*cos - b*sin, b*cos + a*sin), -1)
+    return torch.addcmul(x*cos, x.roll(x.shape[-1]//2, -1), sin)
 
 # %% ../../nbs/language/22_decoding.ipynb #5ed18dcc
 families = ('llama', 'mistral', 'qwen2', 'qwen3')  # `model_type` of configs; SmolLM2 is a llama
@@ -80,35 +95,47 @@ def unsupported(
 class LlamaLayers:
     "The layers of a LLaMA over a preallocated KV cache; `FastDecoder` fills in what they need"
     def forward(self,
-        ids,   # tokens that are read now, (B, L)
-        mask,  # bool, True = attended to, (B, 1, L, positions); None: all earlier positions
-    ):         # scores of the token that follows the last, (B, tokens) float32
-        x, end = F.embedding(ids, self.table), self.length + ids.shape[1]
-        for layer, keys, values in zip(self.layers, self.keys, self.values):
-            x = x + self.attention(F.rms_norm(x, self.norm.shape, layer.norm, self.eps), layer, keys, values, end, mask)
-            h = F.rms_norm(x, self.norm.shape, layer.mlp_norm, self.eps)
-            gate, up = F.linear(h, *layer.gate_up).chunk(2, -1)
-            x = x + F.linear(self.act(gate)*up, *layer.down)
-        self.length = end
-        return F.linear(F.rms_norm(x[:, -1], self.norm.shape, self.norm, self.eps), *self.head).float()
+        ids,       # tokens that are read now, (B, L)
+        cos, sin,  # of their positions, see `rotate`
+        write,     # callable (layer's number, keys, values) → all keys and values; each (B, heads, positions, width)
+        mask,      # bool, True = attended to, (B or 1, 1, L, positions); None: all earlier positions
+    ):             # scores of the token that follows the last, (B, tokens) float32
+        (B, L), norm = ids.shape, lambda x, weight: F.rms_norm(x, weight.shape, weight, self.eps)
+        x = F.embedding(ids.flatten(), self.table)                                 # (B·L, D)
+        for i, layer in enumerate(self.layers):
+            heads = layer.qkv(norm(x, layer.norm)).view(B, L, -1, self.width)
+            turned, values = heads.split((self.heads + self.kv_heads, self.kv_heads), 2)
+            if layer.head_norms:
+                parts = turned.split((self.heads, self.kv_heads), 2)
+                turned = torch.cat([norm(part, w) for part, w in zip(parts, layer.head_norms)], 2)
+            turned, values = rotate(turned, cos, sin).transpose(1, 2), values.transpose(1, 2)
+            seen = write(i, turned[:, self.heads:], values)
+            out = F.scaled_dot_product_attention(turned[:, :self.heads], *seen, mask, enable_gqa=self.grouped,
+                                                 is_causal=mask is None and L > 1)
+            x = layer.out(out.transpose(1, 2).reshape(B*L, -1), x)
+            gate, up = layer.gate_up(norm(x, layer.mlp_norm)).chunk(2, -1)
+            x = layer.down(self.act(gate)*up, x)
+        return self.head(norm(x.view(B, L, -1)[:, -1], self.norm)).float()
 
-    def attention(self,
-        h, layer,      # normalised input, (B, L, D); `LayerWeights`
-        keys, values,  # of this layer, (B, heads, all positions, width)
-        end, mask,     # positions read after this step; see `forward`
+    def grown(self, ids, mask):
+        "Over the filled part of the cache, which grows by `ids`"
+        end = self.length + ids.shape[1]
+        new, seen = (self.cache[:, :, :, begin:end].unbind() for begin in (self.length, 0))
+        def write(i, keys, values):
+            new[2*i].copy_(keys); new[2*i + 1].copy_(values)
+            return seen[2*i], seen[2*i + 1]
+        return self.forward(ids, self.cos[:, self.length:end], self.sin[:, self.length:end], write, mask)
+
+    def fixed(self,
+        ids,  # one token of each sequence, (B, 1)
+        at,   # its position in the cache, (1,)
     ):
-        (B, L, _), q, kv = h.shape, self.heads, self.kv_heads
-        here = slice(self.length, end)
-        qkv = F.linear(h, *layer.qkv).view(B, L, q + 2*kv, self.width).transpose(1, 2)
-        turned = qkv[:, :q + kv]
-        if layer.q_norm is not None:
-            turned = torch.cat([F.rms_norm(part, w.shape, w, self.eps)
-                                for part, w in zip(turned.split((q, kv), 1), (layer.q_norm, layer.k_norm))], 1)
-        turned = rotate(turned, self.cos[:, :, here], self.sin[:, :, here])
-        keys[:, :, here], values[:, :, here] = turned[:, q:], qkv[:, q + kv:]
-        out = F.scaled_dot_product_attention(turned[:, :q], keys[:, :, :end], values[:, :, :end], mask,
-                                             is_causal=mask is None and L > 1, enable_gqa=q != kv)
-        return F.linear(out.transpose(1, 2).flatten(2), *layer.out)
+        "Over the whole cache: the same shapes and operations at every position"
+        def write(i, keys, values):
+            return self.cache[2*i].index_copy_(2, at, keys), self.cache[2*i + 1].index_copy_(2, at, values)
+        earlier = torch.arange(self.cache.shape[3], device=at.device) <= at
+        return self.forward(ids, self.cos.index_select(1, at), self.sin.index_select(1, at), write,
+                            self.attend & earlier)
 
 # %% ../../nbs/language/22_decoding.ipynb #48a345f9
 class FastDecoder(LlamaLayers):
@@ -118,17 +145,22 @@ class FastDecoder(LlamaLayers):
         model:nn.Module,             # see `unsupported`; its parameters are copied
         tokens:range|None=None,      # ids to score; None: all
         dtype:torch.dtype|None=None, # of the loop; None: the model's
+        int8:bool=False,             # weights of the layers in int8, the rest in bfloat16; on a CPU
+        graph:bool=False,            # steps of one shape over the whole cache; on CUDA each is one graph
     ):
-        if why := unsupported(model): raise ValueError(f"{why}: use `model.generate`")
-        body, head, c = model.model, model.get_output_embeddings(), model.config
-        self.device, self.dtype = body.norm.weight.device, dtype or body.norm.weight.dtype
+        body, head, c = getattr(model, 'model', None), model.get_output_embeddings(), model.config
+        why = unsupported(model) or int8 and body.norm.weight.device.type != 'cpu' and "int8 is for the CPU"
+        if why: raise ValueError(f"{why}: use `model.generate`")
+        self.device, self.graph, self.replay = body.norm.weight.device, graph, None
+        self.dtype = torch.bfloat16 if int8 else dtype or body.norm.weight.dtype
         cast = lambda p: p.detach().to(self.dtype)
-        self.layers = [layer_weights(layer, cast) for layer in body.layers]
+        self.layers = [LayerWeights(layer, self.dtype, int8) for layer in body.layers]
         self.table, self.norm, self.rotary = cast(body.embed_tokens.weight), cast(body.norm.weight), body.rotary_emb
         some = slice(None) if tokens is None else slice(tokens.start, tokens.stop)
-        self.head = cast(head.weight[some]), None if head.bias is None else cast(head.bias[some])
+        self.head = Matrix(cast(head.weight[some]).t(), None if head.bias is None else cast(head.bias[some]))
         self.heads, self.kv_heads, self.eps = c.num_attention_heads, c.num_key_value_heads, c.rms_norm_eps
         self.width, self.act = body.layers[0].self_attn.head_dim, body.layers[0].mlp.act_fn
+        self.grouped = self.heads != self.kv_heads
 
     @torch.no_grad()
     def start(self,
@@ -137,25 +169,42 @@ class FastDecoder(LlamaLayers):
         n:int,                        # tokens that may follow
     )->torch.Tensor:                  # scores of the first of them, (B, tokens) float32
         "Read the prompts"
-        there = attention_mask.bool()
+        there, new = attention_mask.bool(), lambda *shape, **kw: torch.zeros(shape, device=self.device, **kw)
         B, L = there.shape
         positions = (there.long().cumsum(-1) - 1).clamp_min(0)
         positions = torch.cat((positions, positions[:, -1:] + 1 + torch.arange(n, device=self.device)), 1)
-        angles = self.rotary(torch.empty(0, device=self.device), positions)          # cos, sin: (B, L + n, width)
-        self.cos, self.sin = (a[:, None, :, :self.width//2].to(self.dtype) for a in angles)
-        shape = 2, len(self.layers), B, self.kv_heads, L + n, self.width
-        self.keys, self.values = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        self.length, self.attend = 0, None if there.all() else F.pad(there, (0, n), value=True)[:, None, None]
-        if self.attend is None: return self.forward(input_ids, None)
+        cos, sin = self.rotary(new(0), positions)                                  # (B, L + n, width)
+        sin = torch.cat((-sin[..., :self.width//2], sin[..., self.width//2:]), -1)
+        self.cos, self.sin = (a[:, :, None].to(self.dtype) for a in (cos, sin))
+        self.cache = new(2*len(self.layers), B, self.kv_heads, L + n, self.width, dtype=self.dtype)
+        self.length, self.padded, self.replay = 0, not there.all(), None
+        self.attend = F.pad(there, (0, n), value=True)[:, None, None]              # (B, 1, 1, L + n)
         earlier, itself = torch.ones(2, L, L, dtype=torch.bool, device=self.device).tril()
-        return self.forward(input_ids, self.attend[..., :L] & earlier | itself & itself.T)
+        scores = self.grown(input_ids, self.attend[..., :L] & earlier | itself & itself.T if self.padded else None)
+        self.length = L
+        return scores
 
     @torch.no_grad()
     def step(self,
         ids:torch.Tensor,  # the tokens that were chosen, (B,)
     )->torch.Tensor:       # scores of the next, (B, tokens) float32
         "Read one more token of each sequence"
-        return self.forward(ids[:, None], None if self.attend is None else self.attend[..., :self.length + 1])
+        if self.graph: scores = self.graph_step(ids[:, None])
+        else: scores = self.grown(ids[:, None], self.attend[..., :self.length + 1] if self.padded else None)
+        self.length += 1
+        return scores
+
+    def graph_step(self, ids):
+        "`fixed`; on CUDA recorded at the first step, and replayed at all others"
+        at = torch.full((1,), self.length, device=self.device)
+        if self.device.type != 'cuda': return self.fixed(ids, at)
+        if self.replay is None:
+            self.ids, self.at, self.replay = ids.clone(), at, torch.cuda.CUDAGraph()
+            with torch.cuda.stream(torch.cuda.Stream()): self.fixed(ids, at)       # what is set up once, before
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self.replay): self.scores = self.fixed(self.ids, self.at)
+        self.ids.copy_(ids); self.at.copy_(at); self.replay.replay()
+        return self.scores.clone()
 
 # %% ../../nbs/language/22_decoding.ipynb #34f53abe
 def decode_text(
@@ -165,9 +214,10 @@ def decode_text(
     end,       # id of the token that ends a text
     hidden,    # ids that are never chosen, a range
     callback,  # called with the tokens so far, (B, 1 to n); or None
+    **kwargs,  # to `FastDecoder`: int8, graph
 ):             # ids of tokens, (B, n or fewer), with `end` behind the end
     "The most likely token at each position"
-    decoder, found = FastDecoder(model), []
+    decoder, found = FastDecoder(model, **kwargs), []
     scores = decoder.start(**batch, n=n)
     ended = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     for i in range(n):
@@ -185,10 +235,11 @@ def decode_ids(
     batch,      # as above
     processor,  # chooses codes: a `VisualTokenProcessor`, see `generation`
     callback,   # called with the ids so far, (rows of the batch, 1 to n); or None
+    **kwargs,   # to `FastDecoder`: int8, graph
 ):              # code indices, (rows of the batch, n)
     "The visual tokens of one image for each prompt"
     first, n, found = processor.visual.first, processor.n, []
-    decoder = FastDecoder(model, range(first, first + processor.visual.codebook_size))
+    decoder = FastDecoder(model, range(first, first + processor.visual.codebook_size), **kwargs)
     scores = decoder.start(**batch, n=n)
     for done in range(n):
         found.append(processor.choose(scores, done))

@@ -225,7 +225,8 @@ class V2FlowPipeline(PipelineFolder):
         width:int|None=None,
         guidance_schedule:Callable=constant_guidance, # of the language model; or `linear_guidance`, see `flow`
         static_cache:bool=False,                  # of the language model: keys and values in tensors of fixed size
-        compile:bool=False,                       # of the language model; pays on CUDA, for many calls of one shape
+        compile:bool=False,                       # of the language model; on CUDA each step is one graph
+        int8:bool=False,                          # of the language model: its layers' weights in int8, for a CPU
         callback_on_step_end:Callable|None=None,  # after each visual token and each mask round, see `count_steps`
     )->PipelineOutput:
         "Captions → images"
@@ -243,7 +244,7 @@ class V2FlowPipeline(PipelineFolder):
         tell_token, tell_round = count_steps(callback_on_step_end, self, math.prod(grid), n_iter or tok.config.n_iter)
         ids = generate_image_ids(
             self.llm, self.tokenizer, captions, generator=generator, grid=grid, guidance_schedule=guidance_schedule,
-            callback=tell_token, **settings, **asked)
+            callback=tell_token, int8=int8, **settings, **asked)
         images = tok.decode(ids, grid, n_iter=n_iter, n_steps=n_steps, guidance_scale=decoder_guidance_scale,
                             temperature=decoder_temperature, generator=generator, callback=tell_round)
         return PipelineOutput(to_pil(images), ids)
@@ -265,7 +266,7 @@ class V2FlowPipeline(PipelineFolder):
         images:Any,      # as in `prepare`
         height:int|None=None, # at which size they are read, pixels; None: the model's main size
         width:int|None=None,
-        **generate_kwargs,           # max_new_tokens, static_cache, compile: see `generate_captions`
+        **generate_kwargs,           # max_new_tokens, int8, static_cache, compile: see `generate_captions`
     )->str|list[str]:    # a caption, or a list of them
         "Images → captions"
         grid, ids = self.grid_of(height, width), self.image_tokenizer.encode(self.prepare(images, height, width))

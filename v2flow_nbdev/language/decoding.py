@@ -194,7 +194,7 @@ class FastDecoder(LlamaLayers):
         self.length += 1
         return scores
 
-    def graph_step(self, ids):
+    def graph_step(self, ids:torch.Tensor)->torch.Tensor:
         "`fixed`; on CUDA recorded at the first step, and replayed at all others"
         at = torch.full((1,), self.length, device=self.device)
         if self.device.type != 'cuda': return self.fixed(ids, at)

@@ -150,10 +150,10 @@ def generate_tokens(
 
 # %% ../../nbs/language/23_generation.ipynb #e08ddc20
 def loop_settings(
-    model,            # a language model
-    int8,             # as the caller wants it
-    generate_kwargs,  # the other settings that were given
-)->dict|None:         # for `FastDecoder`; None: `model.generate` is asked for, or needed
+    model:nn.Module,       # a language model
+    int8:bool,             # as the caller wants it
+    generate_kwargs:dict,  # the other settings that were given
+)->dict|None:              # for `FastDecoder`; None: `model.generate` is asked for, or needed
     "Which of the two loops generates"
     if int8: return dict(int8=True)                                                # or an error that says why not
     graph = generate_kwargs == dict(compile=True) and model.device.type == 'cuda'

@@ -34,7 +34,11 @@ def full_float32(
     device:torch.device,  # of the tensors inside
 )->Iterator[None]:
     """Inside, products of float32 tensors are computed in float32: no autocast, no TF32, no bfloat16 in their place.
-    The switches belong to the process; threads that are inside at the same time share one change of them"""
+    The switches belong to the process; threads that are inside at the same time share one change of them.
+    `torch.compile` cannot follow a switch into its graph: there only autocast is switched off"""
+    if torch.compiler.is_compiling():
+        with no_autocast(device): yield
+        return
     b, kind, w = torch.backends, device.type, _switches
     with w['lock']:
         w['inside'][kind] += 1

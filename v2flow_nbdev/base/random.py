@@ -29,7 +29,8 @@ def random_tensor(
         if shape == (): return random_tensor(kind, shape, g.generator, device)  # one number for all processes
         return random_tensor(kind, (shape[0]*g.parts, *shape[1:]), g.generator,
                              device)[g.part*shape[0]:(g.part + 1)*shape[0]]
-    return kind(shape, generator=generator, device=generator.device if generator else device).to(device)
+    if generator is None: return kind(shape, device=device)
+    return kind(shape, generator=generator, device=generator.device).to(device)
 
 # %% ../../nbs/base/00_random.ipynb #95e7c9cc
 @dataclass

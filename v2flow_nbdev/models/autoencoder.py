@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 import torch.utils.checkpoint
+from ..base.random import ShardedGenerator, random_tensor
 
 # %% ../../nbs/models/10_autoencoder.ipynb #96d6e783
 def small_autoencoder(
@@ -111,7 +112,9 @@ class AutoencoderTraining(nn.Module):
     )->AutoencoderOutput:     # its `loss` is a scalar
         "Images → latents → images, and how far off they are"
         z = self.model.encode(images).latent
-        if self.training and self.noise: z = z + self.noise*z.float().std().to(z.dtype)*torch.randn_like(z)
+        if self.training and self.noise:
+            drawn = random_tensor(partial(torch.randn, dtype=z.dtype), z.shape, ShardedGenerator.here(), z.device)
+            z = z + self.noise*z.float().std().to(z.dtype)*drawn
         back = self.model.decode(z).sample.float()
         return AutoencoderOutput((back - images).square().mean(), back)
 

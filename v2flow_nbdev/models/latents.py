@@ -82,9 +82,10 @@ class PixelLatents(nn.Module):
 
     def encode(self,
         images:torch.Tensor,  # (B, C, H, W) in [-1, 1], of any dtype of floats; H and W multiples of `patch_size`
+        values:bool=True,     # False: they are not checked, see `check_images`
     )->torch.Tensor:          # latents, (B, C·p², H/p, W/p) float32, about unit scale
         "Images → latent grid"
-        check_images(images, self.image_channels, self.patch_size)
+        check_images(images, self.image_channels, self.patch_size, values)
         z = rearrange(images.float(), 'b c (h p) (w q) -> b (c p q) h w', p=self.patch_size, q=self.patch_size)
         return (z - self.shift)*self.scale
 
@@ -204,9 +205,10 @@ class ScaledAutoencoder(FrozenAutoencoder):
     @torch.no_grad()
     def encode(self,
         images:torch.Tensor,  # (B, C, H, W) in [-1, 1], of any dtype of floats; H and W multiples of `patch_size`
+        values:bool=True,     # False: they are not checked, see `check_images`
     )->torch.Tensor:          # (B, channels, H/patch, W/patch) float32, about unit scale
         "Images → latent grid, without gradients, always in float32; of a KL autoencoder's distribution the mean"
-        check_images(images, self.image_channels, self.patch_size)
+        check_images(images, self.image_channels, self.patch_size, values)
         if rounded := {t.dtype for t in _sides(self.model)[0].values() if t.is_floating_point()} - {torch.float32}:
             raise ValueError(f"the autoencoder's encoder was cast to {rounded.pop()}, and gives other latents so; "
                              "load it again, and cast the `AutoencoderLatents` or what holds it")

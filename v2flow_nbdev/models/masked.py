@@ -7,6 +7,7 @@ __all__ = ['MaskedTransformer', 'masked_flow_sample']
 
 # %% ../../nbs/models/16_masked.ipynb #bf7bdd1c
 import math
+from statistics import NormalDist
 from typing import Callable
 import torch, torch.nn.functional as F
 from einops import rearrange, repeat
@@ -33,9 +34,9 @@ def sample_mask_ratio(
 )->float:             # in [low, 1]
     """Fraction of positions to hide: a normal at 1 truncated to [low, 1] (MAR, arXiv 2406.11838), by the inverse of its
     distribution function"""
-    edge = torch.special.ndtr(torch.tensor((low - 1)/std, dtype=torch.float64))
-    u = edge + (0.5 - edge)*random_tensor(torch.rand, (), generator)
-    return min(1., 1 + std*torch.special.ndtri(u.cpu()).item())
+    edge = NormalDist().cdf((low - 1)/std)
+    u = edge + (0.5 - edge)*random_tensor(torch.rand, (), generator).item()
+    return min(1., 1 + std*NormalDist().inv_cdf(u))
 
 # %% ../../nbs/models/16_masked.ipynb #e5d7033f
 def reveal_counts(

@@ -59,15 +59,15 @@ def sample_vectors(
     x:torch.Tensor,  # vectors of this process, (M, E)
     n:int,           # how many
     generator=None,  # picks
-)->torch.Tensor:     # (n, E), or all there are; the same in every process
-    "Some vectors at random, among those of all processes"
+)->tuple:            # (n, E), zeros where there are no more; bool, (n,): is there one. The same in every process
+    "Some vectors at random, among those of all processes, which have equally many. The device is asked nothing"
     me, others = process_of()
-    sizes = over_processes(torch.tensor([len(x)*(i == me) for i in range(others)], device=x.device)).tolist()
-    chosen = over_processes(random_tensor(torch.randperm, sum(sizes), generator, x.device)[:n].contiguous(),
-                            first=True) - sum(sizes[:me])
-    own, picked = (0 <= chosen) & (chosen < len(x)), x.new_zeros(len(chosen), x.shape[1])
-    picked[own] = x[chosen[own]]
-    return over_processes(picked)
+    picked = random_tensor(torch.randperm, len(x)*others, generator, x.device)[:n]
+    picked = torch.cat([F.pad(picked, (0, n - len(picked)), value=-1), picked.new_full((1,), len(x))])
+    picked = over_processes(picked, first=True)  # the last: how many the first process has
+    chosen, size = picked[:-1], picked[-1]
+    own = torch.where((chosen//size == me)[:, None], x[chosen % size % len(x)], 0)
+    return over_processes(own), chosen >= 0
 
 # %% ../../nbs/models/14_quantizer.ipynb #abcb8554
 class Codebook(nn.Module):
@@ -87,6 +87,15 @@ class Codebook(nn.Module):
         self.register_buffer('sums', codes.clone())                   # (K, E), EMA of the sum of those vectors
         self.register_buffer('initialised', torch.tensor(initialised))
         self.collected = []                                           # [(vectors, ids)] since the last update
+        self._read = None, 0, initialised                             # the buffer, its version, its value
+
+    @property
+    def ready(self)->bool:
+        "`initialised`, kept in Python: the device is asked again only after the buffer was written to"
+        if torch.compiler.is_compiling(): return self._read[2]
+        flag, version = self.initialised, 0 if self.initialised.is_inference() else self.initialised._version
+        if self._read[0] is not flag or self._read[1] != version: self._read = flag, version, bool(flag)
+        return self._read[2]
 
     def _apply(self, fn, recurse=True): return super()._apply(at_least_float32_by(fn), recurse)
 
@@ -100,13 +109,18 @@ class Codebook(nn.Module):
     def revive(self,
         x:torch.Tensor,  # recent unit vectors, (M, E)
         generator:torch.Generator|None=None,  # picks among them
+        taken:torch.Tensor|bool=True,         # False: nothing changes
     )->None:
-        "Put every dead code onto a vector of `x`, of any process"
-        usual = self.counts.mean()
-        dead = (self.counts < self.threshold_dead_code*usual).nonzero().flatten()
-        new = sample_vectors(x, len(dead), generator)
-        dead = dead[:len(new)]
-        self.codebook[dead], self.sums[dead], self.counts[dead] = new, new*usual, usual
+        "Put dead codes, up to 2,048 at once, onto vectors of `x`, of any process"
+        if not self.threshold_dead_code: return
+        usual, n = self.counts.mean(), min(len(self.counts), 2048)
+        dead = (self.counts < self.threshold_dead_code*usual) & taken
+        new, there = sample_vectors(x, n, generator)
+        rows = (~dead).byte().argsort(stable=True)[:n]                # dead codes first; the others stay what they are
+        moved = dead[rows] & there
+        for table, value in (self.codebook, new), (self.sums, new*usual):
+            table[rows] = torch.where(moved[:, None], value, table[rows])
+        self.counts[rows] = torch.where(moved, usual, self.counts[rows])
 
 # %% ../../nbs/models/14_quantizer.ipynb #17b73436
 class VectorQuantizer(Codebook):
@@ -118,7 +132,7 @@ class VectorQuantizer(Codebook):
     )->tuple:  # tokens (B, N, E), unit, straight-through to `x`; ids (B, N) or None; commitment loss, a scalar
         with full_float32(x.device):
             x = F.normalize(at_least_float32(x), dim=-1)
-            ids = nearest(x.detach(), self.codebook) if self.initialised else None
+            ids = nearest(x.detach(), self.codebook) if self.ready else None
             if self.training: self.collected.append((x.detach(), ids))
             if ids is None: return x, None, x.new_zeros(())
             codes = self.codebook[ids]
@@ -131,9 +145,9 @@ class VectorQuantizer(Codebook):
         "K-means over the vectors that all processes collected since the last update"
         x, k = torch.cat([x.flatten(0, -2) for x,_ in self.collected]), len(self.codebook)
         self.collected.clear()
-        codes = sample_vectors(x, k, generator)
-        if len(codes) < k: raise ValueError(f"k-means of {k} codes needs at least as many vectors, got {len(codes)}")
-        codes = kmeans(x, codes)
+        if (n := len(x)*process_of()[1]) < k:
+            raise ValueError(f"k-means of {k} codes needs at least as many vectors, got {n}")
+        codes = kmeans(x, sample_vectors(x, k, generator)[0])
         self.codebook.copy_(codes)
         self.counts.copy_(over_processes(nearest(x, codes).bincount(minlength=k)))
         self.sums.copy_(codes*self.counts[:,None])
@@ -142,17 +156,22 @@ class VectorQuantizer(Codebook):
     @torch.no_grad()
     def update(self,
         generator:torch.Generator|None=None,  # picks the vectors that revive dead codes
+        taken:torch.Tensor|None=None,         # bool, on the device: False leaves the codebook as it is; None: True
     )->None:
         "One step of the EMA with what all processes collected since the last update, then revival"
         collected, self.collected = self.collected, []
-        if not self.initialised or not collected: return
+        if not self.ready or not collected: return
         x = torch.cat([x.flatten(0, -2) for x,_ in collected])        # (M, E)
         ids = torch.cat([i.flatten() for _,i in collected])           # (M,)
-        hits = over_processes(ids.bincount(minlength=len(self.counts)))
-        self.counts.lerp_(hits.to(self.counts.dtype), 1 - self.decay)
+        taken = self.initialised if taken is None else taken
+        x, one = torch.where(taken, x, 0), taken.to(self.counts.dtype)    # zeros: a NaN times 0 is a NaN
+        hits = over_processes(torch.zeros_like(self.counts, dtype=torch.long).index_add_(0, ids, torch.ones_like(ids)))
+        self.counts.lerp_(hits.to(self.counts.dtype), one*(1 - self.decay))
         # in place: no second table; each process adds its part of the old sums
-        self.sums.mul_(self.decay/process_of()[1]).index_add_(0, ids, x, alpha=1 - self.decay)
+        self.sums.mul_(torch.where(taken, one*self.decay, 1)/process_of()[1]).index_add_(0, ids, x,
+            alpha=1 - self.decay)
         over_processes(self.sums)
-        chosen = hits.nonzero().flatten()                             # the others keep their direction
-        self.codebook[chosen] = F.normalize(self.sums[chosen], dim=-1)
-        self.revive(x, generator)
+        chosen = (hits > 0) & taken                                   # the others keep their direction
+        for codes, sums, new in zip(*(t.split(2048) for t in (self.codebook, self.sums, chosen))):
+            codes.copy_(torch.where(new[:, None], F.normalize(sums, dim=-1), codes))
+        self.revive(x, generator, taken)

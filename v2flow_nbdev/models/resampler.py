@@ -86,12 +86,13 @@ class VocabularyResampler(nn.Module):
                             part*x.shape[:-1].numel())
 
 # %% ../../nbs/models/13_resampler.ipynb #e72cb481
+@torch.library.custom_op('v2flow::vocabulary_noise', mutates_args=())
 def vocabulary_noise(
     tokens:int,   # N visual tokens
     size:int,     # tokens of the vocabulary in the tile: 512, fewer in the last
     seed:int,     # of the whole draw
     tile:int,     # the tile's number
-    device=None,  # where it is wanted
+    device:torch.device|None=None, # where it is wanted
     first:int=0,  # number of the first token: other processes have those before it
 )->torch.Tensor:  # Gumbel noise, (N, size)
     """Noise that is a function of (seed, tile) and the token's number: it can be drawn again, in any order, in any
@@ -102,6 +103,9 @@ def vocabulary_noise(
     start = first % 1024
     blocks = [block(i) for i in range(first//1024, -(-(first + tokens)//1024))]
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[start:start + tokens]
+
+@vocabulary_noise.register_fake
+def _(tokens, size, seed, tile, device=None, first=0): return torch.empty(tokens, size, device=device)
 
 # %% ../../nbs/models/13_resampler.ipynb #7d42e090
 def noised_logits(

@@ -80,19 +80,20 @@ class _Encoder(_Parts):
     "Image → ids"
     def to_latents(self,
         images:torch.Tensor,  # (B, C, H, W) in [-1, 1]
+        values:bool=True,     # False: they are not checked, see `check_images`
     )->torch.Tensor:          # (B, C, h, w), at unit scale
         "Images → latents"
-        check_images(images, self.config.image_channels, self.config.patch_size*self.config.pool)
+        check_images(images, self.config.image_channels, self.config.patch_size*self.config.pool, values)
         if self.latents is None:
             raise RuntimeError(f"this tokenizer works on the latents of {self.config.autoencoder}: encode the images "
                                f"with it and pass `latents`")
-        return torch.cat([self.latents.to(self.device).encode(x) for x in images.to(self.device).split(64)])
+        return torch.cat([self.latents.to(self.device).encode(x, values) for x in images.to(self.device).split(64)])
 
-    def latents_of(self, images:torch.Tensor, latents:torch.Tensor)->torch.Tensor:
+    def latents_of(self, images:torch.Tensor, latents:torch.Tensor, values:bool=True)->torch.Tensor:
         "Of images, or given"
         if (images is None) == (latents is None): raise ValueError("give images or latents")
-        if latents is None: return self.to_latents(images)
-        check_latents(latents, self.config.channels, self.config.pool)
+        if latents is None: return self.to_latents(images, values)
+        check_latents(latents, self.config.channels, self.config.pool, values)
         return latents.to(self.device)
 
     def mixtures(self,
@@ -115,7 +116,7 @@ class _Encoder(_Parts):
         """Image → ids. They are a contract: encoder, resampler and codebook keep float32 parameters and compute in
         float32, under autocast, after a cast and with TF32 allowed, so one device gives one answer; two devices
         differ in near-ties alone (under 0.1 % of the ids)"""
-        if not self.quantizer.initialised:
+        if not self.quantizer.ready:
             raise RuntimeError("the tokenizer has no codebook yet: train it past `quantize_from`")
         return self.quantizer.ids(self.mixtures(self.latents_of(images, latents), self.config.tau))
 
@@ -191,9 +192,13 @@ class V2Flow(_Encoder, _Saved):
         **sampler_kwargs,                # of `masked_flow_sample`; None: the config's default
     )->torch.Tensor:                     # (B, C, h·p, w·p), at unit scale
         "Ids → latents"
-        c, grid = self.config, tuple(grid or self.config.grid)
-        ids = check_ids(ids, grid, c.codebook_size)
+        grid = tuple(grid or self.config.grid)
+        ids = check_ids(ids, grid, self.config.codebook_size)
         check_counts(len(ids), 'images', generators=sampler_kwargs.get('generator'))
+        return self._latents_from(ids, grid, callback, **sampler_kwargs)
+
+    def _latents_from(self, ids, grid, callback=None, **sampler_kwargs):
+        c = self.config
         h, w = grid[0]*c.pool, grid[1]*c.pool
         def to_grid(z): return rearrange(z, 'b (h w) c -> b c h w', h=h)
         show = callback and (lambda i, z: callback(i, to_grid(z)))

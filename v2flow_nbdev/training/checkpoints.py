@@ -255,12 +255,13 @@ class Record:
         if self.out: save_images(images, step, self.out, self.accelerator.trackers)
         self.scores = {k: v for k,v in scores.items() if k not in images}
 
-    def line(self, step):
+    def line(self, step, rates=None):  # rates: seconds since the last line → what else the line tells
         "A line for the log and the trackers"
         if not self.main: return {}
-        rate = round(self.examples/(time.time() - self.began), 1)
+        seconds = time.time() - self.began
+        rate = round(self.examples/seconds, 1)
         self.began, self.examples = time.time(), 0
-        line = self.log.write(step, lr=self.config.lr*lr_factor(step - 1, self.config), examples_per_s=rate,
+        line = self.log.write(step, lr=self.config.lr*lr_factor(step - 1, self.config), examples_per_s=rate, **(rates(seconds) if rates else {}),
                               **(dict(skipped=self.skipped) if self.skipped else {}), **self.scores)
         self.scores = {}
         self.accelerator.log({k: v for k,v in line.items() if isinstance(v, (int, float)) and k != 'step'}, step)

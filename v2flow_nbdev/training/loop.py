@@ -14,11 +14,14 @@ from typing import Callable, Sequence
 import torch, torch.distributed as dist
 from tqdm.auto import tqdm
 from torch import nn
+from ..base.random import over_processes
 from ..data.batches import Batches
+from .speed import Speed
 from .config import due, lr_factor, TrainConfig
 from .processes import (
     deterministic_algorithms, Interrupted, interruptions, make_loader, start_loader, start_processes, wrap)
-from .optimizers import EMAModel, make_optimizer, multiplies_bf16, full_tensor
+from .optimizers import (
+    EMAModel, full_tensor, make_optimizer, multiplies_bf16, step_on_device, step_unless)
 from .checkpoints import (
     check_settings, last_checkpoint, Record, restore, run_tensors)
 
@@ -36,48 +39,57 @@ class Trainer:
         self.wrapped = wrap(model, config, accelerator)
         self.optimizer = make_optimizer(model, config)
         self.half = config.mixed_precision == 'bf16' and multiplies_bf16(accelerator.device)
-        self.skipped = 0  # steps without a finite gradient, in a row
+        self.rank = 0 if getattr(model, 'shares_draws', False) else accelerator.process_index
+        self.unread, self.skipped = [], 0  # steps not read yet; steps without a finite gradient, in a row
 
-    def over_processes(self, values):
-        "Sum over all processes, float64"
-        values = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
-        if self.accelerator.num_processes > 1: dist.all_reduce(values)
-        return values.tolist()
+    def number(self, value): return torch.full((), value, dtype=torch.float64, device=self.accelerator.device)
 
     def forward_backward(self, batches):
-        "Gradients of the mean over all examples of all forwards and processes, and that mean of each loss"
+        "Gradients of the mean over all examples of all forwards and processes, and this process' part of each loss"
         a, n = self.accelerator, self.accelerator.num_processes
         counts = [self.count(b) if self.count else 1 for b in batches]  # what each batch's loss is a mean over
-        total, sums = self.over_processes([sum(counts)])[0], {}
+        total, sums = over_processes(self.number(float(sum(counts)))), {}
         for i, batch in enumerate(batches):
             last, fraction = i == len(batches) - 1, counts[i]/total
             if self.config.fsdp: self.wrapped.set_requires_gradient_sync(last)
             batch = {k: v.to(a.device, non_blocking=True) if torch.is_tensor(v) else v for k,v in batch.items()}
             with nullcontext() if last or self.config.fsdp else a.no_sync(self.wrapped):
                 with torch.autocast(a.device.type, torch.bfloat16, enabled=self.half): output = self.wrapped(**batch)
-                (output.loss*(fraction*n)).backward()                              # DDP and FSDP divide by n
+                (output.loss*(fraction*n).to(output.loss.dtype)).backward()        # DDP and FSDP divide by n
             for name, value in loss_terms(output).items(): sums[name] = sums.get(name, 0) + value.double()*fraction
-        return {name: value.item() for name, value in sums.items()}
+        return sums
 
-    def step(self, step, batches, asked_to_stop=False):
-        "One optimizer step, or none if loss or gradient is not finite: (losses, was it taken, is the run to stop)"
+    def step(self, step, batches, asked_to_stop=False, unusable=()):
+        """One optimizer step, or none if loss or gradient is not finite. Was it taken? A bool that stays on the device;
+        nothing here waits for it. `read` tells the losses later"""
         c, model = self.config, self.model
-        # all chance in a step is a function of (seed, step), in every process
-        torch.manual_seed(c.seed*1_000_003 + step + 2**40)
+        # all chance in a step is a function of (seed, step, process); of (seed, step) where the model shares its draws
+        torch.manual_seed(c.seed*1_000_003 + step + 2**40 + self.rank*2**41)
         for group in self.optimizer.param_groups: group['lr'] = c.lr*lr_factor(step, c)
         if hasattr(model, 'before_step'): model.before_step(step/c.steps)
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.forward_backward(batches)
         norm = full_tensor(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None],
-                                                    c.max_grad_norm)).item()
-        *summed, stop = self.over_processes([*losses.values(), float(asked_to_stop)])
-        losses = dict(zip(losses, summed))
-        taken = math.isfinite(norm) and all(map(math.isfinite, summed))
-        self.skipped = 0 if taken else self.skipped + 1
-        if taken:
-            self.optimizer.step()
-            if hasattr(model, 'after_step'): model.after_step()
-        return dict(losses, grad_norm=norm), taken, bool(stop)
+                                                          c.max_grad_norm, foreach=True))
+        summed = over_processes(torch.stack([*losses.values(), self.number(float(asked_to_stop))]))
+        values = torch.cat([summed, norm.double()[None]])
+        taken = values.isfinite().all()
+        step_unless(self.optimizer, (~taken).float())
+        if hasattr(model, 'after_step'): model.after_step(taken)
+        self.unread.append((step, [*losses, 'stop', 'grad_norm'], values, unusable))
+        return taken
+
+    def read(self):
+        "What was not read yet, in one transfer: [(step, losses, was it taken, is the run to stop, what was unusable)]"
+        steps, self.unread, found = self.unread, [], []
+        rest = torch.cat([values for _,_,values,_ in steps]).tolist() if steps else []
+        for step, names, _, unusable in steps:
+            losses, rest = dict(zip(names, rest)), rest[len(names):]
+            taken, stop = all(map(math.isfinite, losses.values())), losses.pop('stop') > 0
+            self.skipped = 0 if taken else self.skipped + 1
+            found.append((step, losses, taken, stop, unusable))
+            if self.skipped == 10: break                                           # the run ends here
+        return found
 
 # %% ../../nbs/training/43_loop.ipynb #587ad106
 def raise_if_diverged(
@@ -155,7 +167,8 @@ def run_steps(
     model.to(accelerator.device)
     trainer = Trainer(model, config, accelerator, count)
     ema = EMAModel(model, twin)
-    if begun: restore(begun.pop(), model, ema, trainer.optimizer)
+    if begun: restore(begun.pop(), model, ema, trainer.optimizer); step_on_device(trainer.optimizer)
+    speed = Speed(accelerator.device, n, config.activation_checkpointing)
     bar = tqdm(total=config.steps, initial=start, disable=not (progress and record.main), desc='training',
                mininterval=1, dynamic_ncols=True)
     with bar, interruptions() as signals, deterministic_algorithms(config.deterministic
@@ -163,19 +176,27 @@ def run_steps(
         source = start_loader(loader)
         try:
             for step in range(start, config.steps):
-                parts, done = [next(source) for _ in range(config.gradient_accumulation_steps)], step + 1
-                losses, taken, stop = trainer.step(step, [batch for batch,_ in parts], bool(signals))
-                if taken: ema.update(min(config.ema_decay, (1 + step)/(10 + step)))
-                record.add(losses, taken, [why for _,some in parts for why in some])
-                raise_if_diverged(trainer.skipped, step, losses, batches, config.gradient_accumulation_steps)
+                done, line, stop = step + 1, {}, False
+                parts = speed.waited(lambda: [next(source) for _ in range(config.gradient_accumulation_steps)])
+                with speed.counted([batch for batch,_ in parts]):
+                    taken = trainer.step(step, [batch for batch,_ in parts], bool(signals),
+                                         [why for _,some in parts for why in some])
+                ema.update(min(config.ema_decay, (1 + step)/(10 + step)), taken)
                 bar.update()
-                evaluated, line = evaluate and due(done, config.evaluate_every, config.steps), {}
+                evaluated, logged, saved = (due(done, every, config.steps) for every in (
+                    config.evaluate_every, config.log_every, config.checkpoint_every))
+                evaluated = evaluate and evaluated
+                # the device is waited for now and then alone
+                if evaluated or logged or saved or len(trainer.unread) == 10 or (signals and n == 1):
+                    for at, losses, was_taken, asked, unusable in trainer.read():
+                        record.add(losses, was_taken, unusable); stop = stop or asked
+                    raise_if_diverged(trainer.skipped, at, losses, batches, config.gradient_accumulation_steps)
                 if evaluated: record.evaluate(done, ema.ema_model(), evaluate)
-                if evaluated or due(done, config.log_every, config.steps):
-                    line = record.line(done)
+                if evaluated or logged:
+                    line = record.line(done, speed.rates)
                     bar.set_postfix({k: f'{v:.3g}' for k,v in line.items() if k in ('loss', 'examples_per_s')},
                                     refresh=False)
-                if out and (evaluated or stop or due(done, config.checkpoint_every, config.steps)):
+                if out and (evaluated or stop or saved):
                     record.save(done, run_tensors(model, ema, trainer.optimizer), line)
                 if stop: raise Interrupted((signals or [signal.SIGTERM])[0], done, bool(out))
         finally: del source  # its workers end here, also where the traceback of an error lives on

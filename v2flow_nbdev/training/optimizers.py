@@ -18,6 +18,12 @@ def full_tensor(
     "What a sharded tensor holds; every process must ask"
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
+def local(
+    tensor:torch.Tensor,  # of this process, or sharded over all
+)->torch.Tensor:          # what this process holds of it; the same memory
+    "A tensor, or its shard, as a plain tensor"
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+
 def shard_like(
     value:torch.Tensor,   # in one piece
     target:torch.Tensor,  # of this process, or sharded over all
@@ -43,9 +49,20 @@ class EMAModel:
     @torch.no_grad()
     def update(self,
         decay:float,  # in [0, 1)
+        taken:torch.Tensor|None=None,  # bool, on the device: False leaves the EMA as it is; None: True
     )->None:
-        "After each step"
-        for n,p in self.model.named_parameters(): self.values[n].lerp_(p.detach(), 1 - decay if p.requires_grad else 1.)
+        "After each step: all parameters of one dtype at once"
+        groups = {}
+        for n,p in self.model.named_parameters():
+            pair = local(self.values[n]), local(p.detach())
+            groups.setdefault((p.dtype, p.device, p.requires_grad), []).append(pair)
+        for (dtype, device, trained), pairs in groups.items():
+            means, now = map(list, zip(*pairs))
+            if not trained: torch._foreach_copy_(means, now)
+            elif taken is None: torch._foreach_lerp_(means, now, 1 - decay)
+            else:  # lerp with a weight that the device alone knows: 0, or 1 - decay
+                apart = torch._foreach_sub(now, means)
+                torch._foreach_mul_(apart, taken.to(dtype)*(1 - decay)); torch._foreach_add_(means, apart)
 
     @torch.no_grad()
     def ema_model(self)->nn.Module:  # in `eval()`; every process must ask
@@ -101,23 +118,27 @@ def orthogonal(
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal (Jordan et al. 2024); its updates are as large as AdamW's (arXiv 2502.16982). Like
     `torch.optim.Muon` with `adjust_lr_fn='match_rms_adamw'`, in float32 where bfloat16 is slow, and with all matrices
-    of one shape in one product"""
+    of one shape in one product. `found_inf`, a number on the device, says as for torch's own whether to leave all as
+    it is"""
+    found_inf = None
     def __init__(self, params:Iterable, lr:float, weight_decay:float=0., momentum:float=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
     def step(self)->None:
+        def taken(new, old): return new if self.found_inf is None else torch.where(self.found_inf > 0, old, new)
         for group in self.param_groups:
             shapes = {}
             for p in group['params']:
                 if p.grad is None: continue
                 if not self.state[p]: self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-                kept = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
+                buffer = self.state[p]['momentum_buffer']
+                kept = buffer.copy_(taken(buffer.lerp(p.grad, 1 - group['momentum']), buffer))
                 shapes.setdefault(p.shape, []).append((p, p.grad.lerp(kept, group['momentum'])))  # Nesterov's momentum
             for (rows, columns), found in shapes.items():
                 for (p, _), update in zip(found, orthogonal(torch.stack([g for _,g in found]))):
-                    p.mul_(1 - group['lr']*group['weight_decay']).sub_(update,
-                        alpha=group['lr']*0.2*max(rows, columns)**0.5)
+                    p.copy_(taken((p*(1 - group['lr']*group['weight_decay'])).sub_(update,
+                        alpha=group['lr']*0.2*max(rows, columns)**0.5), p))
 
 # %% ../../nbs/training/41_optimizers.ipynb #6bf13b1b
 class JointOptimizer:
@@ -135,6 +156,19 @@ class JointOptimizer:
     def step(self):
         for part in self.parts: part.step()
 
+def step_on_device(optimizer):
+    "A checkpoint keeps the numbers of steps on the CPU; the fused optimizer wants each beside its parameter"
+    for p, state in optimizer.state.items():
+        if 'step' in state: state['step'] = state['step'].to(p.device)
+
+def step_unless(
+    optimizer,               # of `make_optimizer`
+    found_inf:torch.Tensor,  # on the device: 1: leave parameters and moments as they are; 0: take the step
+):
+    "A step that the device decides about, by the argument that torch gave its optimizers for `GradScaler`"
+    for part in getattr(optimizer, 'parts', [optimizer]): part.grad_scale, part.found_inf = None, found_inf
+    optimizer.step()
+
 # %% ../../nbs/training/41_optimizers.ipynb #89f050cb
 def make_optimizer(
     model,               # any module
@@ -142,5 +176,5 @@ def make_optimizer(
 ):
     "AdamW without weight decay on norms, biases, embeddings and positions; with 'muon', Muon for the linear layers"
     groups, matrices = parameter_groups(model, config)
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas))
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=True)
     return JointOptimizer(Muon(matrices, config.lr, config.weight_decay), adamw) if matrices else adamw

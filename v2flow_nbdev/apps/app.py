@@ -244,13 +244,14 @@ def serve(
     host:str='127.0.0.1',   # address to listen on; this one is reached from this machine alone
     port:int=7860,          # 0: any that is free
     say:Callable=print,     # told the address
+    **settings,             # dtype, device: see `V2FlowPipeline.from_pretrained`
 )->None:
     "The page, until Ctrl-C"
     # a kill leaves nothing behind either
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, ended)
     with own_folder(), open_port(host, port) as listening:
         folder = resolve_folder(model)
-        pipe = V2FlowPipeline.from_pretrained(folder)                              # what is wrong with it is said first
+        pipe = V2FlowPipeline.from_pretrained(folder, **settings)                  # what is wrong with it is said first
         examples = [e for e in read_json(folder/'model_index.json').get('examples', ()) if isinstance(e, str)]
         gr, runs = need_gradio(), Runs()
         import fastapi, uvicorn

@@ -12,9 +12,10 @@ from typing import Annotated, Literal, Optional
 import typer
 from ..training.failures import RunFailed, leave, running, say
 from .commands import (
-    Config, DryRun, ImageFile, Json, Model, Out, Overrides, Resume, RunFolder, Seed, Strict, check_image_path,
-    escape_what_streams_lack, find_model, generator, ids_of_file, open_tokenizer, load_pipe, plan_decoder,
-    plan_llm, quiet, read_recipe, report, run_command, run_folder, save_image, sheet, shipped_model)
+    Config, Device, DryRun, Dtype, ImageFile, Json, Model, Out, Overrides, Resume, RunFolder, Seed, Strict,
+    TrainingDevice, check_image_path, escape_what_streams_lack, find_model, generator, ids_of_file, open_tokenizer,
+    load_pipe, place, place_training, plan_decoder, plan_llm, quiet, read_recipe, report, run_command, run_folder,
+    save_image, sheet, shipped_model)
 
 # %% ../../nbs/apps/85_cli.ipynb #183b2bf4
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -33,12 +34,13 @@ def main()->None:
 
 # %% ../../nbs/apps/85_cli.ipynb #36a71ada
 @app.command('demo')
-def demo_command(out:Out=Path('outputs/demo.png'), seed:Seed=0, model:Model=shipped_model):
+def demo_command(out:Out=Path('outputs/demo.png'), seed:Seed=0, model:Model=shipped_model, device:Device='auto',
+                 dtype:Dtype='auto'):
     """Show what a model can do, on one sheet. Images from captions, captions from images, images from their ids; with
     the scores of these images."""
     import time
     began = time.time()
-    pipe = load_pipe(model)
+    pipe = load_pipe(model, device, dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     check_image_path(out)
     from v2flow_nbdev.apps.demos import demo
@@ -62,6 +64,7 @@ def generate_command(
                    typer.Option(help='Height and width, pixels, of a grid that the model knows. Default: its main '
                                      'size.')]=None,
     model:Model=shipped_model,
+    device:Device='auto', dtype:Dtype='auto',
     as_json:Json=False,
 ):
     "Caption → image, or a sheet of several."
@@ -71,7 +74,7 @@ def generate_command(
         raise typer.BadParameter('the caption is not UTF-8', param_hint='caption')
     if size and min(size) < 1:
         raise typer.BadParameter(f"{size[0]} {size[1]}: needs two numbers of pixels above 0", param_hint='--size')
-    pipe, (height, width) = load_pipe(model), size or (None, None)
+    pipe, (height, width) = load_pipe(model, device, dtype), size or (None, None)
     made = pipe(caption, num_images, guidance_scale=guidance_scale, generator=generator(seed), height=height,
                 width=width)
     save_image(sheet(made.images), out)
@@ -81,11 +84,11 @@ def generate_command(
 # %% ../../nbs/apps/85_cli.ipynb #0a92b3a8
 @app.command('reconstruct')
 def reconstruct_command(image:ImageFile, out:Out=Path('out.png'), seed:Seed=0, model:Model=shipped_model,
-                        as_json:Json=False):
+                        device:Device='auto', dtype:Dtype='auto', as_json:Json=False):
     "Image → ids → image, with PSNR and SSIM."
     from v2flow_nbdev.base.images import load_image
     check_image_path(out)
-    opened, pipe = load_image(image), load_pipe(model)
+    opened, pipe = load_image(image), load_pipe(model, device, dtype)
     from v2flow_nbdev.evaluation.metrics import psnr, ssim
     back = pipe.reconstruct(opened, generator=generator(seed))
     save_image(back, out)
@@ -94,33 +97,34 @@ def reconstruct_command(image:ImageFile, out:Out=Path('out.png'), seed:Seed=0, m
     report(as_json, dict(out=str(out), **scores), f"{out}: PSNR {scores['psnr_db']:.1f} dB, SSIM {scores['ssim']:.3f}")
 
 @app.command('encode')
-def encode_command(image:ImageFile, model:Model=shipped_model):
+def encode_command(image:ImageFile, model:Model=shipped_model, device:Device='auto'):
     "Image → ids of its visual tokens, as JSON on stdout."
     from v2flow_nbdev.base.images import load_image, to_tensor
-    opened, tok = load_image(image), open_tokenizer(model)
+    opened, tok = load_image(image), open_tokenizer(model, device, 'float32')
     print(json.dumps(tok.encode(to_tensor([opened], tok.config.image_channels, tok.config.image_size))[0].tolist()))
 
 @app.command('decode')
 def decode_command(
     ids:Annotated[Path, typer.Argument(help='A JSON file: a list of ids, as `v2flow encode` prints it.')],
-    out:Out=Path('out.png'), seed:Seed=0, model:Model=shipped_model,
+    out:Out=Path('out.png'), seed:Seed=0, model:Model=shipped_model, device:Device='auto', dtype:Dtype='auto',
 ):
     "Ids of visual tokens → image."
     check_image_path(out)
     content = ids_of_file(ids)
     import torch
     from v2flow_nbdev.base.images import to_pil
-    tok = open_tokenizer(model)
+    tok = open_tokenizer(model, device, dtype)
     try: image = tok.decode(torch.tensor([content], dtype=torch.int64), generator=generator(seed))
     except (ValueError, OverflowError, RuntimeError) as e: raise RunFailed(f"{ids}: {e}") from None
     save_image(to_pil(image)[0], out)
     print(out)
 
 @app.command('caption')
-def caption_command(image:ImageFile, model:Model=shipped_model, as_json:Json=False):
+def caption_command(image:ImageFile, model:Model=shipped_model, device:Device='auto', dtype:Dtype='auto',
+                    as_json:Json=False):
     "Image → caption."
     from v2flow_nbdev.base.images import load_image
-    opened, pipe = load_image(image), load_pipe(model)
+    opened, pipe = load_image(image), load_pipe(model, device, dtype)
     text = pipe.caption(opened)
     report(as_json, dict(image=str(image), caption=text), text)
 
@@ -134,11 +138,11 @@ def evaluate_command(
     n:Annotated[Optional[int], typer.Option('--n', min=2, help='shapes: images to generate of training compositions, '
                                                                'and as many of held-out ones; emoji: of both '
                                                                'together. Default: 300, 2,000.')]=None,
-    seed:Seed=0, as_json:Json=False,
+    seed:Seed=0, device:Device='auto', dtype:Dtype='auto', as_json:Json=False,
 ):
     "Measure all scores of a model. For data that have a judge."
     model = find_model(model or f'data/checkpoints/{data}')
-    pipe = load_pipe(model)
+    pipe = load_pipe(model, device, dtype)
     from v2flow_nbdev.apps.demos import check_data, measure
     from v2flow_nbdev.evaluation.metrics import score_table
     check_data(data, pipe, model)
@@ -151,12 +155,13 @@ def web_page(
     host:Annotated[str, typer.Option(help='Address to listen on; the default is reached from this machine alone.')
                   ]='127.0.0.1',
     port:Annotated[int, typer.Option(min=0, max=65535, help='0: any that is free.')]=7860,
+    device:Device='auto', dtype:Dtype='auto',
 ):
     "A page in the browser: caption → image, image → tokens."
-    model = find_model(model)
+    model, where = find_model(model), place(device, dtype)
     from v2flow_nbdev.apps.app import serve
     quiet()
-    with running(): serve(model, host, port, say)
+    with running(): serve(model, host, port, say, **where)
 
 # %% ../../nbs/apps/85_cli.ipynb #84643dda
 def training_subcommand(
@@ -165,10 +170,11 @@ def training_subcommand(
     "Makes a training subcommand of a recipe class and two functions"
     def make(parts):
         def command(config:Config, out:RunFolder=None, overrides:Overrides=None, resume:Resume=False,
-                    dry_run:DryRun=False, strict:Strict=False):
+                    dry_run:DryRun=False, strict:Strict=False, device:TrainingDevice='auto'):
             recipe_class, train, plan = parts()
             recipe = read_recipe(config, overrides, recipe_class, strict)
             if dry_run: quiet(); return print(plan(recipe))
+            place_training(device)
             run_folder(out, resume, recipe)
             train(recipe, out, resume)
         app.command(name, help=parts.__doc__)(command)
@@ -222,11 +228,13 @@ def decoder_training():
 IdsFolder = Annotated[Path, typer.Option('--out', help='The folder for the ids; a run that was stopped goes on there.')]
 
 @app.command('encode-dataset')
-def encode_dataset_command(config:Config, out:IdsFolder, overrides:Overrides=None, strict:Strict=False):
+def encode_dataset_command(config:Config, out:IdsFolder, overrides:Overrides=None, strict:Strict=False,
+                           device:TrainingDevice='auto'):
     "Encode a data set's images once. train-llm is then run on data.name=ids."
     from v2flow_nbdev.training.llm_recipes import EncodingRecipe, encode_images
     recipe = read_recipe(config, overrides, EncodingRecipe, strict)
     if out.exists() and not out.is_dir(): raise RunFailed(f"{out}: is a file; give a folder for the ids")
+    place_training(device)
     quiet()
     encode_images(recipe, out)
 

@@ -6,15 +6,23 @@
 __all__ = []
 
 # %% ../../nbs/apps/84_commands.ipynb #bb56d798
-import json, sys
+import json, os, sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional
 import typer
 from ..training.failures import RunFailed, running, say
 
 # %% ../../nbs/apps/84_commands.ipynb #01efc5ba
 Model = Annotated[str, typer.Option('--model', help='A pipeline folder, or a Hub id.')]
 Seed = Annotated[int, typer.Option(min=0, help='Of all random numbers: the same seed gives the same image.')]
+Device = Annotated[str, typer.Option('--device', help='Where it computes: auto, cpu, cuda, cuda:N or mps; auto is cuda '
+                                                      'where there is one, else mps, else cpu.')]
+Dtype = Annotated[Literal['auto', 'float32', 'bfloat16', 'float16'],
+                  typer.Option('--dtype', help='In which numbers; auto is bfloat16 on cuda, else float32. The ids of an '
+                                               'image do not depend on it.')]
+TrainingDevice = Annotated[Literal['auto', 'cpu', 'cuda'],
+                           typer.Option('--device', help='Where it trains; auto is cuda where there is one, else cpu. '
+                                                         'In which numbers: training.mixed_precision.')]
 Json = Annotated[bool, typer.Option('--json', help='Print JSON on stdout.')]
 Out = Annotated[Path, typer.Option('--out', help='The image file to write.')]
 ImageFile = Annotated[Path, typer.Argument(help='An image file; it is cropped and resized to the model’s size.')]
@@ -79,6 +87,27 @@ def end_quietly():
     except (AttributeError, OSError, ValueError): pass                             # a system that cannot look
     sys.exit(1)
 
+# %% ../../nbs/apps/84_commands.ipynb #c3301340
+def place(
+    device='auto',  # see `resolve_device`
+    dtype='auto',   # see `resolve_dtype`
+)->dict:            # both, for `from_pretrained` and `to`
+    "Where a subcommand computes, and in which dtype"
+    from v2flow_nbdev.base.precision import resolve_device, resolve_dtype
+    try: where = resolve_device(device)
+    except ValueError as e: raise typer.BadParameter(str(e), param_hint='--device') from None
+    if where.type == 'cuda':
+        import torch
+        torch.set_float32_matmul_precision('high')
+    return dict(device=where, dtype=resolve_dtype(dtype, where))
+
+def place_training(
+    device,  # auto, cpu or cuda
+):
+    "A training takes its device from `accelerate`, which is told here when it is to be the CPU"
+    if device == 'cpu': os.environ['ACCELERATE_USE_CPU'] = 'true'
+    if device == 'cuda': place(device)
+
 # %% ../../nbs/apps/84_commands.ipynb #24702508
 def check_image_path(path):
     "Fail before the work is done, not after"
@@ -108,18 +137,18 @@ def quiet():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
-def load_pipe(model):
-    "The pipeline that `--model` names"
-    model = find_model(model)
+def load_pipe(model, device='auto', dtype='auto'):
+    "The pipeline that `--model` names, on `--device` and in `--dtype`"
+    model, where = find_model(model), place(device, dtype)
     from v2flow_nbdev.language.pipeline import V2FlowPipeline
     quiet()
-    with running(): return V2FlowPipeline.from_pretrained(model)
+    with running(): return V2FlowPipeline.from_pretrained(model, **where)
 
-def open_tokenizer(model):
+def open_tokenizer(model, device='auto', dtype='auto'):
     "The image tokenizer of the pipeline that `--model` names, or of a folder of its own"
-    model = find_model(model, 'config.json')
+    model, where = find_model(model, 'config.json'), place(device, dtype)
     from v2flow_nbdev.training.tokenizer_recipes import load_tokenizer
-    return load_tokenizer(model)
+    return load_tokenizer(model).to(**where)
 
 # %% ../../nbs/apps/84_commands.ipynb #156cee4f
 def generator(seed):

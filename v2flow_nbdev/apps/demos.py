@@ -40,7 +40,7 @@ def demo_emoji(
     seed=0,           # of all that is random
 ):                    # as `demo_digits`
     "What a model of emoji can do"
-    parts, scores = emoji_demo(pipe, emoji_judge(), seed, say)
+    parts, scores = emoji_demo(pipe, emoji_judge().to(pipe.device), seed, say)
     return parts, scores, emoji_targets, ('Of the images on the page alone; `v2flow evaluate --data emoji` generates '
                                           'thousands')
 
@@ -90,7 +90,7 @@ def measure(
     check_data(data, pipe, model)
     if data == 'digits': return digit_scores(pipe, per_digit, seed, say), digit_targets
     if data == 'shapes': return shape_scores(pipe, n or 300, seed, say), shape_targets
-    return emoji_scores(pipe, emoji_judge(), n or 2000, seed, say, model), emoji_targets
+    return emoji_scores(pipe, emoji_judge().to(pipe.device), n or 2000, seed, say, model), emoji_targets
 
 def scores_for(
     data,             # the name of a data set

@@ -22,7 +22,7 @@ def token_mixtures(
 )->list[dict]:
     "Each visual token of an image as a mixture of text tokens, before and after the quantizer"
     ids, read, names = tok.encode(images)[0], tok.resampler.readout, tok.vocabulary.tokens
-    features = tok.resampler.tokens(tok.to_latents(images).to(tok.device, tok.masked.mask_token.dtype))[0]  # (N, D)
+    features = tok.resampler.tokens(tok.to_latents(images).to(tok.device, read.weight.dtype))[0]         # (N, D)
     table, n, found = F.normalize(tok.vocab, dim=-1), min(n, len(names)), []
     for some, at in zip(ids.split(64), features.split(64)):  # 64 × V probabilities at a time
         probabilities = (read(at).float()/tok.config.tau).softmax(-1).topk(n)

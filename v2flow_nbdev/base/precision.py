@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/base/01_precision.ipynb #c5918a23
-import threading
+import re, threading
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from typing import Iterator
@@ -64,3 +64,25 @@ def at_least_float32_by(
         return new if new.dtype == t.dtype or not new.is_floating_point() else t.to(new.device,
             torch.promote_types(new.dtype, torch.float32))
     return kept
+
+# %% ../../nbs/base/01_precision.ipynb #c03152f8
+def resolve_device(
+    name:str='auto',  # auto, cpu, cuda, cuda:N or mps
+)->torch.device:
+    "The device of this name; auto: CUDA, else mps, else the CPU. `ValueError` for a wrong name, or one that is not here"
+    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if name == 'auto': name = next(kind for kind, there in here.items() if there)
+    found = re.fullmatch(r'(cpu|mps|cuda)|cuda:(\d+)', name)
+    if not found: raise ValueError(f"{name!r}: use auto, cpu, cuda, cuda:N or mps")
+    kind = found[1] or 'cuda'
+    if not here[kind] or found[2] and int(found[2]) >= torch.cuda.device_count():
+        raise ValueError(f"{name!r}: PyTorch finds no such device on this machine; use auto or "
+                         f"{' or '.join(k for k, there in here.items() if there)}")
+    return torch.device(name)
+
+def resolve_dtype(
+    name:str,             # auto, or the name of a dtype of floats, such as bfloat16
+    device:torch.device,  # where it will be used
+)->torch.dtype:
+    "The dtype of this name; auto: bfloat16 on CUDA, else float32"
+    return getattr(torch, ('bfloat16' if device.type == 'cuda' else 'float32') if name == 'auto' else name)

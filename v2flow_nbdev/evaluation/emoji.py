@@ -208,7 +208,9 @@ def emoji_scores(
     scores |= frechet_of_splits(judge.features(torch.cat(made)), judge.features(real), seed)
     say('captioning images')
     scores |= emoji_captioning_scores(pipe, compositions, examples) | dict(caption_n=len(compositions))
-    if folder: say('timing'); scores |= time_and_memory(folder, 'a woman artist with medium skin tone')
+    if folder:
+        say('timing')
+        scores |= time_and_memory(folder, 'a woman artist with medium skin tone', device=pipe.device, dtype=pipe.dtype)
     return scores
 
 # %% ../../nbs/evaluation/54_emoji.ipynb #3cdc24a4

@@ -128,9 +128,9 @@ class ImageClassifier(_Network):
 
     def features(self,
         images:torch.Tensor,  # (B, 3, H, W) in [-1, 1]
-    )->torch.Tensor:          # (B, D) ≥ 0
+    )->torch.Tensor:          # (B, D) ≥ 0, on the device of the images
         "What the heads see, without gradients"
-        return torch.cat([f for f,_ in self._parts(images)])
+        return torch.cat([f for f,_ in self._parts(images)]).to(images.device)
 
     def predict(self,
         images:torch.Tensor,  # (B, 3, H, W) in [-1, 1]

@@ -67,8 +67,9 @@ def plain_codes(
     from sklearn.cluster import MiniBatchKMeans
     flat = latents.permute(0, 2, 3, 1).flatten(0, 2)
     flat = flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))[:100_000]]
-    return torch.from_numpy(MiniBatchKMeans(k, batch_size=8192, n_init=1, max_iter=20, random_state=seed,
-                                            reassignment_ratio=0.).fit(flat.numpy()).cluster_centers_)
+    found = MiniBatchKMeans(k, batch_size=8192, n_init=1, max_iter=20, random_state=seed,
+                            reassignment_ratio=0.).fit(flat.cpu().numpy())
+    return torch.from_numpy(found.cluster_centers_).to(latents.device)
 
 def nearest_codes(
     latents:torch.Tensor,  # (B, C, h, w)
@@ -192,21 +193,29 @@ def tokenizer_scores(
                 **{name: each.mean().item() for name, each in fidelity(back, images).items()}, reconstructions=shown)
 
 # %% ../../nbs/evaluation/50_metrics.ipynb #c426687a
+_timed = """
+import json, sys, time, psutil, torch
+from statistics import median
+from v2flow_nbdev.language.pipeline import V2FlowPipeline
+folder, caption, times, device, dtype = sys.argv[1:]
+pipe = V2FlowPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), device=device)
+def took(n):
+    began = time.time(); pipe(caption, num_images_per_prompt=n); return time.time() - began
+took(1); one = median(took(1) for _ in range(int(times)))
+memory = torch.cuda.max_memory_allocated() if pipe.device.type == 'cuda' else psutil.Process().memory_info().rss
+print(json.dumps(dict(seconds_for_one=one, memory_gb=memory/1e9, seconds_for_sixteen=took(16))))
+"""
+
 def time_and_memory(
     folder:str|Path,  # a pipeline folder
     caption:str,      # what to generate
     times:int=5,      # single images, whose median is taken after one more
-)->dict:              # seconds for one image and for sixteen at once; memory of the process after the first, GB
+    device='cpu',     # where
+    dtype=torch.float32,  # of the parameters
+)->dict:  # seconds for one image and for sixteen at once; memory of the process after the first (of the GPU), GB
     "Seconds and memory of a pipeline, in a process of its own"
-    script = ('import json, sys, time, psutil\nfrom statistics import median\nfrom v2flow_nbdev.language.pipeline '
-              'import V2FlowPipeline\npipe = V2FlowPipeline.from_pretrained(sys.argv[1])\n'
-              'def took(n):\n    began = time.time(); pipe(sys.argv[2], num_images_per_prompt=n); return time.time() - '
-              'began\n'
-              'took(1); one = median(took(1) for _ in range(int(sys.argv[3]))); memory = '
-              'psutil.Process().memory_info().rss/1e9\n'
-              'print(json.dumps(dict(seconds_for_one=one, memory_gb=memory, seconds_for_sixteen=took(16))))')
-    done = subprocess.run([sys.executable, '-c', script, str(folder), caption, str(times)], capture_output=True,
-                          text=True)
+    settings = [str(folder), caption, str(times), str(device), str(dtype).removeprefix('torch.')]
+    done = subprocess.run([sys.executable, '-c', _timed, *settings], capture_output=True, text=True)
     if done.returncode: raise OSError(f"{folder}: could not be timed ({done.stderr.strip().splitlines()[-1]})")
     return json.loads(done.stdout.strip().splitlines()[-1])
 

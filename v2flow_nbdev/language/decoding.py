@@ -84,6 +84,7 @@ def unsupported(
         return "its modules have hooks, which the loop would not call"
     if any(type(p) is not nn.Parameter or p.device != body.norm.weight.device for p in model.parameters()):
         return "its parameters are not plain tensors of one device"
+    if c._attn_implementation == 'eager': return "eager attention was asked for"
     if torch.is_autocast_enabled(body.norm.weight.device.type): return "autocast is on"
     window = c.model_type == 'mistral' and c.sliding_window
     if window or 'sliding_attention' in (getattr(c, 'layer_types', None) or ()):

@@ -18,6 +18,7 @@ from ..base.images import as_image, check_counts, check_images, to_pil, to_tenso
 from ..base.text import load_text_tokenizer
 from ..models.flow import constant_guidance
 from ..models.tokenizer import V2Flow
+from .text_models import check_attention
 from .visual_tokens import VisualTokens
 from .generation import VisualTokenProcessor, generate_captions, generate_image_ids
 from .adapters import merge
@@ -62,21 +63,37 @@ def complete_defaults(
 # %% ../../nbs/language/25_pipeline.ipynb #aefde71f
 def load_llm(
     folder:Path,  # a `transformers` folder
-)->tuple:         # the language model, float32, and its text tokenizer; `OSError` if anything is missing or damaged
+    dtype:torch.dtype=torch.float32,    # of its parameters
+    attn_implementation:str|None=None,  # eager, sdpa or flash_attention_2; None: what `transformers` chooses
+)->tuple:         # the language model and its text tokenizer; `OSError` if anything is missing or damaged
     "A causal language model, whole or not at all"
     from transformers import AutoModelForCausalLM
     for path in sorted(set(tensor_files(folder).values())):
         with open_tensors(path): pass
     tokenizer = load_text_tokenizer(folder)
     try:
-        llm, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, variant=weights_variant(folder),
-                                                          output_loading_info=True, trust_remote_code=False)
+        llm, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attn_implementation, variant=weights_variant(folder),
+            output_loading_info=True, trust_remote_code=False)
     except Exception as e:
         raise OSError(f"{folder}: not a whole language model ({type(e).__name__}: {' '.join(str(e).split())[:200]}); "
                       f"copy it again") from None
     lacking = sorted(found['missing_keys']) + sorted(str(k) for k in found['mismatched_keys'])
     if lacking: raise OSError(f"{folder}: weights are missing ({', '.join(lacking[:3])}, …); copy the model again")
     return llm, tokenizer
+
+# %% ../../nbs/language/25_pipeline.ipynb #7d735df4
+def move_llm(
+    llm,     # a causal language model; changed in place
+    device,  # None: where it is
+    dtype,   # None: as it is
+):
+    "Move or cast. The frequencies of rotary positions are not rounded: angles late in a long sequence would be wrong"
+    exact = {n: b for n,b in llm.named_buffers() if n.endswith('inv_freq')}
+    llm.to(device=device, dtype=dtype)
+    for name, buffer in exact.items():
+        part, _, last = name.rpartition('.')
+        setattr(llm.get_submodule(part), last, buffer.to(device))
 
 # %% ../../nbs/language/25_pipeline.ipynb #65c0e38c
 def read_index(
@@ -104,20 +121,34 @@ class PipelineFolder:
     def from_pretrained(cls,
         name:str|Path,           # a pipeline folder or a Hub id
         revision:str|None=None,  # branch, tag or commit, for a Hub id
-        device:str|torch.device|None=None,  # where to put it
+        dtype:torch.dtype=torch.float32,    # of its parameters; the ids of an image do not follow
+        device:str|torch.device|None=None,  # where to put it; None: the CPU
+        attn_implementation:str|None=None,  # of the language model: eager, sdpa, flash_attention_2; None: its own
     )->'V2FlowPipeline':
-        "Load `model_index.json`, `image_tokenizer/` and `llm/`; all parameters become float32"
+        "Load `model_index.json`, `image_tokenizer/` and `llm/`, whatever dtype their parameters are stored in"
+        check_attention(attn_implementation, dtype, device)
         folder = resolve_folder(name, revision=revision)
         defaults = read_index(folder/'model_index.json', cls.format_version)
-        image_tokenizer = V2Flow.from_pretrained(folder, 'image_tokenizer', device=device)
-        llm, tokenizer = load_llm(resolve_folder(folder, 'llm'))
+        image_tokenizer = V2Flow.from_pretrained(folder, 'image_tokenizer', dtype=dtype, device=device)
+        llm, tokenizer = load_llm(resolve_folder(folder, 'llm'), dtype, attn_implementation)
         return cls(image_tokenizer, llm.to(device).eval(), tokenizer, defaults)
 
+    @property
+    def device(self)->torch.device: return self.llm.device
+
+    @property
+    def dtype(self)->torch.dtype: return self.llm.dtype
+
     def to(self,
-        *where,  # 'cpu', 'cuda', a `torch.device`; a dtype, which the ids do not follow; or both
+        *where,       # 'cpu', 'cuda', a `torch.device`; a dtype, which the ids do not follow; or both, in any order
+        device:str|torch.device|None=None,  # or by name
+        dtype:torch.dtype|None=None,
     )->'V2FlowPipeline':  # itself
         "Move or cast both models, as in `diffusers`"
-        self.image_tokenizer.to(*where); self.llm.to(*where)
+        for w in where:
+            if isinstance(w, torch.dtype): dtype = w
+            else: device = w
+        self.image_tokenizer.to(device=device, dtype=dtype); move_llm(self.llm, device, dtype)
         return self
 
     def save_pretrained(self,

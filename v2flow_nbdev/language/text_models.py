@@ -31,6 +31,23 @@ def train_text_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token='<s>', eos_token='</s>', pad_token='<pad>')
 
+# %% ../../nbs/language/19_text_models.ipynb #1c8221ba
+attentions = 'eager', 'sdpa', 'flash_attention_2'
+
+def check_attention(
+    name:str|None,             # one of these; None or '': what `transformers` chooses
+    dtype=torch.float32,       # of the model
+    device=None,               # of the model; None: the CPU
+):
+    "`ValueError` for an implementation of attention that cannot be had"
+    if name and name not in attentions: raise ValueError(f"attention {name!r}: use one of {', '.join(attentions)}")
+    if name != 'flash_attention_2': return
+    from transformers.utils import is_flash_attn_2_available
+    half, kind = dtype in (torch.float16, torch.bfloat16), torch.device(device or 'cpu').type
+    if not (half and kind == 'cuda' and is_flash_attn_2_available()):
+        raise ValueError(f"attention {name!r}: needs the package flash-attn, CUDA, and a model in bfloat16 or float16; "
+                         f"use sdpa")
+
 # %% ../../nbs/language/19_text_models.ipynb #be62972c
 def small_llama(
     tokenizer:'PreTrainedTokenizerBase',  # fixes the vocabulary and the special tokens
@@ -40,15 +57,18 @@ def small_llama(
     intermediate_size:int=384, # of the MLPs
     max_length:int=128,        # positions
     tie_word_embeddings:bool=False, # one table for input and output
+    attention:str='',          # eager or sdpa, see `check_attention`; '': what `transformers` chooses
 )->'LlamaForCausalLM':         # untrained
     "A LLaMA with random parameters, of any size"
     from transformers import LlamaConfig, LlamaForCausalLM
+    check_attention(attention)
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden_size, num_hidden_layers=num_hidden_layers,
         intermediate_size=intermediate_size, num_attention_heads=num_attention_heads,
         num_key_value_heads=num_attention_heads,
         max_position_embeddings=max_length, tie_word_embeddings=tie_word_embeddings,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        attn_implementation=attention or None))
 
 # %% ../../nbs/language/19_text_models.ipynb #331bb838
 def collate(

@@ -58,6 +58,11 @@ class _Parts(nn.Module):
     def device(self)->torch.device: return self.masked.mask_token.device
 
     @property
+    def dtype(self)->torch.dtype:
+        "Of the decoder, which follows a cast; encoder, resampler and codebook stay float32"
+        return self.masked.mask_token.dtype
+
+    @property
     def codebook_checksum(self)->str:
         "Identifies the codes, also after they were stored as float16"
         return table_checksum(self.quantizer.codebook.half())
@@ -166,13 +171,15 @@ class _Saved:
         name:str|Path,            # a folder or a Hub id
         subfolder:str|None=None,  # e.g. 'image_tokenizer' of a pipeline folder
         revision:str|None=None,   # branch, tag or commit, for a Hub id
-        device:str|torch.device|None=None,  # where to put it
+        dtype:torch.dtype=torch.float32,    # of the decoder; the ids do not follow
+        device:str|torch.device|None=None,  # where to put it; None: the CPU
         autoencoder:bool=True,    # False: leave the autoencoder out, if it has one
         tiling:bool=False,        # True: let the autoencoder work in tiles, for large images and little memory
-    )->'V2Flow':                  # in `eval()`, float32
+    )->'V2Flow':                  # in `eval()`
         """Load what `save_pretrained` wrote; a vocabulary of another model is an error, a missing one leaves a
         tokenizer that only decodes"""
-        return load_image_tokenizer(cls, resolve_folder(name, subfolder, revision), autoencoder, tiling).to(device)
+        folder = resolve_folder(name, subfolder, revision)
+        return load_image_tokenizer(cls, folder, autoencoder, tiling).to(device=device, dtype=dtype)
 
     def push_to_hub(self, repo_id:str, **kwargs)->Any:
         "Upload what `save_pretrained` writes; see `push_to_hub`"

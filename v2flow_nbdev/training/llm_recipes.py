@@ -62,13 +62,14 @@ class LLMConfig:
     text_share:float=0.        # fraction of plain text instead of images, so that the language is kept
     texts:str=''               # file of that text, one a line; '': the captions; perplexity is measured on it too
     pack:int=0                 # tokens of the sequences that short ones are packed into; 0: each one is padded
-    attention:str=''           # sdpa, eager, flash_attention_2, …; '': what `transformers` chooses
+    # eager or sdpa; '': what `transformers` chooses. flash_attention_2 cannot run the float32 parameters of a training
+    attention:str=''
     save_dtype:str='float16'   # float32, float16 or bfloat16
 
     def __post_init__(self):
         if not self.pretrained: raise ValueError("pretrained='': a folder or a Hub id is needed")
         known = dict(save_dtype=stored_dtypes, start=starts, head_start=('', *starts), train=ways,
-                     loss=('target', 'both'))
+                     loss=('target', 'both'), attention=('', 'eager', 'sdpa'))
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(filter(None, values))}")

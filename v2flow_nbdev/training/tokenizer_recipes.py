@@ -229,7 +229,7 @@ def train_decoder(
     held_out_images = data.at([r['image'] for r in usable_sample(held_out, 200)], tok.config.image_size)
     def scores(m):
         back = m.tok.decode(m.tok.encode(held_out_images.to(tok.device)),
-                            generator=torch.Generator(tok.device).manual_seed(0)).cpu()
+                            generator=torch.Generator().manual_seed(0)).cpu()
         return restored_scores(held_out_images, back, evaluate)
     with running():
         model = train(model, data, training, data.collate, scores, out, resume,

@@ -36,13 +36,14 @@ def previews(
     share:float=0.1,   # of the time that previews may take
 )->Callable:           # ids so far, (B, k) → images so far, or None where it is not time for them
     "When to look: when an eighth more of the tokens is there, as soon as `share` allows it; the first time at once"
-    n, begin, spent, eighths = math.prod(grid), time.perf_counter(), 0., 0
+    n, begin, spent, last, eighths = math.prod(grid), time.perf_counter(), 0., 0., 0
     def look(ids):
-        nonlocal spent, eighths
+        nonlocal spent, last, eighths
         now, k = time.perf_counter(), ids.shape[1]
-        if k == n or 8*k//n <= eighths or spent > share*(now - begin): return None
+        if k == n or 8*k//n <= eighths or spent + last > share*(now - begin): return None
         images, eighths = preview(tok, ids, grid), 8*k//n
-        spent += time.perf_counter() - now
+        last = time.perf_counter() - now
+        spent += last
         return images
     return look
 

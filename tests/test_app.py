@@ -2,7 +2,7 @@
  "behind")
 import base64, http.client, io, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
-import pytest
+import numpy as np, pytest
 from PIL import Image
 from conftest import root, shipped
 
@@ -105,6 +105,28 @@ def test_a_caption_becomes_images(user):
     page.click('[role=tab]:has-text("Image → tokens")'); page.click('#v2-last')
     until(page, '#v2-encode-status', '16 tokens')
     assert spread(shown_images(page, '#v2-answer')[0]) > 100
+
+def test_the_image_appears_as_its_tokens_arrive(pipe, monkeypatch):
+    "Previews come before the first mask round, grey where nothing is written, and change neither ids nor images"
+    import threading, torch
+    from v2flow_nbdev.apps import app
+    def all_told(work, sign): told = []; told.append(work(told.append)); return told
+    monkeypatch.setattr(app, 'follow', all_told)
+    def run(): return list(app.generate_images(pipe, threading.Event(), 'a handwritten seven', 2, seed=4))
+    state, outputs = torch.get_rng_state(), run()
+    assert torch.equal(torch.get_rng_state(), state)                               # a preview draws nothing
+    def pixels(html): return [np.asarray(Image.open(io.BytesIO(base64.b64decode(x))))
+                              for x in re.findall('src="data:image/png;base64,([^"]+)', html)]
+    early = [html for status, html in outputs if 'Writing token' in status]
+    assert len(early) == 16 and not early[0] and len(set(early)) > 1
+    first, second = pixels(early[1])                                               # two tokens: 2×2 pixels each
+    for image in (first, second):
+        assert image.shape == (8, 8) and (image[2:] == 128).all() and (image[:2, 4:] == 128).all()
+        assert (image[:2, :4] != 128).any()
+    with_previews = outputs[-1]
+    monkeypatch.setattr(app, 'previews', lambda tok, grid: lambda ids: None)
+    without = run()
+    assert without[-1] == with_previews and not any(html for status, html in without if 'Writing' in status)
 
 @needs_browser
 def test_an_image_becomes_tokens_and_a_caption(user, server, tmp_path):

@@ -6,7 +6,7 @@
 __all__ = ['make_app', 'serve']
 
 # %% ../../nbs/apps/82_app.ipynb #0c1f873f
-import json, math, os, signal, threading
+import json, math, os, signal, threading, time
 from html import escape
 from pathlib import Path
 from typing import Callable
@@ -14,6 +14,7 @@ import torch
 from ..base.files import read_json
 from ..base.folders import resolve_folder
 from ..base.images import to_pil
+from ..models.tokenizer import V2Flow, preview
 from ..language.visual_tokens import VisualTokens
 from ..language.pipeline import V2FlowPipeline
 from .guards import (Guard, Runs, Stopped, at_once, bounds, check_inputs, ended, follow, max_file,
@@ -28,6 +29,23 @@ def even_sizes(
     c = pipe.image_tokenizer.config
     grids = sorted(VisualTokens.of(pipe.llm).grids, key=lambda g: tuple(g) != tuple(c.grid))
     return [(h*c.patch_size*c.pool, w*c.patch_size*c.pool) for h, w in grids]
+
+def previews(
+    tok:V2Flow,
+    grid:tuple,        # (h, w) of the tokens
+    share:float=0.1,   # of the time that previews may take
+)->Callable:           # ids so far, (B, k) → images so far, or None where it is not time for them
+    "When to look: when an eighth more of the tokens is there, as soon as `share` allows it; the first time at once"
+    n, begin, spent, last, eighths = math.prod(grid), time.perf_counter(), 0., 0., 0
+    def look(ids):
+        nonlocal spent, last, eighths
+        now, k = time.perf_counter(), ids.shape[1]
+        if k == n or 8*k//n <= eighths or spent + last > share*(now - begin): return None
+        images, eighths = preview(tok, ids, grid), 8*k//n
+        last = time.perf_counter() - now
+        spent += last
+        return images
+    return look
 
 def generate_images(
     pipe:V2FlowPipeline,
@@ -44,12 +62,16 @@ def generate_images(
     check_inputs(caption, number=number, guidance=guidance, rounds=rounds, steps=steps, seed=seed)
     number, rounds, steps, seed = int(number), int(rounds), int(steps), int(seed)
     (height, width), seeds = size or (None, None), range(seed, seed + number)
-    n = math.prod(pipe.grid_of(height, width))                                     # tokens of an image
+    grid, shown = pipe.grid_of(height, width), ''
+    n, look = math.prod(grid), previews(pipe.image_tokenizer, grid)                # n: tokens of an image
     rounds = min(rounds, n*pipe.image_tokenizer.config.pool**2)
     names = [f'seed {s}' for s in seeds]
     def step(pipe, i, done, found):
-        if 'images' not in found: return bar(done, f'Writing token {i + 1} of {n}'), ''
-        return bar(done, f'Decoding, round {i + 1 - n} of {rounds}'), figures(to_pil(found['images']), names)
+        nonlocal shown
+        images = found['images'] if 'images' in found else look(found['ids'])
+        if images is not None: shown = figures(to_pil(images), names)
+        now = f'Writing token {i + 1} of {n}' if i < n else f'Decoding, round {i + 1 - n} of {rounds}'
+        return bar(done, now), shown
     def work(tell):
         images = pipe(caption, number, guidance_scale=guidance, n_iter=rounds, n_steps=steps, height=height,
                       width=width, generator=[torch.Generator().manual_seed(s) for s in seeds],

@@ -154,6 +154,7 @@ class MaskedTransformer(nn.Module):
         hidden:torch.Tensor,   # positions, (B, Nh)
         grid:tuple,            # (h, w) of the latents, h·w = N; any
         drop:torch.Tensor|None=None,  # bool, (B,): True = null condition instead of the codes; None: none
+        n_codes:int|None=None,        # attention sees the first of the codes alone, see `preview`; None: all
     )->torch.Tensor:           # (B, Nh, D), in the order of `hidden`
         dtype = self.mask_token.dtype
         def positions(grid): return grid_positions(*grid, self.dim, self.main, codes.device).to(dtype)
@@ -161,7 +162,7 @@ class MaskedTransformer(nn.Module):
         code = self.code_in(codes.to(dtype))                                       # (B, Nc, D)
         if drop is not None: code = torch.where(drop[:,None,None], self.null_code.to(code.dtype), code)
         seen = self.latent_in(gather_tokens(latents.to(dtype), visible)) + pos[visible] + self.is_latent
-        memory = self.encoder(torch.cat([code + slots + self.is_code, seen], 1))   # (B, Nc+Nv, D)
+        memory = self.encoder(torch.cat([(code + slots + self.is_code)[:, :n_codes], seen], 1))  # (B, Nc+Nv, D)
         holes = self.mask_token + pos[hidden] + gather_tokens(at_latents(self.split(code), grid), hidden)  # (B, Nh, D)
         return self.decoder(torch.cat([memory, holes], 1))[:, -hidden.shape[1]:]
 

@@ -9,7 +9,7 @@ __all__ = ['V2Flow']
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable
-import torch
+import torch, torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from ..base.precision import at_least_float32_by
@@ -23,7 +23,7 @@ from .latents import AutoencoderLatents, PixelLatents
 from .vocabulary import Vocabulary
 from .resampler import VocabularyResampler
 from .quantizer import VectorQuantizer
-from .flow import VelocityMLP
+from .flow import VelocityMLP, euler, guide
 from .masked import Block, MaskedTransformer, masked_flow_sample
 
 # %% ../../nbs/models/17_tokenizer.ipynb #c949417b
@@ -235,3 +235,24 @@ class V2Flow(_Encoder, _Saved):
         return images(self.decode_latents(
             ids, grid, show, n_iter=n_iter, n_steps=n_steps, guidance_scale=guidance_scale, temperature=temperature,
             generator=generator, **sampler_kwargs))
+
+# %% ../../nbs/models/17_tokenizer.ipynb #03d01d82
+@torch.no_grad()
+def preview(
+    tok:V2Flow,
+    ids:torch.Tensor,      # the first ids of each image, (B, k) integers, 1 to N of them
+    grid:tuple|None=None,  # (h, w) of all ids, h·w = N; None: the model's own
+    n_steps:int=2,         # ODE steps
+)->torch.Tensor:           # (B, C, H, W) in [-1, 1], 0 where no id is written
+    "Ids so far → image so far; the same each time"
+    c, (h, w), (b, k) = tok.config, grid or tok.config.grid, ids.shape
+    def enlarged(x, p): return x.repeat_interleave(p, 0).repeat_interleave(p, 1)
+    written = enlarged((torch.arange(h*w, device=tok.device) < k).view(h, w), c.pool)    # at latents
+    codes = F.pad(tok.scale_codes(tok.quantizer.codebook[ids.to(tok.device)]), (0, 0, 0, h*w - k))
+    places = written.flatten().nonzero().T.expand(b, -1)                                 # (B, k·pool²)
+    z = torch.zeros(b, written.numel(), c.channels, device=tok.device)
+    cond = tok.masked(codes, z, places[:, :0], places, written.shape, n_codes=k).flatten(0, 1)
+    new = euler(guide(tok.velocity, cond, None, 1.), z.new_zeros(len(cond), c.channels), n_steps)
+    z[:, places[0]] = new.unflatten(0, (b, -1))
+    images = tok.latents.to(tok.device).decode(rearrange(z, 'b (h w) c -> b c h w', h=len(written)))
+    return images*enlarged(written, c.patch_size)

@@ -107,6 +107,37 @@ def vocabulary_noise(
 @vocabulary_noise.register_fake
 def _(tokens, size, seed, tile, device=None, first=0): return torch.empty(tokens, size, device=device)
 
+# %% ../../nbs/models/13_resampler.ipynb #a1c0de02
+try: import triton, triton.language as tl
+except ImportError: triton = None  # it is not made for every system; the tiles remain
+
+if triton:
+    @triton.jit
+    def gumbel_kernel(logits, stride, columns, scale, key, first_column, size: tl.constexpr):
+        row, column = tl.program_id(0), tl.program_id(1)*size + tl.arange(0, size)
+        u = tl.rand(key + row, first_column + column)
+        here, inside = logits + row.to(tl.int64)*stride + column, column < columns
+        noise = -tl.log(-tl.log(tl.minimum(tl.maximum(u, 1e-20), 1 - 1e-7)))
+        tl.store(here, tl.load(here, inside) + scale*noise, inside)
+
+@torch.library.custom_op('v2flow::add_noise', mutates_args=['logits'])
+def add_noise(
+    logits:torch.Tensor,  # of a block of the vocabulary, (N, size); changed in place
+    scale:float,          # what the noise is multiplied by
+    seed:int,             # of the whole draw
+    start:int,            # number of the block's first token of the vocabulary, a multiple of 512
+    first:int,            # number of the first visual token
+)->None:
+    "Gumbel noise on logits: tile by tile, or on CUDA by one kernel"
+    if triton and logits.is_cuda and logits.dtype == torch.float32:
+        key = (seed*0x9E3779B97F4A7C15 + first) % 2**63  # seeds lie far apart: their rows never meet
+        rows, columns = logits.shape
+        gumbel_kernel[rows, -(-columns//1024)](logits, logits.stride(0), columns, scale, key, start, size=1024)
+    else:
+        for i, part in enumerate(logits.split(512, -1)):
+            part.add_(vocabulary_noise(len(logits), part.shape[1], seed, start//512 + i, logits.device, first),
+                      alpha=scale)
+
 # %% ../../nbs/models/13_resampler.ipynb #7d42e090
 def noised_logits(
     x, weight, bias,         # features (N, D), readout (V, D) and (V,)
@@ -117,8 +148,7 @@ def noised_logits(
         tokens = slice(start, min(start + block, len(weight)))
         logits = torch.addmm(bias[tokens].to(x.dtype), x, weight[tokens].T.to(x.dtype), alpha=1/tau,
                              beta=1/tau).to(torch.promote_types(x.dtype, torch.float32))
-        for i, part in enumerate(logits.split(512, -1) if noise else ()):
-            part.add_(vocabulary_noise(len(x), part.shape[1], seed, start//512 + i, x.device, first), alpha=noise/tau)
+        if noise: add_noise(logits, noise/tau, seed, start, first)
         yield tokens, logits
 
 # %% ../../nbs/models/13_resampler.ipynb #b9ba089f

@@ -10,13 +10,14 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 cuda, aten = torch.device('cuda', 0), torch.ops.aten
 indexing = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+may_mix = indexing | {aten._to_copy.default, aten.copy_.default}
 
 class CudaTensor(torch.Tensor):
     "A tensor that says it is on the GPU, around one on the CPU"
     @staticmethod
     def __new__(cls, real):
-        return torch.Tensor._make_wrapper_subclass(cls, real.shape, strides=real.stride(), device=cuda, dtype=real.dtype,
-                                                   storage_offset=real.storage_offset())
+        return torch.Tensor._make_wrapper_subclass(cls, real.shape, strides=real.stride(), device=cuda,
+                                                   dtype=real.dtype, storage_offset=real.storage_offset())
     def __init__(self, real): self.inner = real
     def tolist(self): return self.inner.tolist()
     def numpy(self, **kwargs): raise TypeError("can't convert cuda:0 device type tensor to numpy")
@@ -29,8 +30,9 @@ def check(op, args, kwargs, flat, there):
     "`RuntimeError` where a GPU would give one"
     ours = [x for x in flat if isinstance(x, CudaTensor)]
     others = [x for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, CudaTensor)]
-    if op in indexing and ours and not isinstance(args[0], CudaTensor): raise RuntimeError(f'{op}: cuda indices of a cpu tensor')
-    if ours and op not in indexing and op not in (aten._to_copy.default, aten.copy_.default) and any(x.dim() for x in others):
+    if op in indexing and ours and not isinstance(args[0], CudaTensor):
+        raise RuntimeError(f'{op}: cuda indices of a cpu tensor')
+    if ours and op not in may_mix and any(x.dim() for x in others):
         raise RuntimeError(f'{op}: expected all tensors to be on the same device, found cuda:0 and cpu')
     if there and any(isinstance(x, torch.Generator) and x.device.type == 'cpu' for x in flat):
         raise RuntimeError(f"{op}: expected a 'cuda' device type for generator but found 'cpu'")
@@ -66,12 +68,14 @@ def pretend_cuda():
     # parameters that are moved are new objects; `unsupported` asks for plain ones
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     with ExitStack() as stack:
-        for name, put in {'cuda._lazy_init': lambda: None, 'cuda.is_available': lambda: True, 'cuda.device_count': lambda: 1,
-                          'tensor': moved(torch.tensor), 'as_tensor': moved(torch.as_tensor)}.items():
+        for name, put in {'cuda._lazy_init': lambda: None, 'cuda.is_available': lambda: True,
+                          'cuda.device_count': lambda: 1, 'tensor': moved(torch.tensor),
+                          'as_tensor': moved(torch.as_tensor)}.items():
             stack.enter_context(patch(f'torch.{name}', put))
         for part in ('generation', 'decoding'):
             stack.enter_context(patch(f'v2flow_nbdev.language.{part}.unsupported', lambda model: None))
-        for context in (torch.no_grad(), Compute(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False)):
+        for context in (torch.no_grad(), Compute(), sdpa_kernel(SDPBackend.MATH),
+                        torch.backends.cudnn.flags(enabled=False)):
             stack.enter_context(context)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try: yield

@@ -1,10 +1,13 @@
 ("On a CUDA device: one bf16 step of both models, both directions, and the same forward as on the CPU. Needs no "
  "notebook tools")
-import copy, os
+import copy, json, os, subprocess, sys
+from pathlib import Path
 import pytest, torch
+from conftest import root, shipped
 from v2flow_nbdev.language.sequences import ImageTextSequences, pack
 from v2flow_nbdev.language.visual_tokens import VisualTokens, add_visual_tokens
 from v2flow_nbdev.language.text_models import collate, small_llama, train_text_tokenizer
+from v2flow_nbdev.language.pipeline import V2FlowPipeline
 from v2flow_nbdev.language.generation import generate_captions, generate_image_ids
 from v2flow_nbdev.models.resampler import add_noise, resample
 from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
@@ -131,3 +134,77 @@ def test_a_resumed_run_on_cuda_is_the_same_run(tmp_path):
     with pytest.raises(Killed): train(fresh(), data, config, evaluate=deadly, out=tmp_path/'killed', progress=False)
     again = train(fresh(), data, config, evaluate=lambda m: {}, out=tmp_path/'killed', resume=True, progress=False)
     for (n, a), b in zip(whole.state_dict().items(), again.state_dict().values()): assert torch.equal(a, b), n
+
+# What `test_device.py` asks of a pretended device, on a real one
+
+def seeds(*numbers): return [torch.Generator().manual_seed(n) for n in numbers]
+
+def v2flow(*args):
+    "The command as it is typed, where it sees the GPU"
+    done = subprocess.run([Path(sys.executable).with_name('v2flow'), *map(str, args)], capture_output=True, text=True,
+                          cwd=root, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32])
+def test_a_pipeline_on_cuda_has_the_ids_of_the_cpu_and_makes_images(dtype):
+    "Loaded there, or moved: images, captions, restored images; the ids of encode as on the CPU, but near-ties"
+    from v2flow_nbdev.data.sources import digits
+    here = V2FlowPipeline.from_pretrained(shipped)
+    images = [r['image'] for r in digits('test')[:64]]
+    ids = here.image_tokenizer.encode(here.prepare(images))
+    for there in (V2FlowPipeline.from_pretrained(shipped, dtype=dtype, device='cuda'),
+                  V2FlowPipeline.from_pretrained(shipped).to('cuda', dtype)):
+        assert (there.device.type, there.dtype, there.image_tokenizer.dtype) == ('cuda', dtype, dtype)
+        assert (there.image_tokenizer.encode(there.prepare(images)).cpu() == ids).float().mean() >= 0.999
+        for g in (None, seeds(0)[0], seeds(0, 1), [torch.Generator('cuda').manual_seed(i) for i in range(2)]):
+            made = there('a six', 2, generator=g)
+            assert len(made.images) == 2 and made.ids.device.type == 'cuda'
+        assert len(there.caption(images)) == len(there.reconstruct(images)) == 64
+    if dtype == torch.float32:  # a CPU generator draws the same numbers wherever the model is
+        a, b = (p(['a six', 'a two']*4, generator=seeds(*range(8))).ids.cpu() for p in (here, there))
+        assert (a == b).float().mean() > 0.9
+
+@pytest.mark.parametrize('data, more', [('digits', ('--per-digit', 4)), ('shapes', ('--n', 4))])
+def test_evaluations_run_on_cuda(data, more):
+    if data == 'digits': pytest.importorskip('sklearn')
+    pytest.importorskip('torchmetrics')
+    scores = json.loads(v2flow('evaluate', '--data', data, *more, '--json', '--device', 'cuda'))
+    assert scores['psnr_db'] > 18
+
+def test_emoji_scores_run_on_cuda():
+    for name in ('diffusers', 'pyarrow', 'sklearn', 'torchmetrics', 'psutil'): pytest.importorskip(name)
+    scores = json.loads(v2flow('evaluate', '--data', 'emoji', '--n', 16, '--json'))
+    assert scores['psnr_db'] > 20 and scores['psnr_db_plain_codes'] > 15 and scores['seconds_for_one'] > 0
+
+@pytest.mark.parametrize('dtype', ['auto', 'float32', 'float16'])
+def test_the_command_on_cuda(dtype, tmp_path):
+    from v2flow_nbdev.data.sources import digits
+    digits('test')[0]['image'].save(tmp_path/'digit.png')
+    model, how = ('--model', shipped), ('--device', 'cuda', '--dtype', dtype)
+    ids = json.loads(v2flow('encode', tmp_path/'digit.png', *model, '--device', 'cuda'))
+    cpu = json.loads(v2flow('encode', tmp_path/'digit.png', *model, '--device', 'cpu'))
+    assert len(ids) == 16 and sum(a != b for a, b in zip(ids, cpu)) <= 1
+    (tmp_path/'ids.json').write_text(json.dumps(ids))
+    for typed in (('generate', 'a six', '--num-images', 4), ('reconstruct', tmp_path/'digit.png'),
+                  ('decode', tmp_path/'ids.json')):
+        v2flow(*typed, '--out', tmp_path/f'{typed[0]}.png', *model, *how)
+        assert (tmp_path/f'{typed[0]}.png').stat().st_size
+    assert v2flow('caption', tmp_path/'digit.png', *model, *how)
+
+def test_a_latent_cache_on_cuda_is_that_of_the_cpu(tmp_path):
+    from v2flow_nbdev.data.cache import encode_dataset
+    from v2flow_nbdev.data.sources import digits
+    here = V2Flow.from_pretrained(shipped, 'image_tokenizer')
+    there = V2Flow.from_pretrained(shipped, 'image_tokenizer', dtype=torch.bfloat16, device='cuda')
+    a, b = (encode_dataset(digits('test'), tok, tmp_path/n, progress=False) for n, tok in (('a', here), ('b', there)))
+    same = torch.stack([x['ids'] == y['ids'] for x, y in zip(a, b)]).float().mean()
+    assert same >= 0.999
+
+def test_flash_attention_is_had_or_refused():
+    from transformers.utils import is_flash_attn_2_available
+    load = lambda: V2FlowPipeline.from_pretrained(shipped, dtype=torch.bfloat16, device='cuda',
+                                                  attn_implementation='flash_attention_2')
+    if is_flash_attn_2_available(): assert len(load().caption(torch.zeros(1, 1, 8, 8))) == 1
+    else:
+        with pytest.raises(ValueError, match='flash-attn'): load()

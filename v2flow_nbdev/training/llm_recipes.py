@@ -252,6 +252,7 @@ def train_llm(
     sequences = ImageTextSequences(
         examples, tokenizer, visual, tuning.write_share, tuning.caption_dropout, tuning.id_noise, tuning.loss,
         texts, tuning.text_share, longest, tuning.write_noise, often)
+    if not training.fsdp: llm.to(device)
     before = text_perplexity(unwrapped(llm), tokenizer, held_out_texts) if is_main_process() else 0.
     if is_main_process(): say(f'perplexity of plain text before the training: {before:.3g}')
     scores = llm_scores(pipe, held_out, room - n, tokenizer, held_out_texts, before, evaluate)

@@ -55,7 +55,7 @@ def session(kills, steps, seed, folder, text, every=3):
     subprocess.run(command(killed, text, steps), cwd=root, check=True, stdout=subprocess.DEVNULL,
                    stderr=subprocess.DEVNULL)
     a, b = (read_tensors(f/'model/model.safetensors') for f in (whole, killed))
-    logs = [[{k: v for k,v in json.loads(l).items() if k not in ('seconds', 'examples_per_s')}
+    logs = [[{k: v for k,v in json.loads(l).items() if k not in ('seconds', 'examples_per_s', 'data_wait', 'tokens_per_s')}
              for l in (f/'log.jsonl').read_text().splitlines()] for f in (whole, killed)]
     return dict(steps=steps, kills=len(at), half_written=torn, last_checkpoints=at,
                 weights_equal=all(torch.equal(a[n], b[n]) for n in a), losses_equal=logs[0] == logs[1],

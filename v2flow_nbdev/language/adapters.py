@@ -23,16 +23,15 @@ def target_loss(
     visual_softmax, # visual tokens are chosen among visual tokens
 ):                  # the weighted mean over targets
     "Cross-entropy on targets alone; a token that opens an image stands where text might be, so it is chosen among all"
-    begins = torch.tensor(visual.begins, device=labels.device)
-    own = (labels >= visual.first) & ~torch.isin(labels, begins) & visual_softmax
-    rest = (labels >= 0) & ~own
-    weight = torch.where(labels[rest] < visual.first, text_weight, 1.)
-    loss = (weight*F.cross_entropy(head(states[rest]).float(), labels[rest], reduction='none')).sum()
+    logits, first = head(states).float(), visual.first
     if visual_softmax:
-        rows = head.weight[visual.first:], None if head.bias is None else head.bias[visual.first:]
-        logits = F.linear(states[own], *rows).float()
-        loss = loss + F.cross_entropy(logits, labels[own] - visual.first, reduction='sum')
-    return loss/(own.sum() + weight.sum())
+        own = labels >= first
+        for begin in visual.begins: own = own & (labels != begin)
+        text = torch.arange(logits.shape[-1], device=labels.device) < first
+        logits = logits.masked_fill(own[..., None] & text, -torch.inf)
+    each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction='none').view_as(labels)
+    weight = torch.where(labels < first, text_weight, 1.)*(labels >= 0)
+    return (weight*each).sum()/weight.sum()
 
 # %% ../../nbs/language/24_adapters.ipynb #f64c4642
 class TargetLoss(torch.nn.Module):
@@ -67,9 +66,6 @@ class TargetLoss(torch.nn.Module):
     def get_output_embeddings(self)->nn.Module: return self.llm.get_output_embeddings()
 
     def gradient_checkpointing_enable(self)->None: self.llm.gradient_checkpointing_enable()
-
-    # the decoder alone: the number of targets differs from batch to batch
-    def compile(self)->None: self.llm.get_decoder().compile()
 
     def forward(self,
         input_ids:torch.Tensor,  # (B, L)

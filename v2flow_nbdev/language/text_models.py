@@ -73,11 +73,10 @@ def small_llama(
 # %% ../../nbs/language/19_text_models.ipynb #331bb838
 def collate(
     examples:list,     # (prompt, target), or (prompt, target, what is shown in place of the target)
-)->dict:               # input_ids, attention_mask, labels, each (B, L); labels only on targets
+)->dict:               # input_ids and labels, each (B, L); labels only on targets
     "Pad on the right; the loss is on the target side alone"
     pad = lambda seqs, value: pad_sequence([torch.tensor(s) for s in seqs], batch_first=True, padding_value=value)
     return dict(input_ids=pad([e[0] + e[-1] for e in examples], 0),
-                attention_mask=pad([[1]*len(e[0] + e[1]) for e in examples], 0),
                 labels=pad([[-100]*len(e[0]) + e[1] for e in examples], -100))
 
 # %% ../../nbs/language/19_text_models.ipynb #0e3e09f3

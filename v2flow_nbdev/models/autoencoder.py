@@ -84,6 +84,7 @@ def _checkpointed(block, x):
 class AutoencoderTraining(nn.Module):
     """An autoencoder of `diffusers` as something to train: mean squared error of the restored images, nothing else
     (ours)"""
+    shares_draws = True  # every process draws the noise of the whole batch, and takes its part
     def __init__(self,
         model:nn.Module,  # `AutoencoderDC`; any module whose `encode` gives `latent` and whose `decode` gives `sample`
         # standard deviation of noise on the latents in training, as a fraction of their own: what a quantizer will do

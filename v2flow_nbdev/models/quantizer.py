@@ -87,7 +87,7 @@ class Codebook(nn.Module):
         self.register_buffer('sums', codes.clone())                   # (K, E), EMA of the sum of those vectors
         self.register_buffer('initialised', torch.tensor(initialised))
         self.collected = []                                           # [(vectors, ids)] since the last update
-        self._read = None, 0, initialised                             # the buffer, its version, its value
+        self._read = self.initialised, 0, initialised                           # the buffer, its version, its value
 
     @property
     def ready(self)->bool:

@@ -100,6 +100,7 @@ class TokenizerTrainingConfig:
 class _Schedule(nn.Module):
     "What changes while a tokenizer is trained"
     _no_split_modules = V2Flow._no_split_modules
+    shares_draws = True  # every process draws for the whole batch, and takes its part
     def __init__(self,
         tok:V2Flow,                                # trained in place
         config:TokenizerTrainingConfig|None=None,  # None: its defaults
@@ -191,6 +192,7 @@ class DecoderTraining(nn.Module):
     """The decoder of a tokenizer's autoencoder is fine-tuned on the latents that ids give back instead of those that
     it was trained with (ours); so is, if asked to, the flow that gives them back. Encoder, codes and ids stay as
     they are, and so does what a language model has learned of them"""
+    shares_draws = True  # as above
     def __init__(self,
         tok:V2Flow,       # on the latents of an autoencoder; its decoder is what is trained
         loss:Callable=F.mse_loss,  # (restored, real) → scalar, both (B, C, H, W) in [-1, 1]

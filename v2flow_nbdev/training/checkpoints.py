@@ -261,7 +261,8 @@ class Record:
         seconds = time.time() - self.began
         rate = round(self.examples/seconds, 1)
         self.began, self.examples = time.time(), 0
-        line = self.log.write(step, lr=self.config.lr*lr_factor(step - 1, self.config), examples_per_s=rate, **(rates(seconds) if rates else {}),
+        line = self.log.write(step, lr=self.config.lr*lr_factor(step - 1, self.config), examples_per_s=rate,
+                              **(rates(seconds) if rates else {}),
                               **(dict(skipped=self.skipped) if self.skipped else {}), **self.scores)
         self.scores = {}
         self.accelerator.log({k: v for k,v in line.items() if isinstance(v, (int, float)) and k != 'step'}, step)

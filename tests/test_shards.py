@@ -17,7 +17,8 @@ class Net(nn.Module):
     def __init__(self, dtype):
         super().__init__()
         torch.manual_seed(0)
-        self.table, self.blocks, self.head = nn.Embedding(11, 8), nn.ModuleList(Block(8) for _ in range(2)), nn.Linear(8, 11, bias=False)
+        self.table, self.blocks, self.head = nn.Embedding(11, 8), nn.ModuleList(Block(8) for _ in range(2)), nn.Linear(
+            8, 11, bias=False)
         self.head.weight, self.gain = self.table.weight, nn.Parameter(torch.ones(1, 8))
         self.fixed = nn.Parameter(torch.randn(5, 8), requires_grad=False)
         self.register_buffer('steps', torch.tensor(0)); self.register_buffer('ready', torch.tensor(False))
@@ -43,8 +44,8 @@ def train_net(out, processes, fsdp, dtype=torch.float64, resume=False, watch=Non
     from v2flow_nbdev.training.optimizers import full_tensor
     g = torch.Generator().manual_seed(5)
     data = [dict(ids=torch.randint(11, (6,), generator=g)) for _ in range(30)]
-    def state(*parts): return {k: full_tensor(t).clone() for k,t in checkpoints.flat(checkpoints.run_tensors(*parts)).items()}
     restore, tensors, gather = loop.restore, loop.run_tensors, DTensor.full_tensor
+    def state(*parts): return {k: full_tensor(t).clone() for k,t in checkpoints.flat(tensors(*parts)).items()}
     def forbidden(self): raise AssertionError('a tensor was gathered')
     def watched_restore(begun, *parts):
         DTensor.full_tensor = forbidden
@@ -73,7 +74,8 @@ def meet(processes, do):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1',
                           LOCAL_WORLD_SIZE=str(processes), MASTER_PORT=str(port))
         if processes == 1:
-            for name in ('LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'): del os.environ[name]
+            for name in ('LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
+                del os.environ[name]
         code = 1
         try: do(rank); code = 0
         except BaseException: traceback.print_exc()
@@ -107,7 +109,9 @@ def killed(rank, out):
 def everything(folder):
     "All runs that the tests look at: one process that imports, and forks of it that train"
     import shutil
-    import accelerate, v2flow_nbdev.training.loop, torch.distributed.fsdp, torch.distributed.checkpoint  # once for all
+    # once for all of them
+    import accelerate, psutil, torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp
+    import torch.distributed.tensor, v2flow_nbdev.training.loop
     torch.set_num_threads(1)
     def half(run, name):
         "A copy of a run as it was after 10 steps"
@@ -135,7 +139,8 @@ def runs(tmp_path_factory):
                                'PYTHONPATH': os.pathsep.join([*sys.path[:2], str(Path(__file__).parent)])})
     assert done.returncode == 0, done.stderr[-3000:]
     codes = json.loads((folder/'codes.json').read_text())
-    assert codes.pop('killed') == [0, -signal.SIGKILL] and not any(sum(codes.values(), [])), (codes, done.stderr[-3000:])
+    assert codes.pop('killed') == [0, -signal.SIGKILL], done.stderr[-3000:]
+    assert not any(sum(codes.values(), [])), (codes, done.stderr[-3000:])
     return folder
 
 def losses(folder): return [json.loads(l)['loss'] for l in (folder/'log.jsonl').read_text().splitlines()]
@@ -150,12 +155,13 @@ def test_each_process_writes_its_shards_and_nothing_is_a_pickle(runs):
 
 @pytest.mark.parametrize('n', [1, 2, 3])
 def test_any_number_of_processes_loads_the_state_to_the_bit(runs, n):
-    saved, loaded = (torch.load(runs/name, weights_only=True) for name in ('two/saved-0.pt', f'resumed-{n}/loaded-0.pt'))
-    assert set(loaded) - set(saved) <= {'model|head.weight'} and len(saved) > 30    # in one piece a tied table has both names
+    saved, loaded = (torch.load(runs/f, weights_only=True) for f in ('two/saved-0.pt', f'resumed-{n}/loaded-0.pt'))
+    # in one piece a tied table has both names
+    assert set(loaded) - set(saved) <= {'model|head.weight'} and len(saved) > 30
     for name, t in saved.items(): assert t.dtype == loaded[name].dtype and torch.equal(t, loaded[name]), name
     same, after = losses(runs/'two'), losses(runs/f'resumed-{n}')
     assert len(same) == len(after) == 20 and same[-1] < same[0]
-    assert max(abs(a - b) for a,b in zip(same, after)) < (1e-9 if n != 2 else 1e-300)
+    assert max(abs(a - b) for a,b in zip(same, after)) < 1e-9 and (n != 2 or same == after)
 
 def test_float32_and_checkpoints_in_one_piece(runs):
     assert max(abs(a - b) for a,b in zip(losses(runs/'single'), losses(runs/'single-resumed'))) < 1e-4
@@ -163,7 +169,8 @@ def test_float32_and_checkpoints_in_one_piece(runs):
     assert max(abs(a - b) for a,b in zip(losses(runs/'one'), losses(runs/'former'))) < 1e-9
 
 def test_a_full_disk_or_a_death_in_one_process_leaves_the_checkpoint_before(runs):
-    for rank in (0, 1): assert 'the disk is full; the last whole one: step-00000010' in (runs/f'full/error-{rank}').read_text()
+    for rank in (0, 1):
+        assert 'the disk is full; the last whole one: step-00000010' in (runs/f'full/error-{rank}').read_text()
     assert [p.name for p in (runs/'full/checkpoints').iterdir()] == ['step-00000010']
     from v2flow_nbdev.training.checkpoints import last_checkpoint
     folder, state = last_checkpoint(runs/'killed')

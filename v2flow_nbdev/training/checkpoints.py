@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/training/42_checkpoints.ipynb #374b4741
-import errno, json, math, os, shutil, time
+import errno, json, math, os, shutil, time, warnings
 from dataclasses import asdict
 from pathlib import Path
 import torch, torch.distributed as dist
@@ -160,7 +160,7 @@ def write_shards(
     kinds = {k: i for i,k in enumerate(dict.fromkeys(kind.values()), 1)}
     storage = HuggingFaceStorageWriter(str(folder), save_distributed=True,
                                        fqn_to_index_mapping={n: kinds[k] for n,k in kind.items()})
-    try: save(tensors, storage_writer=storage, no_dist=not dist.is_initialized())
+    try: save(tensors, storage_writer=storage)
     except CheckpointException as e: raise next(error for error,_ in e.failures.values()) from None
 
 def read_shards(
@@ -169,7 +169,10 @@ def read_shards(
 ):
     "Each process reads what its own tensors hold, from the shards of however many processes"
     from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
-    try: load(flat(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='torch.distributed is disabled')  # one process has no need of it
+            load(flat(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
     except CheckpointException as e: raise next(error for error,_ in e.failures.values()) from None
 
 def stored_shards(

@@ -6,13 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/training/42_checkpoints.ipynb #374b4741
-import errno, json, math, os, shutil, time
+import errno, json, math, os, shutil, time, warnings
 from dataclasses import asdict
 from pathlib import Path
-import torch
+import torch, torch.distributed as dist
 from ..base.files import read_json, read_tensors, sha256, write_atomically, write_json, write_tensors
 from .config import TrainConfig, lr_factor
-from .optimizers import EMAModel, shard_like, full_tensor
+from .optimizers import EMAModel, shard_like
 
 # %% ../../nbs/training/42_checkpoints.ipynb #bd10ee1b
 def log_line(
@@ -70,12 +70,27 @@ def run_tensors(
     model,         # being trained
     ema:EMAModel,  # of it
     optimizer,     # its optimizer
-)->dict:           # file name → {name: tensor}, for `save_checkpoint`; every process must ask
-    "All tensors of a run, in one piece"
+)->dict:           # file name → {name: tensor}, for `save_checkpoint`
+    "All tensors of a run as they are: in one piece, or this process' shards of them"
     name = {p: n for n,p in model.named_parameters()}
     state = {f'{name[p]}|{k}': v for p,s in optimizer.state.items() for k,v in s.items()}
-    return {file: {k: full_tensor(t) for k,t in tensors.items()} for file, tensors in dict(
-        model=model.state_dict(), ema=ema.values, optimizer=state).items()}
+    tensors = dict(model=model.state_dict(), ema=ema.values, optimizer=state)
+    return untied(tensors, model) if is_sharded(tensors) else tensors
+
+def untied(
+    tensors:dict,  # as `run_tensors` gives them
+    model,         # that they belong to
+)->dict:           # the same without the second name of a tensor that has two, as shards have it
+    "Of tied parameters the first alone"
+    once = {n for kind in (model.named_parameters, model.named_buffers) for n,_ in kind()}
+    twice = {n for kind in (model.named_parameters, model.named_buffers) for n,_ in kind(remove_duplicate=False)}
+    return dict(tensors, model={n: t for n,t in tensors['model'].items() if n in once or n not in twice})
+
+def is_sharded(
+    tensors:dict,  # as `run_tensors` gives them
+)->bool:
+    "Does each process hold a part only?"
+    return any(hasattr(t, 'full_tensor') for some in tensors.values() for t in some.values())
 
 # %% ../../nbs/training/42_checkpoints.ipynb #1fb0ac5c
 def checkpoints(
@@ -99,28 +114,112 @@ def sync(path):
     finally:
         if handle is not None: os.close(handle)
 
+# %% ../../nbs/training/42_checkpoints.ipynb #5a1d0c02
+def said_by_all(
+    value,    # of this process
+)->list:      # of every process
+    "What each process has to say, in all of them"
+    if not dist.is_initialized(): return [value]
+    said = [None]*dist.get_world_size()
+    dist.all_gather_object(said, value)
+    return said
+
+def together(
+    do,  # callable; every process must call this
+):       # what `do` gives in this process
+    "Do something in every process. An `OSError` in one of them is raised in all"
+    value = error = None
+    try: value = do()
+    except OSError as e: error = OSError(*e.args[:2])
+    if (error := next(filter(None, said_by_all(error)), None)): raise error
+    return value
+
+def shared_checksums(
+    folder:Path,  # with the shards of all processes
+    names,        # of its files
+)->dict:          # name → SHA-256, '' for a file that is missing
+    "The checksums of all files, each file read by one process"
+    rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    own = {n: sha256(folder/n) if (folder/n).is_file() else '' for n in sorted(names)[rank::count]}
+    return {n: s for some in said_by_all(own) for n,s in some.items()}
+
+# %% ../../nbs/training/42_checkpoints.ipynb #5a1d0c03
+def flat(
+    tensors:dict,  # as `run_tensors` gives them
+)->dict:           # 'file|name' → tensor
+    return {f'{file}|{n}': t for file, some in tensors.items() for n,t in some.items()}
+
+def write_shards(
+    folder:Path,   # there, and empty
+    tensors:dict,  # as `run_tensors` gives them; every process must call this
+):
+    "Each process writes its shards, one file for each kind of tensor: memory holds one such file at a time"
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
+    tensors = flat(tensors)
+    kind = {n: n.rsplit('|', 1)[1] if n.startswith('optimizer|') else n.split('|')[0] for n in tensors}
+    kinds = {k: i for i,k in enumerate(dict.fromkeys(kind.values()), 1)}
+    storage = HuggingFaceStorageWriter(str(folder), save_distributed=True,
+                                       fqn_to_index_mapping={n: kinds[k] for n,k in kind.items()})
+    try: save(tensors, storage_writer=storage)
+    except CheckpointException as e: raise next(error for error,_ in e.failures.values()) from None
+
+def read_shards(
+    folder:Path,   # of a checkpoint in shards
+    tensors:dict,  # as `run_tensors` gives them, to be filled; every process must call this
+):
+    "Each process reads what its own tensors hold, from the shards of however many processes"
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='torch.distributed is disabled')  # one process has no need of it
+            load(flat(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
+    except CheckpointException as e: raise next(error for error,_ in e.failures.values()) from None
+
+def stored_shards(
+    folder:Path,  # of a checkpoint in shards
+)->dict:          # file name → {name: shape}, as in `run_tensors`
+    "What the shards hold, by the headers of their files"
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    found = dict(model={}, ema={}, optimizer={})
+    for n,t in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+        file, _, n = n.partition('|')
+        found[file][n] = tuple(t.size)
+    return found
+
 # %% ../../nbs/training/42_checkpoints.ipynb #cd138b24
+def empty_folder(new):
+    "A new temporary folder for a checkpoint; those of runs that died while they wrote are removed"
+    for old in new.parent.glob('.step-*.tmp'): shutil.rmtree(old)
+    new.mkdir(parents=True)
+
+def put_in_place(new, final, state):
+    "The last file, everything onto the disk, and the rename that makes it a checkpoint"
+    write_json(new/'state.json', state)
+    for path in (*new.iterdir(), new): sync(path)
+    if final.exists(): shutil.rmtree(final)
+    os.replace(new, final)
+    sync(final.parent)
+
 def save_checkpoint(
     out:Path,                 # folder of the run
     step:int,                 # steps done
-    tensors:dict,             # file name → {name: tensor}
-    state:dict,               # what else; JSON
+    tensors:dict,             # file name → {name: tensor}; of shards, every process must save its own
+    state:dict,               # what else; JSON; the first process' is kept
 ):
     "Everything a resumed run needs, written under a temporary name, with checksums, and renamed"
     final = Path(out)/'checkpoints'/f'step-{step:08}'
-    new = final.with_name(f'.{final.name}.tmp')
+    new, sharded = final.with_name(f'.{final.name}.tmp'), is_sharded(tensors)
+    main, do = (dist.get_rank() == 0, together) if sharded else (True, lambda action: action())
     try:
-        for old in final.parent.glob('.step-*.tmp'): shutil.rmtree(old)            # of a run that died while it wrote
-        new.mkdir(parents=True)
-        for name, content in tensors.items(): write_tensors(new/f'{name}.safetensors', content)
-        write_json(new/'state.json', dict(step=step, **state,
-                                          sha256={p.name: sha256(p) for p in sorted(new.glob('*.safetensors'))}))
-        for path in (*new.iterdir(), new): sync(path)
-        if final.exists(): shutil.rmtree(final)
-        os.replace(new, final)
-        sync(final.parent)
+        do(lambda: empty_folder(new) if main else None)
+        if sharded: write_shards(new, tensors)
+        else:
+            for name, content in tensors.items(): write_tensors(new/f'{name}.safetensors', content)
+        names = sorted(p.name for p in new.glob('*.safetensors'))
+        sums = shared_checksums(new, names) if sharded else {n: sha256(new/n) for n in names}
+        do(lambda: put_in_place(new, final, dict(step=step, **state, sha256=sums)) if main else None)
     except OSError as e:
-        shutil.rmtree(new, ignore_errors=True)
+        if main: shutil.rmtree(new, ignore_errors=True)
         before = next((p.name for p in checkpoints(out) if p != final), 'none')
         why = 'the disk is full' if e.errno == errno.ENOSPC else e.strerror or str(e)
         raise OSError(f"{final}: the checkpoint could not be written, {why}; the last whole one: {before}. Free some "
@@ -129,43 +228,57 @@ def save_checkpoint(
 # %% ../../nbs/training/42_checkpoints.ipynb #0cfa9118
 def read_checkpoint(
     folder:Path,   # of one checkpoint
-):                 # (tensors, state), as given to `save_checkpoint`; `OSError` if anything in it is damaged
-    "Safetensors and JSON: nothing that could run code"
+):  # (tensors as given to `save_checkpoint`, or the folder if they are shards; state); `OSError` if anything is damaged
+    "Safetensors and JSON: nothing that could run code. Of shards only the checksums are read; see `restore`"
     state = read_json(folder/'state.json', ['step', 'sha256'])
     if type(state['step']) is not int or not isinstance(state['sha256'], dict):
         raise OSError(f"{folder/'state.json'}: damaged, it is no state of a run")
+    sharded = any(n.startswith('shard-') for n in state['sha256'])
+    if sharded: found = shared_checksums(folder, state['sha256'])
     for name, known in state['sha256'].items():
-        if not (folder/name).is_file() or sha256(folder/name) != known:
+        if not (found[name] == known if sharded else (folder/name).is_file() and sha256(folder/name) == known):
             raise OSError(f"{folder/name}: missing or damaged")
-    return {Path(n).stem: read_tensors(folder/n) for n in state['sha256']}, state
+    return (folder if sharded else {Path(n).stem: read_tensors(folder/n) for n in state['sha256']}), state
 
 def last_checkpoint(
     out:Path,     # folder of a run
     say=print,    # called with a line for each that is damaged
-):                # (tensors, state), or None where there is no whole one
+):                # what `read_checkpoint` gives, or None where there is no whole one
     "The newest whole checkpoint"
     for folder in checkpoints(out):
         try: return read_checkpoint(folder)
         except OSError as e: say(f"{e}; going back to the checkpoint before it")
 
 # %% ../../nbs/training/42_checkpoints.ipynb #5b1dadb7
+def check_names(own, stored):
+    "`ValueError` if a checkpoint holds another model's tensors"
+    if own.keys() != stored.keys():
+        raise ValueError(f"the checkpoint holds another model: {sorted(own.keys() ^ stored.keys())[:4]} …")
+
 @torch.no_grad()
 def restore(
-    tensors:dict,  # of a checkpoint
+    tensors,       # of a checkpoint: {file name: {name: tensor}}, or the folder of its shards
     model,         # to be filled, as are the next two
     ema:EMAModel,
     optimizer,
 ):
-    "Exact resume: the inverse of `run_tensors`"
-    own = model.state_dict()
-    if own.keys() != tensors['model'].keys():
-        raise ValueError(f"the checkpoint holds another model: {sorted(own.keys() ^ tensors['model'].keys())[:4]} …")
-    for n,t in own.items(): t.copy_(shard_like(tensors['model'][n], t))
-    for n,t in ema.values.items(): t.copy_(shard_like(tensors['ema'][n], t))
-    parameters = dict(model.named_parameters())
-    for key, value in tensors['optimizer'].items():
+    "Exact resume: the inverse of `run_tensors`, from one piece or from shards, into one piece or into shards"
+    sharded = isinstance(tensors, Path)
+    stored, parameters = stored_shards(tensors) if sharded else tensors, dict(model.named_parameters())
+    own = untied(run_tensors(model, ema, optimizer), model)['model'] if sharded else model.state_dict()
+    check_names(own, stored['model'])
+    check_names(ema.values, stored['ema'])
+    # the fused optimizer counts steps where its parameters are
+    there = {p for g in optimizer.param_groups if g.get('fused') or g.get('capturable') for p in g['params']}
+    for key, value in stored['optimizer'].items():
         n, k = key.rsplit('|', 1)
-        optimizer.state[parameters[n]][k] = value if k == 'step' else shard_like(value, parameters[n])
+        p = parameters[n]
+        if sharded: value = torch.zeros(()) if k == 'step' else torch.zeros_like(p)
+        elif k != 'step': value = shard_like(value, p)
+        optimizer.state[p][k] = value.to(p.device) if k == 'step' and p in there else value
+    if sharded: return read_shards(tensors, untied(run_tensors(model, ema, optimizer), model))
+    for n,t in own.items(): t.copy_(shard_like(stored['model'][n], t))
+    for n,t in ema.values.items(): t.copy_(shard_like(stored['ema'][n], t))
 
 # %% ../../nbs/training/42_checkpoints.ipynb #72f3979a
 def prune_checkpoints(
@@ -223,7 +336,8 @@ def save_images(
 
 # %% ../../nbs/training/42_checkpoints.ipynb #22cd2744
 class Record:
-    "What is kept of a run: log, trackers, images, checkpoints. Every process has one, the first process writes"
+    """What is kept of a run: log, trackers, images, checkpoints. Every process has one; the first process writes, and
+    each writes its shards"""
     def __init__(self,
         out,                 # folder of the run; None: keep nothing
         config:TrainConfig,
@@ -270,7 +384,7 @@ class Record:
 
     def save(self, step, tensors, line):
         "A checkpoint, with the log line of the same step, by which the best is chosen"
-        if not self.main: return
+        if not self.main and not is_sharded(tensors): return
         save_checkpoint(self.out, step, tensors, dict(settings=self.settings, pending=self.log.losses, scores=line,
                                                       unusable=self.unusable, skipped=self.skipped))
-        prune_checkpoints(self.out, self.config.save_total_limit, self.config.metric_for_best_model)
+        if self.main: prune_checkpoints(self.out, self.config.save_total_limit, self.config.metric_for_best_model)

@@ -21,9 +21,8 @@ here = Path(__file__).resolve().parent
 
 def forms(name):
     "Name → callable (captions, generator=) → images, of one shipped model"
-    pipe = V2FlowPipeline.from_pretrained(find_data(f'checkpoints/{name}'))
-    half = V2FlowPipeline.from_pretrained(find_data(f'checkpoints/{name}')).to(torch.bfloat16)
-    return dict(float32=pipe, bfloat16=half, int8=lambda captions, **how: pipe(captions, int8=True, **how))
+    dtypes = dict(float32=torch.float32, bfloat16=torch.bfloat16, int8=torch.int8)
+    return {k: V2FlowPipeline.from_pretrained(find_data(f'checkpoints/{name}'), dtype=d) for k, d in dtypes.items()}
 
 def emoji(pipe, split, n):
     "(n,) bool: which images are right"

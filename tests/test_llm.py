@@ -183,11 +183,17 @@ def test_the_loop_samples_what_generate_samples_up_to_a_near_tie(monkeypatch):
 def test_int8_is_for_the_loop_alone():
     "Images and captions come out, near those of float32; a model that the loop cannot run says so, with what to do"
     from v2flow_nbdev.language.pipeline import V2FlowPipeline
-    pipe = V2FlowPipeline.from_pretrained(shipped)
-    def image(**how): return pipe(['a handwritten seven', 'the digit 3'], temperature=0., generator=torch.Generator().manual_seed(0), **how)
-    exact, rounded = image(), image(int8=True)
-    assert (exact.ids == rounded.ids).float().mean() > 0.5 and not exact.ids.equal(rounded.ids*0)
-    assert pipe.caption(exact.images, int8=True) == pipe.caption(exact.images)
+    pipe, rounded = (V2FlowPipeline.from_pretrained(shipped, dtype=d) for d in (torch.float32, torch.int8))
+    def image(pipe):
+        return pipe(['a handwritten seven', 'the digit 3'], temperature=0., generator=torch.Generator().manual_seed(0))
+    a, b = image(pipe), image(rounded)
+    assert (a.ids == b.ids).float().mean() > 0.5 and rounded.dtype == torch.float32
+    assert pipe.caption(a.images) == rounded.caption(a.images)
+    from unittest.mock import patch
+    import v2flow_nbdev.language.decoding as decoding
+    with patch.object(decoding.torch, '_weight_int8pack_mm', side_effect=AssertionError('int8')):
+        with pytest.raises(AssertionError, match='int8'): image(rounded)               # what was asked for is what runs
+        image(pipe)
     model, tokenizer, tok = made('gpt2'); add_visual_tokens(model, tokenizer, tok)
     with pytest.raises(ValueError, match='gpt2 is not one of .*: use `model.generate`'):
         generate_image_ids(model, tokenizer, ['a seven'], int8=True)

@@ -17,9 +17,10 @@ Model = Annotated[str, typer.Option('--model', help='A pipeline folder, or a Hub
 Seed = Annotated[int, typer.Option(min=0, help='Of all random numbers: the same seed gives the same image.')]
 Device = Annotated[str, typer.Option('--device', help='Where it computes: auto, cpu, cuda, cuda:N or mps; auto is cuda '
                                                       'where there is one, else mps, else cpu.')]
-Dtype = Annotated[Literal['auto', 'float32', 'bfloat16', 'float16'],
-                  typer.Option('--dtype', help='In which numbers; auto is bfloat16 on cuda, else float32. The ids of an '
-                                               'image do not depend on it.')]
+Dtype = Annotated[Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'],
+                  typer.Option('--dtype', help='In which numbers; auto is bfloat16 on cuda, else float32; int8, for a CPU, '
+                                               'is that of the language model’s layers. The ids of an image do not '
+                                               'depend on it.')]
 TrainingDevice = Annotated[Literal['auto', 'cpu', 'cuda'],
                            typer.Option('--device', help='Where it trains; auto is cuda where there is one, else cpu. '
                                                          'In which numbers: training.mixed_precision.')]
@@ -148,6 +149,7 @@ def open_tokenizer(model, device='auto', dtype='auto'):
     "The image tokenizer of the pipeline that `--model` names, or of a folder of its own"
     model, where = find_model(model, 'config.json'), place(device, dtype)
     from v2flow_nbdev.training.tokenizer_recipes import load_tokenizer
+    if not where['dtype'].is_floating_point: where['dtype'] = None                 # the language model's alone
     return load_tokenizer(model).to(**where)
 
 # %% ../../nbs/apps/84_commands.ipynb #156cee4f

@@ -20,6 +20,7 @@ from ..models.flow import constant_guidance
 from ..models.tokenizer import V2Flow
 from .text_models import check_attention
 from .visual_tokens import VisualTokens
+from .decoding import FastDecoder
 from .generation import VisualTokenProcessor, generate_captions, generate_image_ids
 from .adapters import merge
 
@@ -116,22 +117,27 @@ def read_index(
 class PipelineFolder:
     "What a pipeline needs to be loaded, moved, saved and shared"
     format_version = 1  # of `model_index.json`
+    int8 = False        # does the language model generate with its layers' weights in int8?
 
     @classmethod
     def from_pretrained(cls,
         name:str|Path,           # a pipeline folder or a Hub id
         revision:str|None=None,  # branch, tag or commit, for a Hub id
-        dtype:torch.dtype=torch.float32,    # of its parameters; the ids of an image do not follow
+        dtype:torch.dtype=torch.float32,    # of its parameters, see `decoding` for int8; an image's ids do not follow
         device:str|torch.device|None=None,  # where to put it; None: the CPU
         attn_implementation:str|None=None,  # of the language model: eager, sdpa, flash_attention_2; None: its own
     )->'V2FlowPipeline':
         "Load `model_index.json`, `image_tokenizer/` and `llm/`, whatever dtype their parameters are stored in"
+        int8, dtype = dtype == torch.int8, torch.float32 if dtype == torch.int8 else dtype
         check_attention(attn_implementation, dtype, device)
         folder = resolve_folder(name, revision=revision)
         defaults = read_index(folder/'model_index.json', cls.format_version)
         image_tokenizer = V2Flow.from_pretrained(folder, 'image_tokenizer', dtype=dtype, device=device)
         llm, tokenizer = load_llm(resolve_folder(folder, 'llm'), dtype, attn_implementation)
-        return cls(image_tokenizer, llm.to(device).eval(), tokenizer, defaults)
+        pipe = cls(image_tokenizer, llm.to(device).eval(), tokenizer, defaults)
+        if int8: FastDecoder(pipe.llm, int8=True)                                  # or an error that says why not
+        pipe.int8 = int8
+        return pipe
 
     @property
     def device(self)->torch.device: return self.llm.device
@@ -257,7 +263,6 @@ class V2FlowPipeline(PipelineFolder):
         guidance_schedule:Callable=constant_guidance, # of the language model; or `linear_guidance`, see `flow`
         static_cache:bool=False,                  # of the language model: keys and values in tensors of fixed size
         compile:bool=False,                       # of the language model; on CUDA each step is one graph
-        int8:bool=False,                          # of the language model: its layers' weights in int8, for a CPU
         callback_on_step_end:Callable|None=None,  # after each visual token and each mask round, see `count_steps`
     )->PipelineOutput:
         "Captions → images"
@@ -275,7 +280,7 @@ class V2FlowPipeline(PipelineFolder):
         tell_token, tell_round = count_steps(callback_on_step_end, self, math.prod(grid), n_iter or tok.config.n_iter)
         ids = generate_image_ids(
             self.llm, self.tokenizer, captions, generator=generator, grid=grid, guidance_schedule=guidance_schedule,
-            callback=tell_token, int8=int8, **settings, **asked)
+            callback=tell_token, int8=self.int8, **settings, **asked)
         images = tok.decode(ids, grid, n_iter=n_iter, n_steps=n_steps, guidance_scale=decoder_guidance_scale,
                             temperature=decoder_temperature, generator=generator, callback=tell_round)
         return PipelineOutput(to_pil(images), ids)
@@ -297,11 +302,11 @@ class V2FlowPipeline(PipelineFolder):
         images:Any,      # as in `prepare`
         height:int|None=None, # at which size they are read, pixels; None: the model's main size
         width:int|None=None,
-        **generate_kwargs,           # max_new_tokens, int8, static_cache, compile: see `generate_captions`
+        **generate_kwargs,           # max_new_tokens, static_cache, compile: see `generate_captions`
     )->str|list[str]:    # a caption, or a list of them
         "Images → captions"
         grid, ids = self.grid_of(height, width), self.image_tokenizer.encode(self.prepare(images, height, width))
-        texts = generate_captions(self.llm, self.tokenizer, ids, grid, **generate_kwargs)
+        texts = generate_captions(self.llm, self.tokenizer, ids, grid, int8=self.int8, **generate_kwargs)
         return texts if is_batch(images) else texts[0]
 
     def reconstruct(self,

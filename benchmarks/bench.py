@@ -155,7 +155,8 @@ def worker(name, side, options):
     if not cuda:
         torch.set_num_threads(1)
         if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    case = globals()[name](side, **json.loads(options))
+    import benchmarks.training as more
+    case = (globals().get(name) or getattr(more, name))(side, **json.loads(options))
     for _ in range(3 if cuda else 1): case.run() if cuda else case.warm()
     print('"ready"', flush=True)
     for line in sys.stdin:
@@ -277,7 +278,12 @@ def generation():
     from benchmarks.generation import generation
     yield from generation(row, device)
 
-groups = {f.__name__: f for f in (resampler, quantizer, step, decode, growth, generation, *[compiled]*cuda)}
+def training():
+    "A step of the library's loop beside a plain one: see `training.py`"
+    import benchmarks.training
+    yield from benchmarks.training.training()
+
+groups = {f.__name__: f for f in (resampler, quantizer, step, decode, growth, generation, training, *[compiled]*cuda)}
 
 # What is written
 

@@ -1,7 +1,6 @@
 .PHONY: help setup demo test test-all check golden bench lab execute readme
 PYTHON ?= python3
 BIN := .venv/bin
-LONGEST := 54_emoji|82_app|85_cli
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,8 +18,7 @@ demo: setup  ## The main job on the shipped checkpoint: writes outputs/demo.png
 	$(BIN)/v2flow demo
 
 test: check  ## Everything: notebooks clean and in sync, every notebook run, then pytest
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --file_re '$(LONGEST)'
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_file_re '^[_.]|$(LONGEST)'
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python tests/run_notebooks.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 test-all: test  ## The same, and then the long tests: more sizes of the same ideas

@@ -1,15 +1,15 @@
-import json, os, subprocess, sys, tempfile
+import atexit, functools, json, os, subprocess, sys, tempfile
 from pathlib import Path
 import pytest
 
 root = Path(__file__).parent.parent
 shipped = root/'data/checkpoints/digits'
 
-def v2flow(*args, cwd=root, timeout=900, threads=int(os.environ.get('OMP_NUM_THREADS', 2))):
+def fresh_v2flow(*args, cwd=root):
     "Run the real command in a process of its own, on the CPU"
     command = Path(sys.executable).with_name('v2flow')
-    return subprocess.run([command, *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=timeout, 
-                          env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': str(threads)})
+    return subprocess.run([command, *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=900,
+                          env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'})
 
 class Shell:
     "The same command in a fork of a process that has done the imports: for many short calls. One call at a time"
@@ -45,6 +45,15 @@ for line in sys.stdin:
             return subprocess.CompletedProcess(args, code, out.read_text(), err.read_text())
 
     def close(self): self.server.stdin.close(); self.server.wait(60)
+
+@functools.cache
+def shared_shell():
+    "One for all tests of a worker"
+    shell = Shell()
+    atexit.register(shell.close)
+    return shell
+
+def v2flow(*args, cwd=root): return shared_shell()(*args, cwd=cwd)
 
 @pytest.fixture(scope='session')
 def pipe():

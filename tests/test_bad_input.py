@@ -4,7 +4,7 @@ import json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
-from conftest import Shell, root, shipped, v2flow
+from conftest import Shell, fresh_v2flow, root, shipped
 
 def flip_header_byte(path):
     content = bytearray(path.read_bytes()); content[10] ^= 0xff; path.write_bytes(content)
@@ -344,12 +344,12 @@ def test_nothing_half_written(results):
 def test_a_missing_model_of_the_hub_is_one_line(tmp_path):
     from PIL import Image
     Image.new('L', (8, 8)).save(tmp_path/'x.png')
-    done = v2flow('encode', tmp_path/'x.png', '--model', 'nobody/nothing')
+    done = fresh_v2flow('encode', tmp_path/'x.png', '--model', 'nobody/nothing')
     assert done.returncode == 1 and 'nobody/nothing: no such folder' in done.stderr and done.stderr.count(
         '\n') == 1, done.stderr
 
 def test_help_is_complete():                                          # that it is quick: see test_structure
-    done = v2flow('--help'); assert done.returncode == 0
+    done = fresh_v2flow('--help'); assert done.returncode == 0
     from v2flow_nbdev.apps.cli import app
     names = [c.name for c in app.registered_commands]
     assert {'demo', 'generate', 'train-llm'} <= set(names)

@@ -1,7 +1,7 @@
 "The language-model half with the families that people use, and through the real commands"
 import copy, json
 import pytest, torch
-from conftest import Shell, shipped
+from conftest import shipped, v2flow
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 from v2flow_nbdev.data.sources import digit_captions
 from v2flow_nbdev.language.visual_tokens import VisualTokens, add_visual_tokens
@@ -106,8 +106,7 @@ def test_the_command_teaches_two_grids_with_adapters_and_packing(tmp_path):
     is measured, and both sizes can be asked for"""
     from test_bad_input import own_llm
     own_llm(tmp_path/'text')
-    shell = Shell()
-    done = shell('train-llm', '--config', 'configs/digits-llm.yaml', '--out', tmp_path/'run',
+    done = v2flow('train-llm', '--config', 'configs/digits-llm.yaml', '--out', tmp_path/'run',
                  f'image_tokenizer={shipped}/image_tokenizer', f'llm.pretrained={tmp_path}/text', 'data.copies=0',
                  'llm.train=lora', 'llm.rank=2',
                  'llm.grids=[[4,4],[2,2]]', 'llm.pack=64', 'llm.text_share=0.2', 'llm.text_weight=4', 'llm.rare=label',
@@ -122,10 +121,9 @@ def test_the_command_teaches_two_grids_with_adapters_and_packing(tmp_path):
         for n in llm.state_dict()) and (tmp_path/'run/adapter/adapter_model.safetensors').exists()
     from PIL import Image
     for size in (8, 4):
-        done = shell('generate', 'a six', '--model', tmp_path/'run/model', '--size', size, size, '--out',
+        done = v2flow('generate', 'a six', '--model', tmp_path/'run/model', '--size', size, size, '--out',
                      tmp_path/'x.png')
         assert done.returncode == 0 and Image.open(tmp_path/'x.png').size == (size, size), done.stderr
-    shell.close()
 
 def test_a_family_that_cannot_be_packed_is_found_out():
     from transformers import BloomConfig, BloomForCausalLM

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
-from conftest import Shell, root, shipped
+from conftest import root, shipped, v2flow
 from v2flow_nbdev.training import checkpoints as saving, optimizers, processes
 from v2flow_nbdev.training.checkpoints import RunLog, checkpoints
 from v2flow_nbdev.training.config import TrainConfig
@@ -336,10 +336,6 @@ def test_a_collate_that_fails_for_good_rows_is_said():
 # ---- few and broken images, through the real commands
 
 @pytest.fixture(scope='module')
-def shell():
-    shell = Shell(); yield shell; shell.close()
-
-@pytest.fixture(scope='module')
 def own(tmp_path_factory):
     from test_bad_input import own_llm
     folder = tmp_path_factory.mktemp('own'); own_llm(folder)
@@ -359,26 +355,26 @@ commands = dict(
     llm=['train-llm', '--config', 'configs/digits-llm.yaml', f'image_tokenizer={shipped}', 'llm.pretrained={own}',
          'llm.save_dtype=float32', *short])
 
-def typed_with(shell, name, folder, out, own, *more):
+def typed_with(name, folder, out, own, *more):
     given = ['data.copies=0'] if 'data.copies=1' not in commands[name] else []
-    return shell(*[str(a).format(out=out, own=own) for a in commands[name]], '--out', out, 'data.name=image_folder',
+    return v2flow(*[str(a).format(out=out, own=own) for a in commands[name]], '--out', out, 'data.name=image_folder',
                  f'data.folder={folder}', *given, *more)
 
 @pytest.mark.parametrize('n', [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize('name', commands)
-def test_a_folder_of_one_image_or_two(shell, own, tmp_path, name, n):
+def test_a_folder_of_one_image_or_two(own, tmp_path, name, n):
     "The usual first check of a training: to overfit a single image"
-    done = typed_with(shell, name, digits_folder(tmp_path/'few', n), tmp_path/'out', own, 'data.held_out=5')
+    done = typed_with(name, digits_folder(tmp_path/'few', n), tmp_path/'out', own, 'data.held_out=5')
     assert done.returncode == 0, done.stderr
 
 @pytest.mark.parametrize('name', commands)
-def test_one_broken_image_that_nobody_looked_for(shell, own, tmp_path, name):
+def test_one_broken_image_that_nobody_looked_for(own, tmp_path, name):
     """With check: false it is met while working: it is named, another takes its place, and the rest goes on;
     strictly it ends everything"""
     folder = digits_folder(tmp_path/'set', 6)
     broken = sorted(folder.iterdir())[:2]  # one to judge on, one to train on
     for path in broken: path.write_bytes(b'gone')
-    done = typed_with(shell, name, folder, tmp_path/'out', own, 'data.check=false', 'data.held_out=2')
+    done = typed_with(name, folder, tmp_path/'out', own, 'data.check=false', 'data.held_out=2')
     assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
     told = json.loads((tmp_path/'out/data.json').read_text())
     # text alone reads no image
@@ -386,14 +382,14 @@ def test_one_broken_image_that_nobody_looked_for(shell, own, tmp_path, name):
         assert broken[1].name in json.dumps(told, ensure_ascii=False) and 'by name in' in done.stderr, (told,
             done.stderr)
     if name in ('tokenizer', 'cached', 'autoencoder'): assert broken[0].name in told['left_out'], told
-    done = typed_with(shell, name, folder, tmp_path/'strict', own, 'data.check=false', 'data.strict=true')
+    done = typed_with(name, folder, tmp_path/'strict', own, 'data.check=false', 'data.strict=true')
     assert done.returncode == 1 and broken[0].name in done.stderr and done.stderr.count(
         '\n') == 1 and not (tmp_path/'strict/model').exists(), done.stderr
 
-def test_images_of_one_colour_are_refused_in_words(shell, own, tmp_path):
+def test_images_of_one_colour_are_refused_in_words(own, tmp_path):
     from PIL import Image
     (tmp_path/'black').mkdir(); Image.new('RGB', (8, 8)).save(tmp_path/'black/a.png')
-    done = typed_with(shell, 'tokenizer', tmp_path/'black', tmp_path/'out', own)
+    done = typed_with('tokenizer', tmp_path/'black', tmp_path/'out', own)
     assert done.returncode == 1 and 'one and the same colour' in done.stderr.splitlines()[-1], done.stderr
 
 @pytest.mark.parametrize('n', [1, 2, 3, 10, 11])

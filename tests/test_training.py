@@ -2,7 +2,7 @@
 import json, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
-from conftest import Shell, root, v2flow
+from conftest import root, v2flow
 from v2flow_nbdev.base.files import read_tensors
 
 @pytest.fixture(scope='module')
@@ -208,14 +208,14 @@ def test_on_an_autoencoder_and_from_a_cache(text, tmp_path):
     """A small autoencoder on a drawn world, a tokenizer on its latents, from images and from the cache; the model
     carries its autoencoder along"""
     from v2flow_nbdev.data.shapes import shapes
-    shell, data = Shell(), ['data.name=shapes', 'data.n=80', 'data.size=32', 'data.copies=0']
-    done = shell('train-autoencoder', '--config', 'configs/emoji-autoencoder.yaml', '--out', tmp_path/'ae', *data,
+    data = ['data.name=shapes', 'data.n=80', 'data.size=32', 'data.copies=0']
+    done = v2flow('train-autoencoder', '--config', 'configs/emoji-autoencoder.yaml', '--out', tmp_path/'ae', *data,
                  'autoencoder.width=8', 'autoencoder.channels=4', 'autoencoder.halvings=3', 'autoencoder.local=false',
                  'training.steps=20', 'training.batch_size=8', 'training.evaluate_every=0')
     assert done.returncode == 0, done.stderr
     runs = []
     for name, cache in (('images', []), ('cached', [f'data.cache={tmp_path}/latents'])):
-        done = shell('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', tmp_path/name,
+        done = v2flow('train-tokenizer', '--config', 'configs/digits-tokenizer.yaml', '--out', tmp_path/name,
                      f'vocabulary={text}', 'tokens=all', *data, *cache, f'tokenizer.autoencoder={tmp_path}/ae/model',
                      'tokenizer.patch_size=8',
                       'tokenizer.latent_channels=4', 'tokenizer.image_channels=3', 'tokenizer.image_size=[32, 32]',
@@ -235,7 +235,7 @@ def test_on_an_autoencoder_and_from_a_cache(text, tmp_path):
     config = tmp_path/'decoder.yaml'
     config.write_text(f'data: {{name: shapes, n: 80, size: 32}}\nimage_tokenizer: {tmp_path}/moved\ndecoder: {{ssim: '
                       f'0.1, flow: true}}\ntraining: {{steps: 4, batch_size: 4, evaluate_every: 0.5, lr: 1.0e-2}}\n')
-    done = shell('train-decoder', '--config', config, '--out', tmp_path/'decoder')
+    done = v2flow('train-decoder', '--config', config, '--out', tmp_path/'decoder')
     assert done.returncode == 0, done.stderr
     assert [l['ssim'] for l in lines(tmp_path/'decoder') if 'ssim' in l]
     learned, seed = V2Flow.from_pretrained(tmp_path/'decoder/model'), lambda: torch.Generator().manual_seed(0)
@@ -248,14 +248,13 @@ def test_on_an_autoencoder_and_from_a_cache(text, tmp_path):
                         velocity=learned.velocity).items():
         for n, p in m.named_parameters(): assert torch.equal(p, ema[f'{part}.{n}']), (part, n)
     assert any(not torch.equal(a, b) for a, b in zip(learned.velocity.parameters(), tok.velocity.parameters()))
-    done = shell('train-decoder', '--config', config, '--out', tmp_path/'half', 'decoder.save_dtype=float16',
+    done = v2flow('train-decoder', '--config', config, '--out', tmp_path/'half', 'decoder.save_dtype=float16',
                  'training.evaluate_every=0')
     assert done.returncode == 0, done.stderr
     def size(run):
         return sum(p.stat().st_size for p in (tmp_path/run/'model').rglob('*.safetensors')
                    if p.name != 'vocabulary.safetensors')
     assert size('half') < 0.6*size('decoder')
-    done = shell('train-decoder', '--config', config, '--out', tmp_path/'none',
+    done = v2flow('train-decoder', '--config', config, '--out', tmp_path/'none',
                  'image_tokenizer=data/checkpoints/digits')
     assert done.returncode == 2 and 'no decoder to train' in done.stderr
-    shell.close()

@@ -60,9 +60,8 @@ class EMAModel:
             means, now = map(list, zip(*pairs))
             if not trained: torch._foreach_copy_(means, now)
             elif taken is None: torch._foreach_lerp_(means, now, 1 - decay)
-            else:  # lerp with a weight that the device alone knows: 0, or 1 - decay
-                apart = torch._foreach_sub(now, means)
-                torch._foreach_mul_(apart, taken.to(dtype)*(1 - decay)); torch._foreach_add_(means, apart)
+            else:  # a weight that the device alone knows: 0, or 1 - decay
+                torch._foreach_lerp_(means, now, [taken.to(dtype)*(1 - decay)]*len(means))
 
     @torch.no_grad()
     def ema_model(self)->nn.Module:  # in `eval()`; every process must ask

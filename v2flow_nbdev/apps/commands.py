@@ -106,7 +106,7 @@ def place_training(
 ):
     "A training takes its device from `accelerate`, which is told here when it is to be the CPU"
     if device == 'cpu': os.environ['ACCELERATE_USE_CPU'] = 'true'
-    if device == 'cuda': place(device)
+    else: place(device)
 
 # %% ../../nbs/apps/84_commands.ipynb #24702508
 def check_image_path(path):

@@ -146,7 +146,8 @@ def test_attention_is_what_was_asked_for_or_a_sentence(loaded):
                      lambda: LLMConfig(pretrained='x', attention=name),
                      lambda: small_llama(train_text_tokenizer(['a']), attention=name)):
             with pytest.raises(ValueError, match='sdpa'): give()
-    assert small_llama(train_text_tokenizer(['a']), 16, 1, 2, 16, attention='eager').config._attn_implementation == 'eager'
+    made = small_llama(train_text_tokenizer(['a']), 16, 1, 2, 16, attention='eager')
+    assert made.config._attn_implementation == 'eager'
 
 # on a device that is pretended
 

@@ -18,8 +18,8 @@ Seed = Annotated[int, typer.Option(min=0, help='Of all random numbers: the same 
 Device = Annotated[str, typer.Option('--device', help='Where it computes: auto, cpu, cuda, cuda:N or mps; auto is cuda '
                                                       'where there is one, else mps, else cpu.')]
 Dtype = Annotated[Literal['auto', 'float32', 'bfloat16', 'float16'],
-                  typer.Option('--dtype', help='In which numbers; auto is bfloat16 on cuda, else float32. The ids of an '
-                                               'image do not depend on it.')]
+                  typer.Option('--dtype', help='In which numbers; auto is bfloat16 on cuda, else float32. The ids of '
+                                               'an image do not depend on it.')]
 TrainingDevice = Annotated[Literal['auto', 'cpu', 'cuda'],
                            typer.Option('--device', help='Where it trains; auto is cuda where there is one, else cpu. '
                                                          'In which numbers: training.mixed_precision.')]

@@ -14,12 +14,16 @@ from pathlib import Path
 import torch
 from v2flow_nbdev.base.images import image_grid, to_pil, to_tensor
 from v2flow_nbdev.base.files import read_tensors, write_atomically, write_tensors
+from v2flow_nbdev.base.precision import resolve_device
 from v2flow_nbdev.evaluation.emoji import emoji_examples, emoji_judge, emoji_sheet, generate_emoji, generate_split, retrieval_scores, some_captions
 from v2flow_nbdev.evaluation.judges import blurred
 from v2flow_nbdev.evaluation.metrics import frechet_of_splits
 from v2flow_nbdev.language.pipeline import V2FlowPipeline
 
-def open_all(folder): return V2FlowPipeline.from_pretrained(folder), emoji_judge(folder), emoji_examples()
+def open_all(folder):
+    "Pipeline and judge, on the GPU where there is one, in float32; and all emoji"
+    pipe = V2FlowPipeline.from_pretrained(folder, device=resolve_device())
+    return pipe, emoji_judge(folder).to(pipe.device), emoji_examples()
 
 def image_tensor(examples): return to_tensor([r['image'] for r in examples], 3)
 
@@ -89,7 +93,7 @@ def id_figures(folder, same=0.02):
     pipe, _, examples = open_all(folder)
     examples = [r for r in examples if r['split'] == 'train']
     x, tok = image_tensor(examples), pipe.image_tokenizer
-    ids = torch.cat([tok.encode(part) for part in x.split(64)]).unflatten(1, tok.config.grid)           # (N, h, w)
+    ids = torch.cat([tok.encode(part).cpu() for part in x.split(64)]).unflatten(1, tok.config.grid)     # (N, h, w)
     # (N, h, w, numbers of a square)
     squares = x.unflatten(2, (ids.shape[1], -1)).unflatten(4, (ids.shape[2], -1)).permute(0, 2, 4, 1, 3, 5).flatten(3)
     same_base = {}

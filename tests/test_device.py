@@ -146,10 +146,14 @@ def test_attention_is_what_was_asked_for_or_a_sentence(loaded):
                      lambda: LLMConfig(pretrained='x', attention=name),
                      lambda: small_llama(train_text_tokenizer(['a']), attention=name)):
             with pytest.raises(ValueError, match='sdpa'): give()
-    assert small_llama(train_text_tokenizer(['a']), 16, 1, 2, 16, attention='eager').config._attn_implementation == 'eager'
+    made = small_llama(train_text_tokenizer(['a']), 16, 1, 2, 16, attention='eager')
+    assert made.config._attn_implementation == 'eager'
 
 # on a device that is pretended
 
+pretended = pytest.mark.skipif(torch.cuda.is_available(), reason='there is a real one: test_cuda')
+
+@pretended
 def test_what_is_pretended_refuses_what_cuda_refuses():
     with pretend_cuda():
         x = torch.ones(2, device='cuda')
@@ -158,6 +162,7 @@ def test_what_is_pretended_refuses_what_cuda_refuses():
                       lambda: torch.rand(2, device='cuda', generator=seeds(0)[0])):
             with pytest.raises((RuntimeError, TypeError), match='cuda'): wrong()
 
+@pretended
 @pytest.mark.parametrize('generators, settings', [
     (lambda: seeds(0, 1), {}), (lambda: seeds(0)[0], dict(top_k=5, top_p=0.9, min_p=0.01, decoder_guidance_scale=2.,
                                                          decoder_temperature=1., static_cache=True)),
@@ -177,6 +182,7 @@ def close(a, b):
     if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(close, a, b))
     return a == pytest.approx(b, rel=1e-3) if isinstance(a, float) else a == b
 
+@pretended
 def test_the_same_captions_ids_and_scores_on_another_device(loaded, images, tmp_path):
     def everything(p):
         tok, x = p.image_tokenizer, p.prepare(images)
@@ -191,6 +197,7 @@ def test_the_same_captions_ids_and_scores_on_another_device(loaded, images, tmp_
     with pretend_cuda(): there = everything(loaded.to('cuda'))
     for a, b in zip(here, there): assert close(a, b), (a, b)
 
+@pretended
 def test_a_judge_gives_its_features_back_where_the_images_are():
     torch.manual_seed(0)
     judge = judges.ImageClassifier(dict(base=['a', 'b']), 4, 8).eval()
@@ -203,6 +210,7 @@ def test_a_judge_gives_its_features_back_where_the_images_are():
         assert type(there[0]) is torch.Tensor and torch.equal(there[0], here[0]) and there[1] == here[1]
         assert torch.equal(there[2], here[2])
 
+@pretended
 def test_the_command_on_another_device(digit, tmp_path):
     before = torch.get_float32_matmul_precision()
     V2FlowPipeline.from_pretrained(shipped)  # all imports are done
@@ -215,6 +223,8 @@ def test_the_command_on_another_device(digit, tmp_path):
             code, out, err = v2flow('generate', 'a six', '--model', shipped, '--out', tmp_path/'x.png')
             assert code == 0 and (tmp_path/'x.png').stat().st_size, err
             assert [(k['device'].type, k['dtype']) for k in used] == [('cuda', torch.bfloat16)]
+            assert torch.get_float32_matmul_precision() == 'high'
+            torch.set_float32_matmul_precision(before); commands.place_training('auto')
             assert torch.get_float32_matmul_precision() == 'high'
             code, there, err = v2flow('encode', digit, '--model', shipped)
             assert (code, there) == (0, ids), err

@@ -18,9 +18,9 @@ Seed = Annotated[int, typer.Option(min=0, help='Of all random numbers: the same 
 Device = Annotated[str, typer.Option('--device', help='Where it computes: auto, cpu, cuda, cuda:N or mps; auto is cuda '
                                                       'where there is one, else mps, else cpu.')]
 Dtype = Annotated[Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'],
-                  typer.Option('--dtype', help='In which numbers; auto is bfloat16 on cuda, else float32; int8, for a CPU, '
-                                               'is that of the language model’s layers. The ids of an image do not '
-                                               'depend on it.')]
+                  typer.Option('--dtype', help='In which numbers; auto is bfloat16 on cuda, else float32. int8 is '
+                                               'for the language model’s layers on a CPU. The ids of an image do '
+                                               'not depend on it.')]
 TrainingDevice = Annotated[Literal['auto', 'cpu', 'cuda'],
                            typer.Option('--device', help='Where it trains; auto is cuda where there is one, else cpu. '
                                                          'In which numbers: training.mixed_precision.')]
@@ -107,7 +107,7 @@ def place_training(
 ):
     "A training takes its device from `accelerate`, which is told here when it is to be the CPU"
     if device == 'cpu': os.environ['ACCELERATE_USE_CPU'] = 'true'
-    if device == 'cuda': place(device)
+    else: place(device)
 
 # %% ../../nbs/apps/84_commands.ipynb #24702508
 def check_image_path(path):

@@ -69,7 +69,7 @@ def at_least_float32_by(
 def resolve_device(
     name:str='auto',  # auto, cpu, cuda, cuda:N or mps
 )->torch.device:
-    "The device of this name; auto: CUDA, else mps, else the CPU. `ValueError` for a wrong name, or one that is not here"
+    "The device of this name; auto: CUDA, else mps, else the CPU. `ValueError` for a wrong name, or one not here"
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == 'auto': name = next(kind for kind, there in here.items() if there)
     found = re.fullmatch(r'(cpu|mps|cuda)|cuda:(\d+)', name)

@@ -156,3 +156,18 @@ def test_a_process_draws_noise_of_its_own_unless_the_model_shares_its_draws():
         return trainer.model.seen[0]
     assert torch.equal(drawn(0, False), drawn(0, True)) and torch.equal(drawn(1, True), drawn(0, True))
     assert not torch.equal(drawn(1, False), drawn(0, False))
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('kind', kinds)
+def test_on_a_gpu_a_step_waits_for_nothing(kind):
+    "The same by CUDA itself, which raises where a step would wait"
+    make, batches, ceilings = kinds[kind]
+    trainer = trainer_of(lambda: make().to('cuda'))
+    batches = [{k: v.cuda() if torch.is_tensor(v) else v for k, v in batch.items()}
+               for batch in (batches() if callable(batches) else batches)]
+    ema = EMAModel(trainer.model, make().to('cuda'))
+    for step in range(max(ceilings) + 1):
+        if step in ceilings and step: torch.cuda.set_sync_debug_mode('error')
+        try: ema.update(0.9, trainer.step(step, batches))
+        finally: torch.cuda.set_sync_debug_mode('default')
+    assert all(taken for _,_,taken,_,_ in trainer.read())

@@ -128,7 +128,8 @@ def check_latents(
         raise ValueError(f"latents of shape {tuple(latents.shape)}: need (B, {channels}, h, w)"
                          + f" with sides divisible by {pool}"*(pool > 1))
     if not latents.is_floating_point(): raise ValueError(f"latents of {latents.dtype}: need floats, at unit scale")
-    if values and not latents.is_meta and not latents.isfinite().all(): raise ValueError("latents with values that are not finite")
+    if values and not latents.is_meta and not latents.isfinite().all():
+        raise ValueError("latents with values that are not finite")
 
 # %% ../../nbs/models/09_tokenizer_config.ipynb #58230516
 def with_autoencoder(

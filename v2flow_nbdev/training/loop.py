@@ -204,7 +204,7 @@ def run_steps(
 
 # %% ../../nbs/training/43_loop.ipynb #a86f5793
 def train(
-    # `model(**batch).loss`; optional methods `before_step(progress)`, `after_step(taken)`, `gradient_checkpointing_enable()`
+    # `model(**batch).loss`; optional: `before_step(progress)`, `after_step(taken)`, `gradient_checkpointing_enable()`
     model:nn.Module,
     data:Sequence,        # examples by number, or a stream with `stream(start)`, see `hub`
     config:TrainConfig,   # the run

@@ -324,6 +324,11 @@ def table(results):
                      f"{number(r['ratio'])}{times} | {aim} | {said} |")
     return '\n'.join(lines)
 
+def tables(results):
+    "A table for each machine that something was measured on"
+    machines = list(dict.fromkeys(r['machine'] for r in results))
+    return '\n'.join(f'Measured on: {m}.\n\n{table([r for r in results if r["machine"] == m])}\n' for m in machines)
+
 def machine():
     "What this machine is"
     if cuda: return f'{torch.cuda.get_device_name()}, torch {torch.__version__}'
@@ -340,10 +345,8 @@ def write(results):
                                               encoding='utf-8')
     readme = (here/'README.md').read_text(encoding='utf-8')
     before, rest = readme.split(f'<!-- table{suffix} -->\n')
-    old, after = rest.split(f'<!-- end of table{suffix} -->')
-    if 'Measured' in old and machine() not in old:
-        print(f'other groups than those of this run may come from another machine; this one: {machine()}')
-    new = f'Measured on: {machine()}.\n\n{table(results)}\n'
+    after = rest.split(f'<!-- end of table{suffix} -->')[1]
+    new = tables(results)
     (here/'README.md').write_text(f'{before}<!-- table{suffix} -->\n{new}<!-- end of table{suffix} -->{after}',
                                   encoding='utf-8')
     if all(f'decode, {n:,} visual tokens, 10 steps' in {r['name'] for r in results} for n in sizes):
@@ -378,7 +381,7 @@ def main(wanted):
     old = {(r['name'], r['metric']): r for r in json.loads(path.read_text(encoding='utf-8'))} if path.exists() else {}
     for name in wanted or groups:
         start = time.perf_counter()
-        new |= {(r['name'], r['metric']): r for r in groups[name]()}
+        new |= {(r['name'], r['metric']): r | dict(machine=machine()) for r in groups[name]()}
         print(f'{name}: {time.perf_counter() - start:.0f} s\n', flush=True)
         write(list((old | new).values()))
     if not wanted: write(list(new.values()))

@@ -324,7 +324,7 @@ def table(results):
                      f"{number(r['ratio'])}{times} | {aim} | {said} |")
     return '\n'.join(lines)
 
-def tables(results):
+def measured_tables(results):
     "A table for each machine that something was measured on"
     machines = list(dict.fromkeys(r['machine'] for r in results))
     return '\n'.join(f'Measured on: {m}.\n\n{table([r for r in results if r["machine"] == m])}\n' for m in machines)
@@ -346,7 +346,7 @@ def write(results):
     readme = (here/'README.md').read_text(encoding='utf-8')
     before, rest = readme.split(f'<!-- table{suffix} -->\n')
     after = rest.split(f'<!-- end of table{suffix} -->')[1]
-    new = tables(results)
+    new = measured_tables(results)
     (here/'README.md').write_text(f'{before}<!-- table{suffix} -->\n{new}<!-- end of table{suffix} -->{after}',
                                   encoding='utf-8')
     if all(f'decode, {n:,} visual tokens, 10 steps' in {r['name'] for r in results} for n in sizes):

@@ -33,9 +33,9 @@ class Trainer:
     "What one step of a run needs"
     def __init__(self, model, config, accelerator, count=None):
         self.model, self.config, self.accelerator, self.count = model, config, accelerator, count
-        self.wrapped = wrap(model, config, accelerator)
-        self.optimizer = make_optimizer(model, config)
         self.half = config.mixed_precision == 'bf16' and multiplies_bf16(accelerator.device)
+        self.wrapped = wrap(model, config, accelerator, self.half)
+        self.optimizer = make_optimizer(model, config)
         self.skipped = 0  # steps without a finite gradient, in a row
 
     def over_processes(self, values):

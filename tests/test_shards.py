@@ -106,6 +106,23 @@ def killed(rank, out):
     try: train_net(out, 2, True, resume=True)
     except RuntimeError: pass                                                       # the connection is gone
 
+def layouts(rank, out):
+    "What DDP is told, and in which dtypes FSDP holds, multiplies and sums, by the loop's own trainer"
+    from v2flow_nbdev.training import loop
+    from v2flow_nbdev.training.config import TrainConfig
+    from v2flow_nbdev.training.optimizers import full_tensor
+    loop.multiplies_bf16 = lambda device: True
+    batch = dict(ids=torch.arange(24).view(4, 6) % 11)
+    copies, shards = TrainConfig(mixed_precision='bf16', trackers=()), TrainConfig(fsdp=True, trackers=())
+    accelerator, seen, model = loop.start_processes(copies), {}, Net(torch.float32)
+    ddp = loop.Trainer(Net(torch.float32), copies, accelerator).wrapped
+    model.blocks[0].inner.register_forward_hook(lambda m, x, y: seen.update(multiplied=str(m.weight.dtype)))
+    trainer = loop.Trainer(model, shards, accelerator)
+    loss = trainer.forward_backward([batch])['loss']*accelerator.num_processes     # its share of the mean of both
+    p = model.blocks[0].inner.weight
+    torch.save(dict(seen, kept=str(p.dtype), summed=str(p.grad.dtype), loss=loss, gradient=full_tensor(p.grad),
+                    search=ddp.find_unused_parameters, broadcast=ddp.broadcast_buffers), out/f'layouts-{rank}.pt')
+
 def everything(folder):
     "All runs that the tests look at: one process that imports, and forks of it that train"
     import shutil
@@ -129,6 +146,7 @@ def everything(folder):
     codes['single-resumed'] = meet(1, lambda rank: train_net(out, 1, False, torch.float32, True))
     out = half('two', 'full'); codes['full'] = meet(2, lambda rank: full_disk(rank, out))
     out = half('two', 'killed'); codes['killed'] = meet(2, lambda rank: killed(rank, out))
+    codes['layouts'] = meet(2, lambda rank: layouts(rank, folder))
     (folder/'codes.json').write_text(json.dumps(codes))
 
 @pytest.fixture(scope='module')
@@ -179,5 +197,31 @@ def test_a_full_disk_or_a_death_in_one_process_leaves_the_checkpoint_before(runs
     path.write_bytes(path.read_bytes()[:-1] + b'x')
     said = []
     assert last_checkpoint(runs/'killed', said.append) is None and path.name in said[0]
+
+def test_the_layouts_do_no_more_than_they_must(runs):
+    """DDP neither searches for unused parameters nor broadcasts buffers; FSDP in bf16 multiplies in bf16 what it keeps
+    in float32, and sums in float32"""
+    found, model = torch.load(runs/'layouts-0.pt', weights_only=True), Net(torch.float32)
+    model(torch.arange(24).view(4, 6) % 11).loss.backward()
+    exact = model.blocks[0].inner.weight.grad
+    apart = ((found.pop('gradient') - exact).norm()/exact.norm()).item()
+    print(f'gradient in bf16 against float32: {apart:.1e}')
+    assert 1e-5 < apart < 2e-2 and abs(found.pop('loss') - model(torch.arange(24).view(4, 6) % 11).loss.item()) < 1e-2
+    assert found == dict(multiplied='torch.bfloat16', kept='torch.float32', summed='torch.float32', search=False,
+                         broadcast=False)
+
+def test_a_dry_run_counts_what_saving_takes(runs):
+    "On disk, without the headers, which weigh in so small a model"
+    from v2flow_nbdev.base.files import read_tensors
+    from v2flow_nbdev.training.config import TrainConfig
+    from v2flow_nbdev.training.costs import checkpoint_sizes, saving_costs
+    def found(run): return sum(t.nbytes for p in (runs/run/'checkpoints/step-00000020').glob('*.safetensors')
+                               for t in read_tensors(p).values())
+    model = Net(torch.float32)
+    sizes = checkpoint_sizes(model)
+    trained = 1 - model.fixed.numel()/sum(p.numel() for p in model.parameters())
+    for run, fsdp in (('single', True), ('single-resumed', False)):
+        counted, memory = saving_costs(sizes, TrainConfig(fsdp=fsdp, processes=2 if fsdp else 1), trained)
+        assert abs(counted/found(run) - 1) < 0.05 and memory < counted, (run, counted, found(run))
 
 if __name__ == '__main__': everything(Path(sys.argv[1]))

@@ -14,13 +14,44 @@ from ..models.vocabulary import Vocabulary
 from ..models.tokenizer import V2Flow, V2FlowConfig
 from ..models.tokenizer_training import TokenizerTraining, TokenizerTrainingConfig
 from ..language.text_models import max_sequence_length
+from .config import TrainConfig
+from .optimizers import parameter_groups
+
+# %% ../../nbs/training/44_costs.ipynb #5a1d0e02
+def checkpoint_sizes(
+    model,  # that is trained; on the meta device, or any
+)->dict:    # bytes in float32: of its state, in one piece and in shards; of its parameters, and of those Muon takes
+    "The sizes that a checkpoint is made of"
+    def size(tensors): return sum(t.numel()*(4 if t.is_floating_point() else t.element_size()) for t in tensors)
+    state, parameters = size(model.state_dict().values()), size(model.parameters())
+    tied = size(p for _,p in model.named_parameters(remove_duplicate=False)) - parameters
+    return dict(state=state, untied=state - tied, parameters=parameters,
+                matrices=size(parameter_groups(model, TrainConfig(optimizer='muon'))[1]))
+
+def saving_costs(
+    sizes:dict,            # from `checkpoint_sizes`
+    training:TrainConfig,
+    trained:float=1.,      # fraction of the parameters that is trained
+)->tuple:                  # bytes on disk; bytes of main memory that a process needs to write its part
+    "What a checkpoint takes"
+    moments = trained*(2*sizes['parameters'] - (sizes['matrices'] if training.optimizer == 'muon' else 0))
+    state, n = sizes['untied' if training.fsdp else 'state'], max(1, training.processes)
+    return (state + sizes['parameters'] + moments,
+            2*max(state, sizes['parameters'])/n if training.fsdp else max(state, moments))
+
+def saving_line(sizes, training, trained=1.)->str:
+    "The same for `--dry-run`"
+    disk, memory = (n/2**30 for n in saving_costs(sizes, training, trained))
+    return (f'a checkpoint: {disk:,.3g} GiB on disk, up to {training.save_total_limit + 2} at a time; saving takes '
+            f'{memory:,.3g} GiB of main memory in {"each" if training.fsdp else "the first"} process')
 
 # %% ../../nbs/training/44_costs.ipynb #99a6e5ed
 def costs(
     config:V2FlowConfig,  # with `vocab_size` and `vocab_dim`
     batch_size:int=1,     # images
     training:TokenizerTrainingConfig|None=None, # None: its defaults
-    # parameters of each part; FLOPs of a training step and of a decode; bytes of the state and of what backward needs
+    # parameters of each part; FLOPs of a training step and of a decode; bytes of the state and of what backward needs;
+    # `checkpoint_sizes`
 )->dict:
     """What a tokenizer takes, counted on the meta device, where nothing is allocated. A training step counts forward
     and backward with every position hidden, the worst case; its memory is counted in float32 (about half under
@@ -57,7 +88,8 @@ def costs(
     tables = 4*sum(t.numel() for t in (model.vocab, *model.quantizer.buffers()))
     return dict(parameters={n: p for n,p in parameters.items() if p}, train_flops=train.get_total_flops(),
                 decode_flops=decode_flops,
-                state_bytes=5*4*sum(parameters.values()) + tables, kept_bytes=kept_bytes)
+                state_bytes=5*4*sum(parameters.values()) + tables, kept_bytes=kept_bytes,
+                checkpoint=checkpoint_sizes(lesson))
 
 # %% ../../nbs/training/44_costs.ipynb #28673caf
 def llm_costs(
@@ -71,7 +103,8 @@ def llm_costs(
     processes:int=1,       # GPUs
     shards:bool=False,     # FSDP: parameters, gradients, AdamW and EMA in equal parts over the processes
     recompute:bool=False,  # activation checkpointing
-    # parameters; for each grid {tokens, flops: of a training step per token, state, gathered, activations, logits:
+    # parameters; `checkpoint_sizes`; for each grid {tokens, flops: of a training step per token, state, gathered,
+    # activations, logits:
     # bytes per process}
 )->dict:
     """What a training takes, counted on the meta device, where nothing is allocated. Parameters and EMA are
@@ -99,11 +132,11 @@ def llm_costs(
         positions, width, depth = batch_size*length, shape.hidden_size, shape.num_hidden_layers
         found[h, w] = dict(tokens=length, flops=counter.get_total_flops()/length*(4 if recompute else 3),
                            state=(8 + 12*trained)*n/(processes if shards else 1),
-            gathered=4*(loose + 2*max(blocks, default=0)) if shards else 0,
+            gathered=4*loose + 2*2*max(blocks, default=0) if shards else 0,  # blocks in bf16
             activations=positions*width*(4*depth + 34 if recompute else 34*depth),
             logits=positions*model.get_output_embeddings().weight.shape[0]*10)  # bf16, float32, float32 gradient
     return dict(parameters=n, tables=model.get_input_embeddings().weight.numel()*(1
-        if shape.tie_word_embeddings else 2), grids=found)
+        if shape.tie_word_embeddings else 2), checkpoint=checkpoint_sizes(model), grids=found)
 
 # %% ../../nbs/training/44_costs.ipynb #a168a950
 gpus = {'A100': 312e12, 'H100': 989e12}  # bf16 operations per second, by their makers' data sheets
@@ -139,7 +172,7 @@ def llm_plan(
             + ' + '.join(f'{g[k]/gib:,.3g} {name}' for k,name in parts.items() if g[k]),
             '  expected at 40 % of the peak: ' + ', '.join(f'{n*0.4*peak/g["flops"]:,.0f} tokens/s on {n} × {name}'
                                                            for name, peak in gpus.items())])
-    return '\n'.join(lines)
+    return '\n'.join(lines + [saving_line(c['checkpoint'], training, trained)])
 
 # %% ../../nbs/training/44_costs.ipynb #9429d38b
 def autoencoder_plan(
@@ -157,7 +190,8 @@ def autoencoder_plan(
                       f'{count*grid[1]*grid[2]:,} latents per step and process '
                       f'({training.batch_size}×{training.gradient_accumulation_steps} images)',
         f'{flops/1e12:,.3g} TFLOP per step; {training.steps:,} steps: {training.steps*flops/1e18:,.3g} EFLOP in each '
-        f'process', f'memory: {20*n/2**30:,.3g} GiB for parameters, gradients, AdamW and EMA'])
+        f'process', f'memory: {20*n/2**30:,.3g} GiB for parameters, gradients, AdamW and EMA',
+        saving_line(checkpoint_sizes(model), training)])
 
 def tokenizer_plan(
     shape:V2FlowConfig,      # of the tokenizer
@@ -182,4 +216,5 @@ def tokenizer_plan(
         f'decoding one image ({shape.n_iter} rounds × {shape.n_steps} steps, guidance {shape.guidance_scale:g}): '
         f'{c["decode_flops"]/training.batch_size/1e12:,.3g} TFLOP',
         f'memory: {c["state_bytes"]/gib:,.3g} GiB for parameters, gradients, AdamW, EMA, codebook and vocabulary; '
-        f'{c["kept_bytes"]/gib:,.3g} GiB for backward in float32, about half in bf16'])
+        f'{c["kept_bytes"]/gib:,.3g} GiB for backward in float32, about half in bf16',
+        saving_line(c['checkpoint'], training)])

@@ -36,9 +36,9 @@ class Trainer:
     "What one step of a run needs"
     def __init__(self, model, config, accelerator, count=None):
         self.model, self.config, self.accelerator, self.count = model, config, accelerator, count
-        self.wrapped = wrap(model, config, accelerator)
-        self.optimizer = make_optimizer(model, config)
         self.half = config.mixed_precision == 'bf16' and multiplies_bf16(accelerator.device)
+        self.wrapped = wrap(model, config, accelerator, self.half)
+        self.optimizer = make_optimizer(model, config)
         self.rank = 0 if getattr(model, 'shares_draws', False) else accelerator.process_index
         self.unread, self.skipped = [], 0  # steps not read yet; steps without a finite gradient, in a row
 

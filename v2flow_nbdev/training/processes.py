@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/training/40_processes.ipynb #67c4665b
-import os, pickle, re, signal, sys
+import os, pickle, re, signal, sys, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -32,23 +32,39 @@ def enable_activation_checkpointing(
                          f"({' '.join(str(e).split())}); leave it out, or lower batch_size") from None
 
 # %% ../../nbs/training/40_processes.ipynb #6c83f6ac
+def ddp_options(
+    model,  # as given to `train`
+)->dict:    # options of DDP
+    """What DDP does beside summing gradients: search for unused parameters where a model has a `before_step`, which may
+    freeze parts, or says `find_unused_parameters = True`; broadcast buffers where there are running means"""
+    return dict(find_unused_parameters=getattr(model, 'find_unused_parameters', hasattr(model, 'before_step')),
+                broadcast_buffers=any(getattr(m, 'track_running_stats', False) for m in model.modules()))
+
 def wrap(
     model,               # on its device
     config:TrainConfig,
     accelerator,
+    half:bool=False,     # products in bf16
 ):                       # to be called in place of the model
     "The model in one process, copied to several (DDP), or sharded over them (FSDP2), with the options of the config"
     if config.activation_checkpointing: enable_activation_checkpointing(model)
     if config.compile: model.compile()
-    if not config.fsdp: return accelerator.prepare(model)
+    if not config.fsdp:
+        for name, value in ddp_options(model).items(): setattr(accelerator.ddp_handler, name, value)
+        with warnings.catch_warnings():
+            # accelerate passes no newer name of it
+            warnings.filterwarnings('ignore', message='`broadcast_buffers` is deprecated')
+            return accelerator.prepare(model)
     if accelerator.num_processes == 1:
         raise ValueError("fsdp=True: needs several processes, see the README for launching them")
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh, bf16 = init_device_mesh(accelerator.device.type, (accelerator.num_processes,)), torch.bfloat16
+    in_blocks = MixedPrecisionPolicy(bf16, torch.float32, torch.float32) if half else MixedPrecisionPolicy()
     for m in model.modules():
-        if type(m).__name__ in (getattr(model, '_no_split_modules', None) or ()): fully_shard(m, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        if type(m).__name__ in (getattr(model, '_no_split_modules', None) or ()):
+            fully_shard(m, mesh=mesh, mp_policy=in_blocks)
+    return fully_shard(model, mesh=mesh)  # what is in no block stays in float32: tables, losses, targets
 
 # %% ../../nbs/training/40_processes.ipynb #71c5a77d
 def identity(batch): return batch
@@ -142,7 +158,7 @@ def start_processes(
         try: __import__('torch.utils.tensorboard' if name == 'tensorboard' else name); known.append(name)
         except ImportError:
             print(f"training.trackers: {name} is not installed, so nothing is sent to it", file=sys.stderr)
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True),
+    handlers = [DistributedDataParallelKwargs(),
                 InitProcessGroupKwargs(timeout=timedelta(hours=2))]
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=handlers, log_with=known or None,
                               project_config=ProjectConfiguration(str(out)) if out else None)

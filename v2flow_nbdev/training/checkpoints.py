@@ -124,7 +124,7 @@ def said_by_all(
     dist.all_gather_object(said, value)
     return said
 
-def together(
+def all_or_none(
     do,  # callable; every process must call this
 ):       # what `do` gives in this process
     "Do something in every process. An `OSError` in one of them is raised in all"
@@ -147,6 +147,7 @@ def shared_checksums(
 def flat(
     tensors:dict,  # as `run_tensors` gives them
 )->dict:           # 'file|name' → tensor
+    "All tensors of a run under one name each"
     return {f'{file}|{n}': t for file, some in tensors.items() for n,t in some.items()}
 
 def write_shards(
@@ -209,7 +210,7 @@ def save_checkpoint(
     "Everything a resumed run needs, written under a temporary name, with checksums, and renamed"
     final = Path(out)/'checkpoints'/f'step-{step:08}'
     new, sharded = final.with_name(f'.{final.name}.tmp'), is_sharded(tensors)
-    main, do = (dist.get_rank() == 0, together) if sharded else (True, lambda action: action())
+    main, do = (dist.get_rank() == 0, all_or_none) if sharded else (True, lambda action: action())
     try:
         do(lambda: empty_folder(new) if main else None)
         if sharded: write_shards(new, tensors)

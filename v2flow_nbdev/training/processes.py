@@ -50,6 +50,7 @@ def wrap(
     if config.activation_checkpointing: enable_activation_checkpointing(model)
     if config.compile: model.compile()
     if not config.fsdp:
+        if accelerator.num_processes == 1: return accelerator.prepare(model)
         for name, value in ddp_options(model).items(): setattr(accelerator.ddp_handler, name, value)
         with warnings.catch_warnings():
             # accelerate passes no newer name of it

@@ -35,8 +35,8 @@ class Case:
     less:int = 0                              # bytes of results that are not counted as transient
     more:dict = field(default_factory=dict)   # name → callable: other things to ask
 
-def resampler_case(side, dtype='float32', words=32_000, tokens=1024, train=True):
-    "Features (tokens, 512) → mixtures of `words` rows (tokens, 1024); in training with Gumbel noise, and backward"
+def resampler_case(side, dtype='float32', words=32_000, tokens=1024, train=True, width=width):
+    "Features (tokens, 512) → mixtures of `words` rows (tokens, width); in training with Gumbel noise, and backward"
     torch.manual_seed(0)
     def new(*shape): return torch.randn(shape, device=device).to(getattr(torch, dtype))
     x, weight, bias, vocab, grad = new(tokens, features), new(words, features)*3/features**0.5, new(words)*0, new(words,
@@ -217,6 +217,9 @@ def resampler():
         with Pair(resampler_case, dtype=dtype) as pair:
             yield from rows(f'resampler, forward and backward, {kind}', *pair.turns(7))
     with Pair(resampler_case, train=False) as pair: yield from rows('resampler, inference, fp32', *pair.turns(7))
+    for words in (32_000, 128_256)*cuda:
+        with Pair(resampler_case, dtype='bfloat16', words=words, width=4096) as pair:
+            yield from rows(f'resampler, {words:,} text tokens of width 4,096, bf16', *pair.turns(7))
     kept = {}
     for words in (32_000, 128_256):
         with Pair(resampler_case, words=words) as pair: kept[words] = {side: pair.ask(side, 'kept') for side in sides}
@@ -310,6 +313,12 @@ targets = {  # (name, metric): what the project aims at, and whether a row reach
     ('caption → sixteen, fp32', 'time, ms'): ('ours ≤ 2,300', at_most(2300, 'ours')),
     **{(f'growth of {what}', 'largest slope'): ('ours ≤ 2', at_most(2, 'ours')) for what in ('encode with visual tokens',
         'encode with text tokens', 'decode with visual tokens')}}
+
+if cuda: targets |= {(f'resampler, {words} text tokens of width 4,096, bf16', metric): aim for words in ('32,000', '128,256')
+                     for metric, aim in (('time, ms', ('≤ 0.8 ×', at_most(0.8))),
+                                         ('memory, MB', ('≥ 8 × less', at_most(1/8))))} | {
+    ('training, ten steps of a 6.8M LLaMA, bf16, compiled', 'time, ms'): ('≥ 4 × faster', at_most(1/4)),
+    ('training, ten steps of a 135M LLaMA, bf16, compiled', 'arithmetic reached'): ('ours ≥ 0.35', lambda r: r['ours'] >= 0.35)}
 
 def table(results):
     "The results as a table in Markdown"

@@ -155,6 +155,27 @@ def test_hub_rows_and_streams(parquet):
     with pytest.raises(OSError, match='no data set could be loaded'): hub('./nowhere')
     with pytest.raises(ValueError, match='no column of images'): hub(str(parquet), image='photo')
 
+@pytest.mark.parametrize('files, held_out', [(6, 0), (6, 4), (6, 13), (1, 4), (1, 0)])
+def test_each_process_reads_its_part_of_a_stream(files, held_out, tmp_path):
+    """Every example once in a pass, and none that is held out, whether files divide evenly among processes or not; with
+    files of its own a process reads nothing else"""
+    datasets = pytest.importorskip('datasets')
+    for f in range(files):
+        datasets.Dataset.from_dict(dict(image=[b'x']*10, text=[str(10*f + i) for i in range(10)])).to_parquet(tmp_path/f'train-{f:05d}.parquet')
+    data = datasets.load_dataset('parquet', data_files=sorted(map(str, tmp_path.glob('*.parquet'))), split='train',
+                                 streaming=True, cache_dir=str(tmp_path/'cache'))
+    from v2flow_nbdev.data.hub import HubStream
+    flow = HubStream(data, 'image', 'text', held_out=held_out, buffer=5)
+    def part(part, parts, n, start=0):
+        return [int(example.args[0]['text']) for (_, example), _ in zip(flow.stream(start, part, parts), range(n))]
+    n, expected = 10*files - held_out, list(range(held_out, 10*files))
+    for parts in (1, 2, 3, 4):
+        sizes = [len({i for i in part(p, parts, 2*n)}) for p in range(parts)]                # all of it, and more than once
+        found = [part(p, parts, size) for p, size in enumerate(sizes)]
+        assert sorted(sum(found, [])) == expected, (parts, found)
+        assert part(parts - 1, parts, 7, start=3) == part(parts - 1, parts, 10)[3:]
+    if files == 6 and held_out < 10: assert {i//10 % 2 for i in part(1, 2, 40)} == {1}
+
 def test_a_stream_can_be_trained_on_killed_and_resumed(parquet, tmp_path):
     from types import SimpleNamespace
     import torch

@@ -102,7 +102,7 @@ def emoji_like(pipe):
     (('encode', 'DIGIT', '--device', 'mps'), 'no such device on this machine; use auto or cpu'),
     (('evaluate', '--device', 'cuda:1'), 'no such device on this machine; use auto or cpu'),
     (('app', '--device', 'cuda'), 'no such device on this machine; use auto or cpu'),
-    (('demo', '--dtype', 'int8'), "'auto', 'float32', 'bfloat16', 'float16'"),
+    (('demo', '--dtype', 'int4'), "'auto', 'float32', 'bfloat16', 'float16', 'int8'"),
     (('encode', 'DIGIT', '--dtype', 'float16'), 'No such option'),
     (('train-llm', '--config', 'configs/digits-llm.yaml', '--device', 'mps'), "'auto', 'cpu', 'cuda'"),
     (('train-llm', '--config', 'configs/digits-llm.yaml', '--out', 'runs/never', '--device', 'cuda'),

@@ -303,7 +303,7 @@ def test_what_was_written_is_read_up_to_its_end():
     there, zeros = 'v2flow_nbdev.language.generation.', torch.zeros(1, 16).int()
     with patch(there + 'generate_tokens', lambda model, tokenizer, batch, *a, **k: torch.cat((batch['input_ids'], said), 1)):
         assert generate_captions(model, tokenizer, zeros, static_cache=False) == ['a six']
-    with patch(there + 'decode_text', lambda *a: said): assert generate_captions(model, tokenizer, zeros) == ['a six']
+    with patch(there + 'decode_text', lambda *a, **k: said): assert generate_captions(model, tokenizer, zeros) == ['a six']
 
 def test_captions_and_ids_are_checked():
     model, tokenizer, tok = plain(); visual = add_visual_tokens(model, tokenizer, tok)

@@ -66,7 +66,7 @@ def surroundings(tok):
     def in_training(t): m = TokenizerTraining(t).train(); m.before_step(1.); return m(x).ids
     def decoder_training(t):
         seen = []
-        inner, t.decode_latents = t.decode_latents, lambda ids, *a, **k: seen.append(ids) or inner(ids, *a, **k)
+        inner, t._latents_from = t._latents_from, lambda ids, *a, **k: seen.append(ids) or inner(ids, *a, **k)
         with torch.autocast('cpu', torch.bfloat16): DecoderTraining(t)(x)
         return seen[0]
     def latents_first(t):

@@ -77,8 +77,8 @@ class ImageBatches(torch.utils.data.Dataset):
 # %% ../../nbs/data/33_batches.ipynb #c49c1d97
 class ImageStream(ImageBatches):
     "The same from a stream of examples"
-    def stream(self, start:int=0)->Iterator:
-        for position, example in self.examples.stream(start): yield position, partial(self.later, example)
+    def stream(self, start:int=0, part:int=0, parts:int=1)->Iterator:
+        for position, example in self.examples.stream(start, part, parts): yield position, partial(self.later, example)
 
     def later(self, example:dict)->tuple: return self.prepare(example())
 
@@ -182,10 +182,10 @@ class SeededDataset(torch.utils.data.Dataset):
 
 # %% ../../nbs/data/33_batches.ipynb #8a23f853
 class StreamedDataset(torch.utils.data.IterableDataset):
-    """The same from a stream: batch i holds the examples from position i · batch_size on, so a resumed run skips to its
-    position"""
+    """The same from a stream: batch i holds the examples of this process' part from position i · batch_size on, so a
+    resumed run skips to its position"""
     def __init__(self,
-        data,             # `data.stream(start)` → (position, callable → example), without end; see `hub`
+        data,             # `data.stream(start, part, parts)` → (position, callable → example), without end; see `hub`
         batches:Batches,  # which positions
         collate=None,     # examples → batch
         seed:int=0,       # of the run
@@ -194,8 +194,7 @@ class StreamedDataset(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         b = self.batches
-        stream = iter(self.data.stream(b.start*b.parts*b.batch_size))
+        stream = iter(self.data.stream(b.start*b.batch_size, b.part, b.parts))
         for i in range(b.start, b.stop):
-            whole = [next(stream) for _ in range(b.parts*b.batch_size)]
-            mine = whole[b.part*b.batch_size:(b.part + 1)*b.batch_size]
-            yield usable_batch([(position, position, make) for position, make in mine], self.collate, self.seed)
+            batch = [(position, position, next(stream)[1]) for _,position in b.batch(i, b.part)]
+            yield usable_batch(batch, self.collate, self.seed)

@@ -8,6 +8,7 @@ __all__ = ['hub']
 # %% ../../nbs/data/32_hub.ipynb #518a397f
 import hashlib, re
 from functools import partial
+from itertools import islice
 from pathlib import Path
 import torch
 from ..base.files import readable, Report
@@ -61,6 +62,21 @@ class HubDataset:
         return self._fingerprint
 
 # %% ../../nbs/data/32_hub.ipynb #24e8212a
+def part_of_stream(
+    data,        # `datasets.IterableDataset`
+    held_out,    # examples at its beginning that nobody gets
+    part, parts, # number of this process, and of all
+):               # `datasets.IterableDataset`
+    "What one of several processes reads: files of its own where they divide evenly, else every so many examples"
+    from datasets.distributed import split_dataset_by_node
+    rest = data.skip(held_out) if held_out else data
+    if parts == 1: return rest
+    first_file = islice(data.shard(num_shards=data.n_shards, index=0), held_out, None)
+    if data.n_shards % parts or held_out and next(first_file, None) is None:
+        return rest.filter(lambda example, i: i % parts == part, with_indices=True)
+    mine = split_dataset_by_node(data, part, parts)
+    return mine.skip(held_out) if held_out and part == 0 else mine                 # the first file is the first process'
+
 def shuffled(
     items,       # any iterable
     buffer:int,  # how many are held at a time
@@ -95,9 +111,11 @@ class HubStream:
 
     def stream(self,
         start:int=0,  # the first position wanted
-    ):                # yields (position in the run, callable → example), without end
+        part:int=0,   # number of this process
+        parts:int=1,  # number of processes
+    ):                # yields (position in this process' part, callable → example), without end
         "Examples from a position on, always in the same order; images are read when an example is called"
-        position, rest = 0, self.data.skip(self.held_out) if self.held_out else self.data
+        position, rest = 0, part_of_stream(self.data, self.held_out, part, parts)
         for epoch in range(2**31):
             before = position
             for i, example in shuffled(enumerate(rest, self.held_out), self.buffer, self.seed*1_000_003 + epoch):

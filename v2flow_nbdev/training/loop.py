@@ -206,7 +206,7 @@ def run_steps(
 def train(
     # `model(**batch).loss`; optional: `before_step(progress)`, `after_step(taken)`, `gradient_checkpointing_enable()`
     model:nn.Module,
-    data:Sequence,        # examples by number, or a stream with `stream(start)`, see `hub`
+    data:Sequence,        # examples by number, or a stream with `stream(start, part, parts)`, see `hub`
     config:TrainConfig,   # the run
     collate:Callable|None=None,  # examples → batch, a dict of tensors
     evaluate:Callable|None=None,  # callable (EMA model) → dict of scores and images; called in the first process

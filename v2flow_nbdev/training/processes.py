@@ -73,7 +73,7 @@ def identity(batch): return batch
 def ignore_interrupts(worker): signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains
 
 def make_loader(
-    data,                # examples by number, or a stream with `stream(start)`
+    data,                # examples by number, or a stream with `stream(start, part, parts)`
     config:TrainConfig,
     collate=None,        # examples → batch
     start:int=0,         # steps done

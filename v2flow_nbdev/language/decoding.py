@@ -94,7 +94,7 @@ def unsupported(
 
 # %% ../../nbs/language/22_decoding.ipynb #86ca6519
 class LlamaLayers:
-    "The layers of a LLaMA over a preallocated KV cache; `FastDecoder` fills in what they need"
+    "The layers of a LLaMA; `FastDecoder` fills in what they need"
     def forward(self,
         ids,       # tokens that are read now, (B, L)
         cos, sin,  # of their positions, see `rotate`
@@ -118,6 +118,9 @@ class LlamaLayers:
             x = layer.down(self.act(gate)*up, x)
         return self.head(norm(x.view(B, L, -1)[:, -1], self.norm)).float()
 
+# %% ../../nbs/language/22_decoding.ipynb #d0e1f2a3
+class CachedLayers(LlamaLayers):
+    "The same over a preallocated KV cache, in one of two ways"
     def grown(self, ids, mask):
         "Over the filled part of the cache, which grows by `ids`"
         end = self.length + ids.shape[1]
@@ -138,8 +141,21 @@ class LlamaLayers:
         return self.forward(ids, self.cos.index_select(1, at), self.sin.index_select(1, at), write,
                             self.attend & earlier)
 
+    def replayed(self, ids):
+        "`fixed`; on CUDA recorded at the first step, and replayed at all others"
+        at = torch.full((1,), self.length, device=self.device)
+        if self.device.type != 'cuda': return self.fixed(ids, at)
+        if self.replay is None:
+            self.ids, self.at, self.replay = ids.clone(), at, torch.cuda.CUDAGraph()
+            aside = torch.cuda.Stream(); aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside): self.fixed(ids, at)                     # what is set up once, before
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self.replay): self.scores = self.fixed(self.ids, self.at)
+        self.ids.copy_(ids); self.at.copy_(at); self.replay.replay()
+        return self.scores.clone()
+
 # %% ../../nbs/language/22_decoding.ipynb #48a345f9
-class FastDecoder(LlamaLayers):
+class FastDecoder(CachedLayers):
     """Scores of the next token, step by step, for LLaMA-shaped models (ours): fused projections, a preallocated KV
     cache, and scores of `tokens` alone. Prompts of mixed lengths are padded on the left"""
     def __init__(self,
@@ -190,22 +206,10 @@ class FastDecoder(LlamaLayers):
         ids:torch.Tensor,  # the tokens that were chosen, (B,)
     )->torch.Tensor:       # scores of the next, (B, tokens) float32
         "Read one more token of each sequence"
-        if self.graph: scores = self.graph_step(ids[:, None])
+        if self.graph: scores = self.replayed(ids[:, None])
         else: scores = self.grown(ids[:, None], self.attend[..., :self.length + 1] if self.padded else None)
         self.length += 1
         return scores
-
-    def graph_step(self, ids:torch.Tensor)->torch.Tensor:
-        "`fixed`; on CUDA recorded at the first step, and replayed at all others"
-        at = torch.full((1,), self.length, device=self.device)
-        if self.device.type != 'cuda': return self.fixed(ids, at)
-        if self.replay is None:
-            self.ids, self.at, self.replay = ids.clone(), at, torch.cuda.CUDAGraph()
-            with torch.cuda.stream(torch.cuda.Stream()): self.fixed(ids, at)       # what is set up once, before
-            torch.cuda.synchronize()
-            with torch.cuda.graph(self.replay): self.scores = self.fixed(self.ids, self.at)
-        self.ids.copy_(ids); self.at.copy_(at); self.replay.replay()
-        return self.scores.clone()
 
 # %% ../../nbs/language/22_decoding.ipynb #34f53abe
 def decode_text(

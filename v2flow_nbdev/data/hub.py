@@ -75,7 +75,7 @@ def part_of_stream(
     if data.n_shards % parts or held_out and next(first_file, None) is None:
         return rest.filter(lambda example, i: i % parts == part, with_indices=True)
     mine = split_dataset_by_node(data, part, parts)
-    return mine.skip(held_out) if held_out and part == 0 else mine                 # the first file is the first process'
+    return mine.skip(held_out) if held_out and part == 0 else mine  # the first process has the first file
 
 def shuffled(
     items,       # any iterable

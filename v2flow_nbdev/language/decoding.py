@@ -70,7 +70,8 @@ def rotate(
 families = ('llama', 'mistral', 'qwen2', 'qwen3')  # `model_type` of configs; SmolLM2 is a llama
 
 def unsupported(
-    model,  # of `transformers`
+    model,       # of `transformers`
+    int8=False,  # as `FastDecoder` is asked for
 )->str|None:
     "Why the loop does not compute what this model computes; None: it does"
     c, body = model.config, getattr(model, 'model', None)
@@ -85,6 +86,7 @@ def unsupported(
     if any(type(p) is not nn.Parameter or p.device != body.norm.weight.device for p in model.parameters()):
         return "its parameters are not plain tensors of one device"
     if c._attn_implementation == 'eager': return "eager attention was asked for"
+    if int8 and body.norm.weight.device.type != 'cpu': return "int8 is for the CPU"
     if torch.is_autocast_enabled(body.norm.weight.device.type): return "autocast is on"
     window = c.model_type == 'mistral' and c.sliding_window
     if window or 'sliding_attention' in (getattr(c, 'layer_types', None) or ()):
@@ -165,9 +167,8 @@ class FastDecoder(CachedLayers):
         int8:bool=False,             # weights of the layers in int8, the rest in bfloat16; on a CPU
         graph:bool=False,            # steps of one shape over the whole cache; on CUDA each is one graph
     ):
-        body, head, c = getattr(model, 'model', None), model.get_output_embeddings(), model.config
-        why = unsupported(model) or int8 and body.norm.weight.device.type != 'cpu' and "int8 is for the CPU"
-        if why: raise ValueError(f"{why}: use `model.generate`")
+        if why := unsupported(model, int8): raise ValueError(f"{why}: use `model.generate`")
+        body, head, c = model.model, model.get_output_embeddings(), model.config
         self.device, self.graph, self.replay = body.norm.weight.device, graph, None
         self.dtype = torch.bfloat16 if int8 else dtype or body.norm.weight.dtype
         cast = lambda p: p.detach().to(self.dtype)

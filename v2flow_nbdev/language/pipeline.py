@@ -20,7 +20,7 @@ from ..models.flow import constant_guidance
 from ..models.tokenizer import V2Flow
 from .text_models import check_attention
 from .visual_tokens import VisualTokens
-from .decoding import FastDecoder
+from .decoding import unsupported
 from .generation import VisualTokenProcessor, generate_captions, generate_image_ids
 from .adapters import merge
 
@@ -135,7 +135,7 @@ class PipelineFolder:
         image_tokenizer = V2Flow.from_pretrained(folder, 'image_tokenizer', dtype=dtype, device=device)
         llm, tokenizer = load_llm(resolve_folder(folder, 'llm'), dtype, attn_implementation)
         pipe = cls(image_tokenizer, llm.to(device).eval(), tokenizer, defaults)
-        if int8: FastDecoder(pipe.llm, int8=True)                                  # or an error that says why not
+        if int8 and (why := unsupported(pipe.llm, int8)): raise ValueError(f"dtype=torch.int8: {why}")
         pipe.int8 = int8
         return pipe
 

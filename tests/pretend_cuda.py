@@ -73,7 +73,7 @@ def pretend_cuda():
                           'as_tensor': moved(torch.as_tensor)}.items():
             stack.enter_context(patch(f'torch.{name}', put))
         for part in ('generation', 'decoding'):
-            stack.enter_context(patch(f'v2flow_nbdev.language.{part}.unsupported', lambda model: None))
+            stack.enter_context(patch(f'v2flow_nbdev.language.{part}.unsupported', lambda model, int8=False: None))
         for context in (torch.no_grad(), Compute(), sdpa_kernel(SDPBackend.MATH),
                         torch.backends.cudnn.flags(enabled=False)):
             stack.enter_context(context)

@@ -6,7 +6,7 @@
 
 Model and data are those of configs/digits-tokenizer.yaml with the vocabulary that is shipped, the training is shorter: `changes` below.
 Scores are those of the last step's parameters (no EMA, which does not fit a codebook that still moves). A run takes about a minute of
-one core; a run that is in the file is not repeated. `17_tokenizer` shows the results.
+one core; a run that is in the file is not repeated. `18_tokenizer` shows the results.
 
     python -m benchmarks.departures [--config configs/digits-tokenizer.yaml]        benchmarks/departures.json and departures.png"""
 import argparse, json

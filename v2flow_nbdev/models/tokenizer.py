@@ -73,7 +73,20 @@ class _Parts(nn.Module):
 
     def codes_as_embeddings(self)->torch.Tensor:  # (K, E)
         "The codebook in the language model's own table: unit codes at the embeddings' mean norm, around their mean"
-        return self.vocabulary.mean + self.vocabulary.code_scale*self.quantizer.codebook.cpu()
+        return self.open_vocabulary().mean + self.vocabulary.code_scale*self.quantizer.codebook.cpu()
+
+    def open_vocabulary(self)->Vocabulary:
+        """The vocabulary; where the config names its source, it is read when it is first needed: decoding needs none.
+        `RuntimeError` where there is none, `OSError` where the source is missing or another"""
+        if self.vocabulary is None and self.config.vocab_source:
+            found = Vocabulary.from_pretrained(self.config.vocab_source)
+            if found.checksum != self.config.vocab_checksum:
+                raise OSError(f"{self.config.vocab_source}: its table ({found.checksum}) is not the one that this "
+                              f"image tokenizer was made for ({self.config.vocab_checksum})")
+            self.vocabulary, self.vocab = found, found.centred.to(self.device)
+        if self.vocabulary is None:
+            raise RuntimeError("this tokenizer was loaded without its vocabulary: it can decode ids, not encode images")
+        return self.vocabulary
 
     def gradient_checkpointing_enable(self)->None:
         "Activations of the transformer blocks are computed twice instead of kept"
@@ -109,8 +122,7 @@ class _Encoder(_Parts):
         part:int=0,            # this process' number among those that share the noise
     )->torch.Tensor:           # (B, N, E)
         "Latents as mixtures of token embeddings"
-        if self.vocab is None:
-            raise RuntimeError("this tokenizer was loaded without its vocabulary: it can decode ids, not encode images")
+        if self.vocab is None: self.open_vocabulary()
         return self.resampler(latents, self.vocab, tau, noise, seed, part=part)
 
     @torch.no_grad()

@@ -45,6 +45,7 @@ class V2FlowConfig:
     vocab_size:int=0              # V; taken from the vocabulary
     vocab_dim:int=0               # E; taken from the vocabulary
     vocab_checksum:str=''         # of the table; a mismatch is an error
+    vocab_source:str=''           # a `transformers` folder, Hub id or `smollm2` that has it; '': it is stored beside
     resampler_width:int=64        # channels of the features
     resampler_depth:int=2         # `RegNetBlock`s
     tau:float=1.                  # softmax temperature over the token embeddings
@@ -185,7 +186,7 @@ def save_image_tokenizer(
             shutil.copytree(Path(config.autoencoder)/config.autoencoder_subfolder, new/'autoencoder')
         if (new/'autoencoder').is_dir():
             config = replace(config, autoencoder='autoencoder', autoencoder_subfolder='', autoencoder_revision='')
-        if tok.vocabulary: tok.vocabulary.save(new)
+        if tok.vocabulary and not config.vocab_source: tok.vocabulary.save(new)
         state = {**tok.state_dict(), 'quantizer.lengths': tok.quantizer.sums.norm(dim=-1)}
         del state['quantizer.sums']  # as large as the codes, and codes times these lengths
         write_tensors(new/'model.safetensors', {n: t.to(stored_dtype(n, t, dtype)) for n,t in state.items()})

@@ -110,6 +110,7 @@ class _Schedule(nn.Module):
         self.tok, self.config, c = tok, config or TokenizerTrainingConfig(), tok.config
         self.aux_decoder = AuxiliaryDecoder(c.channels, c.vocab_dim, self.config.aux_decoder_width, c.latent_grid,
                                             c.pool)
+        self.known_ids = {}  # number of an example → its ids, see `TokenizerTraining.frozen_ids`
         self.before_step(0.)
 
     def before_step(self,
@@ -153,6 +154,7 @@ class TokenizerTraining(_Schedule):
     def forward(self,
         images:torch.Tensor|None=None,   # (B, C, H, W) in [-1, 1], of any size that `patch_size` · `pool` divides
         latents:torch.Tensor|None=None,  # or their latents, (B, C, h, w), at unit scale: of an autoencoder, or cached
+        numbers:torch.Tensor|None=None,  # of the examples, (B,), where these are always the same: ids are computed once
         # draws masks, noise and times; in training, in the same state in every process
         generator:torch.Generator|None=None,
     )->V2FlowOutput:
@@ -163,7 +165,15 @@ class TokenizerTraining(_Schedule):
         tau, noise = (self.tau, self.noise) if self.training else (tok.config.tau, 0.)
         seed = random_tensor(partial(torch.randint, 2**31), (), generator).item() if noise else 0
         n_hidden = count_hidden(latents.shape[2:].numel(), self.config.mask_ratio_min, generator)
-        return V2FlowOutput(*self.losses(latents, tau, noise, seed, n_hidden, generator))
+        ids = self.frozen_ids(latents, numbers) if self.training and self.frozen and numbers is not None else None
+        return V2FlowOutput(*self.losses(latents, tau, noise, seed, n_hidden, generator, ids))
+
+    def frozen_ids(self, latents:torch.Tensor, numbers:torch.Tensor)->torch.Tensor:  # (B, N)
+        "Ids of examples once the codes are frozen: computed when an example first comes, and kept"
+        for i,z in zip(numbers.tolist(), latents):
+            # one by one: how a matrix product rounds depends on its shape
+            if i not in self.known_ids: self.known_ids[i] = self.tok.encode(latents=z[None])[0].to('cpu', torch.int32)
+        return torch.stack([self.known_ids[i] for i in numbers.tolist()]).to(latents.device).long()
 
     def losses(self,
         latents:torch.Tensor,    # (B, C, h, w)
@@ -172,12 +182,15 @@ class TokenizerTraining(_Schedule):
         seed:int,                # draws it
         n_hidden:int,            # positions that the flow decoder does not see
         generator:torch.Generator|None, # draws the rest
+        ids:torch.Tensor|None=None,  # (B, N), where they are known
     )->tuple:                    # what `V2FlowOutput` holds
         "All that a step computes, without a question to the device"
         tok, c, grid, z = self.tok, self.config, tuple(latents.shape[2:]), rearrange(latents, 'b c h w -> b (h w) c')
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            codes, ids, commitment = tok.quantizer(tok.mixtures(latents, tau, noise, seed, generator.part
-                                                                if noise else 0))
+            if ids is None:
+                codes, ids, commitment = tok.quantizer(tok.mixtures(latents, tau, noise, seed, generator.part
+                                                                    if noise else 0))
+            else: codes, commitment = tok.quantizer.codebook[ids], z.new_zeros(())
             codes = tok.scale_codes(codes)
             aux = F.mse_loss(at_least_float32(self.aux_decoder(codes, grid)), z)
         flow = masked_flow_loss(tok.masked, tok.velocity, codes, z, grid, c.mask_ratio_min, c.code_dropout, c.n_draws,

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from ..base.files import read_json, read_tensors, write_json, write_tensors
 from ..base.folders import metadata_files, resolve_folder, weight_names, weights_variant
+from ..base.gguf import gguf_name, gguf_tokenizer, packaged, packaged_copy, read_gguf_embeddings
 from ..base.tables import find_table, read_embeddings, table_checksum, table_files, tensor_info
 from ..base.text import load_text_tokenizer, text_ids, text_token_ids
 
@@ -73,12 +74,13 @@ class EmbeddingTable:
 
 # %% ../../nbs/models/13_vocabulary.ipynb #4d291600
 def checkpoint_folder(
-    name:str|Path,      # a `transformers` folder or a Hub id
+    name:str|Path,      # a `transformers` folder, a Hub id, or one of `packaged`
     subfolder:str|None, # a folder inside it
     revision:str|None,  # branch, tag or commit, for a Hub id
     variant:str|None,   # such as 'fp16'; None: the plain files, or the only variant there is
 )->Path:                # local
     "The folder with what a vocabulary needs; of a Hub model nothing else is fetched"
+    if str(name) in packaged and not Path(name).is_dir(): return packaged_copy(str(name))
     fetch = lambda more: resolve_folder(name, subfolder, revision, metadata_files + more)
     folder = fetch([])
     folder = fetch(table_files(folder, variant))
@@ -88,11 +90,11 @@ def checkpoint_folder(
     return folder
 
 def text_tokens(
-    folder:Path,              # a `transformers` checkpoint
+    folder:Path,              # a `transformers` checkpoint, or a GGUF file
     n:int,                    # how many embeddings its table has
 )->tuple[list, list]:         # tokens as they are spelled, and their ids
     "The tokens of text of a checkpoint, by `text_token_ids`"
-    tokenizer = load_text_tokenizer(folder)
+    tokenizer = gguf_tokenizer(folder) if folder.suffix == '.gguf' else load_text_tokenizer(folder)
     ids = text_token_ids(tokenizer)
     if not ids:
         raise OSError(f"{folder}: its text tokenizer has no tokens; its files are missing, or those of something else")
@@ -107,12 +109,19 @@ class Vocabulary(EmbeddingTable):
     visual vocabulary resampler)"""
     @classmethod
     def from_pretrained(cls,
-        name:str|Path,           # a `transformers` folder or a Hub id
+        name:str|Path,           # a `transformers` folder, a Hub id, a path that ends in .gguf, or 'smollm2'
         subfolder:str|None=None, # a folder inside it
         revision:str|None=None,  # branch, tag or commit, for a Hub id
         variant:str|None=None,   # such as 'fp16'; None: the plain files, or the only variant there is
+        gguf_file:str|None=None, # a GGUF file in that folder or repository, whose embeddings are then unpacked
     )->'Vocabulary':
         "Read the embeddings alone out of the one file that holds them; the model is never built"
+        if not gguf_file: name, gguf_file = gguf_name(name)
+        if gguf_file:
+            path = resolve_folder(name, subfolder, revision, [gguf_file])/gguf_file
+            table = read_gguf_embeddings(path)
+            tokens, ids = text_tokens(path, len(table))
+            return cls(tokens, table[ids])
         folder = checkpoint_folder(name, subfolder, revision, variant)
         path, tensor = find_table(folder, variant)
         tokens, ids = text_tokens(folder, tensor_info(path, tensor)[0][0])

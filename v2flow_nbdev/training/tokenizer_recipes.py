@@ -11,8 +11,9 @@ from typing import Callable
 import torch
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from transformers import AutoTokenizer
 from ..base.folders import resolve_folder
+from ..base.gguf import llm_folder
+from ..base.text import load_text_tokenizer
 from .failures import RunFailed, running
 from ..base.images import image_grid, to_pil
 from ..models.autoencoder import AutoencoderTraining, small_autoencoder
@@ -107,12 +108,16 @@ class TokenizerRecipe:
     tokenizer:V2FlowConfig
     training:TrainConfig
     tokens:str='all'          # 'all', or 'captions': those that the captions hold
+    store_vocabulary:bool=True  # False: the tokenizer's folder names `vocabulary` and does not hold its table
+    decoder:str=''            # an image tokenizer whose flow decoder is trained further; '': a new one
     tokenizer_training:TokenizerTrainingConfig=field(default_factory=TokenizerTrainingConfig)
 
     def __post_init__(self):
         shape, training = self.tokenizer, self.training
         if self.tokens not in ('all', 'captions'):
             raise ValueError(f"tokens={self.tokens!r}: use all, or captions for those that the captions hold")
+        if not self.store_vocabulary and self.tokens != 'all':
+            raise ValueError(f"store_vocabulary=False with tokens={self.tokens!r}: a part of a table has to be stored")
         # a size that does not fit is found now
         grids = [replace(shape, image_size=s).grid for s in self.data.sizes or [shape.image_size]]
         if training.batch_size*training.gradient_accumulation_steps*min(h*w for h,w in grids) < shape.codebook_size:
@@ -138,15 +143,37 @@ def open_latents(
                             patch_size=latents.patch_size,
                             latent_channels=latents.channels, image_channels=latents.image_channels)
 
+class Numbered(torch.utils.data.Dataset):
+    "Examples that know their numbers: what is computed of one can be kept"
+    def __init__(self, examples): self.examples = examples
+
+    def __len__(self): return len(self.examples)
+
+    def __getitem__(self, i): return {**self.examples[i], 'number': i}
+
 def stack_latents(examples):
     "Examples of cached latents → batch: a function of the module, so that any worker can be sent it"
-    return dict(latents=torch.stack([r['latents'] for r in examples]))
+    return dict(latents=torch.stack([r['latents'] for r in examples]),
+                numbers=torch.tensor([r['number'] for r in examples]))
+
+def continue_decoder(
+    tok,    # a new image tokenizer; changed in place
+    other,  # one whose flow decoder was trained on the same latents
+):          # what begins anew, such as the layer that takes codes of another width
+    "Begin with another tokenizer's flow decoder, where shapes agree; `ValueError` where nothing does"
+    own = {n: p for n,p in tok.state_dict().items() if n.startswith(('masked.', 'velocity.'))}
+    known = {n: p for n,p in other.state_dict().items() if n in own and p.shape == own[n].shape}
+    if not any(n.startswith('velocity.') for n in known):
+        raise ValueError("decoder: the flow decoder of that image tokenizer has another shape; give dim, depth and "
+                         "velocity_width as there, or leave decoder out")
+    tok.load_state_dict(known, strict=False)
+    return sorted({*own} - {*known})
 
 def tokenizer_data(source, shape, latents, examples):
     "(data, collate) for a training of the image tokenizer: images, or latents computed once"
     if source.cache:
-        return cache_latents(examples, latents, source.cache, tuple(source.sizes[0])
-                             if source.sizes else shape.image_size), stack_latents
+        return Numbered(cache_latents(examples, latents, source.cache, tuple(source.sizes[0])
+                                      if source.sizes else shape.image_size)), stack_latents
     data = image_data(source, examples, shape.image_channels, source.sizes or [shape.image_size])
     return data, data.collate
 
@@ -173,11 +200,14 @@ def train_tokenizer(
     with running():
         vocabulary = Vocabulary.from_pretrained(recipe.vocabulary)
         if recipe.tokens == 'captions':
-            vocabulary = vocabulary.seen_in(all_captions(examples), AutoTokenizer.from_pretrained(recipe.vocabulary))
+            vocabulary = vocabulary.seen_in(all_captions(examples), load_text_tokenizer(llm_folder(recipe.vocabulary)))
         data, collate = tokenizer_data(source, shape, latents, examples)
+    if not recipe.store_vocabulary: shape = replace(shape, vocab_source=recipe.vocabulary)
     torch.manual_seed(training.seed)
     model = TokenizerTraining(V2Flow(shape, vocabulary, latents if shape.autoencoder else None),
                               recipe.tokenizer_training)
+    if recipe.decoder:
+        with running(): continue_decoder(model.tok, load_tokenizer(recipe.decoder))
     scores = evaluate and (lambda m: evaluate(m.tok, held_out_images, images))
     with running():
         tok = train(model, data, training, collate, scores, out, resume,

@@ -7,10 +7,13 @@ __all__ = ['TargetLoss', 'interpolate_weights']
 
 # %% ../../nbs/language/25_adapters.ipynb #eac14b9c
 from copy import deepcopy
+from pathlib import Path
 import torch, torch.nn.functional as F
 from transformers.modeling_outputs import CausalLMOutput
 from torch import nn
-from .text_models import collate
+from ..base.files import read_json, read_tensors, write_json, write_tensors
+from ..base.tables import table_checksum
+from .text_models import collate, named_ids, with_tokens
 from .visual_tokens import VisualTokens
 
 # %% ../../nbs/language/25_adapters.ipynb #95a80ec6
@@ -118,3 +121,50 @@ def merge(
 )->nn.Module:  # an ordinary `transformers` model
     "Put what `peft` keeps beside the parameters into them"
     return deepcopy(model).merge_and_unload() if hasattr(model, 'merge_and_unload') else model
+
+# %% ../../nbs/language/25_adapters.ipynb #62a7e977
+def save_adapter(
+    model:nn.Module,  # of `choose_trained`, by 'new' or 'lora'
+    folder:Path,      # made if missing
+    base:str,         # what the model is called that was trained: a Hub id, a folder, `smollm2`
+    dtype:torch.dtype|None=None,  # floats are stored as this; None: as they are
+)->None:
+    "Write what `peft` trained, and a reference to the model that it was trained on"
+    visual, config = VisualTokens.of(model), next(iter(model.peft_config.values()))
+    table = model.get_base_model().get_input_embeddings()
+    rows = getattr(table, 'original_module', table).weight[:visual.first]
+    here, config.base_model_name_or_path = config.base_model_name_or_path, base
+    try: model.save_pretrained(folder, save_embedding_layers=False)
+    finally: config.base_model_name_or_path = here
+    (folder/'README.md').unlink(missing_ok=True)                                   # a form to fill in
+    weights = read_tensors(folder/'adapter_model.safetensors')
+    write_tensors(folder/'adapter_model.safetensors', {n: t.to(dtype or t.dtype) for n,t in weights.items()})
+    write_json(folder/'base.json', dict(base=base, checksum=table_checksum(rows), v2flow=visual.entry()))
+
+# %% ../../nbs/language/25_adapters.ipynb #5e7351f0
+def add_adapter(
+    model:nn.Module,  # the base, without visual tokens; changed in place
+    tokenizer:'PreTrainedTokenizerBase',  # its text tokenizer
+    table:torch.Tensor,  # its embeddings as they are stored, (V, E)
+    folder:Path,      # that `save_adapter` wrote
+)->tuple:             # (an ordinary model with visual tokens, its text tokenizer); `OSError` for another base
+    "Base and adapter make one model"
+    from peft import PeftModel
+    entry, visual = read_json(folder/'base.json', ['base', 'checksum', 'v2flow']), None
+    try:
+        found = VisualTokens.from_entry(entry['v2flow'])
+        if table_checksum(table[:found.first]) != entry['checksum']:
+            raise ValueError(f"its table is not the one that the adapter was trained on ({entry['checksum']})")
+        tokenizer, first = with_tokens(tokenizer, found.names(), len(found.grids) + 1,
+                                       {i for i in named_ids(model) if i < len(table)})
+        model.resize_token_embeddings(max(found.end + 1, len(table)), mean_resizing=False)
+        model.config.v2flow = entry['v2flow']
+        visual = VisualTokens.of(model); visual.check(tokenizer)
+    except (KeyError, TypeError, ValueError) as e:
+        raise OSError(f"{folder}: does not fit its base {entry['base']} ({e})") from None
+    if settings := model.generation_config:  # text generation never chooses them
+        settings.suppress_tokens = sorted({*(settings.suppress_tokens or ()), *visual.new})
+    try: return PeftModel.from_pretrained(model, folder).merge_and_unload(), tokenizer
+    except Exception as e:
+        raise OSError(f"{folder}: not an adapter of {entry['base']} ({type(e).__name__}: "
+                      f"{' '.join(str(e).split())[:200]})") from None

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from ..base.files import open_tensors, read_json, write_folder, write_json
 from ..base.folders import push_to_hub, resolve_folder, tensor_files, weights_variant
+from ..base.gguf import llm_folder
+from ..base.tables import find_table, read_embeddings, tensor_info
 from ..base.images import as_image, check_counts, check_images, to_pil, to_tensor
 from ..base.text import load_text_tokenizer
 from ..models.flow import constant_guidance
@@ -22,7 +24,7 @@ from .text_models import check_attention
 from .visual_tokens import VisualTokens
 from .decoding import unsupported
 from .generation import VisualTokenProcessor, generate_captions, generate_image_ids
-from .adapters import merge
+from .adapters import add_adapter, merge, save_adapter
 
 # %% ../../nbs/language/26_pipeline.ipynb #77507f5b
 # of the language model; the flow's are in V2FlowConfig
@@ -63,12 +65,17 @@ def complete_defaults(
 
 # %% ../../nbs/language/26_pipeline.ipynb #aefde71f
 def load_llm(
-    folder:Path,  # a `transformers` folder
+    folder:Path,  # a `transformers` folder, or one that `save_adapter` wrote
     dtype:torch.dtype=torch.float32,    # of its parameters
     attn_implementation:str|None=None,  # eager, sdpa or flash_attention_2; None: what `transformers` chooses
 )->tuple:         # the language model and its text tokenizer; `OSError` if anything is missing or damaged
     "A causal language model, whole or not at all"
     from transformers import AutoModelForCausalLM
+    if (folder/'base.json').is_file():
+        base = llm_folder(read_json(folder/'base.json', ['base'])['base'])
+        path, name = find_table(base)
+        rows = read_embeddings(path, name, range(tensor_info(path, name)[0][0]))
+        return add_adapter(*load_llm(base, dtype, attn_implementation), rows, folder)
     for path in sorted(set(tensor_files(folder).values())):
         with open_tensors(path): pass
     tokenizer = load_text_tokenizer(folder)
@@ -118,6 +125,7 @@ class PipelineFolder:
     "What a pipeline needs to be loaded, moved, saved and shared"
     format_version = 1  # of `model_index.json`
     int8 = False        # does the language model generate with its layers' weights in int8?
+    base = ''           # of a `peft` model: its base's name, if the adapter alone is to be saved
 
     @classmethod
     def from_pretrained(cls,
@@ -164,13 +172,16 @@ class PipelineFolder:
         "Write a pipeline folder that `from_pretrained` loads"
         with write_folder(folder, replaces=['image_tokenizer', 'llm']) as new:
             self.image_tokenizer.save_pretrained(new/'image_tokenizer', dtype)
-            llm = merge(self.llm)  # what `peft` keeps beside the parameters goes into them
-            (copy.deepcopy(llm).to(dtype) if dtype else llm).save_pretrained(new/'llm')
-            self.tokenizer.save_pretrained(new/'llm')
+            if self.base: save_adapter(self.llm, new/'llm', self.base, dtype)
+            else:
+                llm = merge(self.llm)  # what `peft` keeps beside the parameters goes into them
+                (copy.deepcopy(llm).to(dtype) if dtype else llm).save_pretrained(new/'llm')
+                self.tokenizer.save_pretrained(new/'llm')
             write_json(new/'model_index.json', dict(
                 _class_name='V2FlowPipeline', format_version=self.format_version,
                 image_tokenizer=['v2flow_nbdev', 'V2Flow'],
-                llm=['transformers', type(llm).__name__], defaults=self.defaults))
+                llm=['transformers', type(getattr(self.llm, 'get_base_model', lambda: self.llm)()).__name__],
+                defaults=self.defaults))
 
     def push_to_hub(self, repo_id:str, **kwargs)->Any:
         "Upload what `save_pretrained` writes; see `push_to_hub`"

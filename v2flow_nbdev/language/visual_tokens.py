@@ -95,10 +95,16 @@ class VisualTokens:
         return dict(asdict(self), version=self.format_version)
 
     @classmethod
+    def from_entry(cls, entry:dict)->'VisualTokens':  # `KeyError`, `TypeError` or `ValueError` where it is damaged
+        "What `entry` wrote"
+        known = {k: v for k,v in entry.items() if k != 'version'}
+        return cls(**{**known, 'begins': tuple(entry['begins']), 'grids': tuple(map(tuple, entry['grids']))})
+
+    @classmethod
     def of(cls, model:nn.Module)->'VisualTokens':
         "Those of a model that `add_visual_tokens` has changed"
         entry, damaged = read_entry(model.config, cls.format_version), "the language model's config.json is damaged"
-        try: visual = cls(**{**entry, 'begins': tuple(entry['begins']), 'grids': tuple(map(tuple, entry['grids']))})
+        try: visual = cls.from_entry(entry)
         except (KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{damaged}: its v2flow entry does not say where the visual tokens lie "
                              f"({type(e).__name__}: {e}); copy the model again") from None

@@ -12,7 +12,7 @@ from typing import Callable
 import torch, torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from ..base.random import ShardedGenerator, random_tensor
+from ..base.random import ShardedGenerator, gather_objects, process_of, random_tensor
 from ..base.precision import at_least_float32
 from .autoencoder import AutoencoderOutput
 from .flow import VelocityMLP, flow_loss
@@ -110,7 +110,8 @@ class _Schedule(nn.Module):
         self.tok, self.config, c = tok, config or TokenizerTrainingConfig(), tok.config
         self.aux_decoder = AuxiliaryDecoder(c.channels, c.vocab_dim, self.config.aux_decoder_width, c.latent_grid,
                                             c.pool)
-        self.known_ids = {}  # number of an example → its ids, see `TokenizerTraining.frozen_ids`
+        # examples {"latents": (C, h, w)} that are always the same, and their ids, see `TokenizerTraining.frozen_ids`
+        self.examples, self.known_ids = None, None
         self.before_step(0.)
 
     def before_step(self,
@@ -154,7 +155,7 @@ class TokenizerTraining(_Schedule):
     def forward(self,
         images:torch.Tensor|None=None,   # (B, C, H, W) in [-1, 1], of any size that `patch_size` · `pool` divides
         latents:torch.Tensor|None=None,  # or their latents, (B, C, h, w), at unit scale: of an autoencoder, or cached
-        numbers:torch.Tensor|None=None,  # of the examples, (B,), where these are always the same: ids are computed once
+        numbers:torch.Tensor|None=None,  # of these latents among `examples`, (B,)
         # draws masks, noise and times; in training, in the same state in every process
         generator:torch.Generator|None=None,
     )->V2FlowOutput:
@@ -165,15 +166,21 @@ class TokenizerTraining(_Schedule):
         tau, noise = (self.tau, self.noise) if self.training else (tok.config.tau, 0.)
         seed = random_tensor(partial(torch.randint, 2**31), (), generator).item() if noise else 0
         n_hidden = count_hidden(latents.shape[2:].numel(), self.config.mask_ratio_min, generator)
-        ids = self.frozen_ids(latents, numbers) if self.training and self.frozen and numbers is not None else None
+        known = self.training and self.frozen and self.examples is not None and numbers is not None
+        ids = self.frozen_ids()[numbers.to(latents.device)].long() if known else None
         return V2FlowOutput(*self.losses(latents, tau, noise, seed, n_hidden, generator, ids))
 
-    def frozen_ids(self, latents:torch.Tensor, numbers:torch.Tensor)->torch.Tensor:  # (B, N)
-        "Ids of examples once the codes are frozen: computed when an example first comes, and kept"
-        for i,z in zip(numbers.tolist(), latents):
-            # one by one: how a matrix product rounds depends on its shape
-            if i not in self.known_ids: self.known_ids[i] = self.tok.encode(latents=z[None])[0].to('cpu', torch.int32)
-        return torch.stack([self.known_ids[i] for i in numbers.tolist()]).to(latents.device).long()
+    def frozen_ids(self)->torch.Tensor:  # (number of examples, N) int32
+        "Ids of all examples, once the codes are frozen; each process computes its part"
+        if self.known_ids is None:
+            rank, world = process_of()
+            parts = range(0, len(self.examples), 64)
+            def of(start):
+                some = [self.examples[i]['latents'] for i in range(start, min(start + 64, len(self.examples)))]
+                return start, self.tok.encode(latents=torch.stack(some)).cpu().to(torch.int32)
+            found = gather_objects([of(start) for start in parts[rank::world]])
+            self.known_ids = torch.cat([ids for _,ids in sorted(sum(found, []), key=lambda f: f[0])]).to(self.tok.device)
+        return self.known_ids
 
     def losses(self,
         latents:torch.Tensor,    # (B, C, h, w)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from torch.utils.data import ConcatDataset
-from ..base.folders import metadata_files, resolve_folder
+from ..base.gguf import llm_folder
 from .failures import running, say
 from ..base.images import image_grid
 from ..base.tables import table_checksum
@@ -65,8 +65,11 @@ class LLMConfig:
     # eager or sdpa; '': what `transformers` chooses. flash_attention_2 cannot run the float32 parameters of a training
     attention:str=''
     save_dtype:str='float16'   # float32, float16 or bfloat16
+    store_base:bool=True       # False: the model's folder names `pretrained` and keeps what was trained; needs an adapter
 
     def __post_init__(self):
+        if not self.store_base and self.train == 'all':
+            raise ValueError("store_base=False with train='all': all parameters were trained; use train='lora' or 'new'")
         if not self.pretrained: raise ValueError("pretrained='': a folder or a Hub id is needed")
         known = dict(save_dtype=stored_dtypes, start=starts, head_start=('', *starts), train=ways,
                      loss=('target', 'both'), attention=('', 'eager', 'sdpa'))
@@ -186,10 +189,9 @@ def load_models(
 ):  # (image tokenizer, language model, text tokenizer, its visual tokens, settings that a resumed run must share)
     "Both models, the language model with the visual tokens of the image tokenizer"
     tuning = recipe.llm
-    patterns = [*metadata_files, 'generation_config.json', 'model*.safetensors']
     with running():
         tok = load_tokenizer(recipe.image_tokenizer)
-        llm, tokenizer = load_llm(resolve_folder(tuning.pretrained, patterns=patterns))
+        llm, tokenizer = load_llm(llm_folder(tuning.pretrained))
     settings = in_common(recipe, image_tokenizer=tok.codebook_checksum)
     settings['llm']['pretrained'] = table_checksum(llm.get_input_embeddings().weight)
     torch.manual_seed(recipe.training.seed)
@@ -261,6 +263,11 @@ def train_llm(
     with running(): llm = train(llm, sequences, training, joined, scores, out, resume, settings=settings, count=count)
     model = unwrapped(llm)
     if tuning.interpolate_weights: interpolate_weights(model, begun, tuning.interpolate_weights)
-    if tuning.train == 'lora' and is_main_process(): model.save_pretrained(out/'adapter')
-    finish(model, out, lambda folder: pipe(model).save_pretrained(folder, getattr(torch, tuning.save_dtype)), *sources)
+    if tuning.train == 'lora' and tuning.store_base and is_main_process():
+        model.save_pretrained(out/'adapter', save_embedding_layers=False)
+    def save(folder):
+        made = pipe(model)
+        if not tuning.store_base: made.base = tuning.pretrained
+        made.save_pretrained(folder, getattr(torch, tuning.save_dtype))
+    finish(model, out, save, *sources)
     return pipe(model)

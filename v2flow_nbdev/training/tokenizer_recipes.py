@@ -160,14 +160,15 @@ def continue_decoder(
     tok,    # a new image tokenizer; changed in place
     other,  # one whose flow decoder was trained on the same latents
 ):          # what begins anew, such as the layer that takes codes of another width
-    "Begin with another tokenizer's flow decoder, where shapes agree; `ValueError` where nothing does"
+    "Begin with another tokenizer's flow decoder; what takes the codes may be new. `ValueError` where the rest differs"
     own = {n: p for n,p in tok.state_dict().items() if n.startswith(('masked.', 'velocity.'))}
     known = {n: p for n,p in other.state_dict().items() if n in own and p.shape == own[n].shape}
-    if not any(n.startswith('velocity.') for n in known):
+    new = sorted({*own} - {*known})
+    if not all(n.startswith(('masked.code_in.', 'masked.split.')) for n in new):
         raise ValueError("decoder: the flow decoder of that image tokenizer has another shape; give dim, depth and "
                          "velocity_width as there, or leave decoder out")
     tok.load_state_dict(known, strict=False)
-    return sorted({*own} - {*known})
+    return new
 
 def tokenizer_data(source, shape, latents, examples):
     "(data, collate) for a training of the image tokenizer: images, or latents computed once"
@@ -208,6 +209,7 @@ def train_tokenizer(
                               recipe.tokenizer_training)
     if recipe.decoder:
         with running(): continue_decoder(model.tok, load_tokenizer(recipe.decoder))
+    if source.cache: model.examples = data
     scores = evaluate and (lambda m: evaluate(m.tok, held_out_images, images))
     with running():
         tok = train(model, data, training, collate, scores, out, resume,

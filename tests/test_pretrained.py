@@ -1,0 +1,142 @@
+"""A pretrained language model: its vocabulary and its parameters by reference, what was trained beside it; frozen ids
+are computed once; a flow decoder that is trained further"""
+import json, os, shutil
+import pytest, torch
+from PIL import Image
+from conftest import shipped, v2flow
+from v2flow_nbdev.base.files import read_json, read_tensors, write_json
+from v2flow_nbdev.base.gguf import cache_folder, llm_folder, packaged
+from v2flow_nbdev.language.pipeline import V2FlowPipeline, load_llm
+from v2flow_nbdev.language.text_models import toy_llama
+from v2flow_nbdev.models.latents import PixelLatents
+from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
+from v2flow_nbdev.models.tokenizer_training import TokenizerTraining, TokenizerTrainingConfig
+from v2flow_nbdev.models.vocabulary import Vocabulary
+
+captions = ['a handwritten seven', 'the digit 3', 'a small nine']
+
+def ended(done):
+    "A command that worked"
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "A pretrained LLaMA, a tokenizer that names its table, and a pipeline that names its base: by the commands"
+    home = tmp_path_factory.mktemp('pretrained')
+    for part in toy_llama(captions*4): part.save_pretrained(home/'llama')
+    quick = ['training.evaluate_every=0', 'training.trackers=[]', 'training.log_every=1']
+    ended(v2flow('train-tokenizer', '--config', 'configs/smollm2-digits-tokenizer.yaml', '--out', home/'tok', *quick,
+                 f'vocabulary={home}/llama', f'data.cache={home}/latents', 'data.copies=0', 'training.steps=5',
+                 'tokenizer.codebook_size=32', 'training.batch_size=16', 'tokenizer_training.freeze_codes_at=0.5'))
+    ended(v2flow('train-llm', '--config', 'configs/digits-llm.yaml', '--out', home/'run', *quick, 'data.copies=0',
+                 f'image_tokenizer={home}/tok/model', f'llm.pretrained={home}/llama', 'llm.train=lora', 'llm.rank=2',
+                 'llm.store_base=false', 'training.steps=2', 'training.batch_size=4'))
+    return home
+
+def test_a_model_is_a_tokenizer_an_adapter_and_two_names(whole):
+    """Neither the table nor the base is in the folder; images are generated without the vocabulary, read with it, and
+    the saved model is the trained one"""
+    model = whole/'run/model'
+    names = {str(p.relative_to(model)) for p in model.rglob('*') if p.is_file()}
+    assert {'llm/base.json', 'llm/adapter_model.safetensors', 'llm/adapter_config.json'} <= names
+    assert not names & {'llm/model.safetensors', 'llm/tokenizer.json', 'image_tokenizer/vocabulary.safetensors'}
+    assert read_json(model/'llm/base.json')['base'] == str(whole/'llama')
+    ended(v2flow('generate', 'a six', '--model', model, '--out', whole/'six.png'))
+    assert Image.open(whole/'six.png').size == (8, 8)
+    ended(v2flow('caption', whole/'six.png', '--model', model))
+    pipe = V2FlowPipeline.from_pretrained(model)
+    assert pipe.image_tokenizer.vocab is None
+    pipe('a six', generator=torch.Generator().manual_seed(0))
+    assert pipe.image_tokenizer.vocab is None                                      # decoding needs none
+    ids = pipe.image_tokenizer.encode(torch.zeros(1, 1, 8, 8))
+    assert ids.shape == (1, 16) and len(pipe.image_tokenizer.vocabulary) == len(Vocabulary.from_pretrained(
+        whole/'llama'))
+    pipe.save_pretrained(whole/'copy')                                             # merged: an ordinary folder
+    again = V2FlowPipeline.from_pretrained(whole/'copy')
+    for p, q in zip(pipe.llm.parameters(), again.llm.parameters()): assert torch.equal(p, q)
+    assert torch.equal(again.image_tokenizer.encode(torch.zeros(1, 1, 8, 8)), ids)
+
+def spoil(whole, folder, moved):
+    "The same model beside another base: every embedding moved, or none there"
+    shutil.copytree(whole/'run/model', folder/'model')
+    if moved:
+        llm, tokenizer = load_llm(whole/'llama')
+        with torch.no_grad(): llm.get_input_embeddings().weight.add_(1e-3)
+        llm.save_pretrained(folder/'llama'); tokenizer.save_pretrained(folder/'llama')
+    base = str(folder/'llama')
+    write_json(folder/'model/llm/base.json', read_json(folder/'model/llm/base.json') | dict(base=base))
+    config = folder/'model/image_tokenizer/config.json'
+    write_json(config, read_json(config) | dict(vocab_source=base))
+    return folder/'model'
+
+@pytest.mark.parametrize('moved', [True, False])
+def test_another_base_is_refused_in_one_line(whole, tmp_path, moved):
+    model = spoil(whole, tmp_path, moved)
+    done = v2flow('generate', 'a six', '--model', model, '--out', tmp_path/'x.png')
+    assert done.returncode == 1 and done.stderr.count('\n') == 1 and not (tmp_path/'x.png').exists(), done.stderr
+    assert ('does not fit its base' if moved else 'no such model folder') in done.stderr
+    tok = V2Flow.from_pretrained(model, 'image_tokenizer')
+    with pytest.raises(OSError, match='not the one' if moved else 'no such model folder'):
+        tok.encode(torch.zeros(1, 1, 8, 8))
+    assert tok.decode(torch.zeros(1, 16, dtype=torch.long)).shape == (1, 1, 8, 8)
+
+def test_a_packaged_model_that_is_missing_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setenv('V2FLOW_CACHE', str(tmp_path)); monkeypatch.setattr('importlib.util.find_spec', lambda n: None)
+    for call in (llm_folder, Vocabulary.from_pretrained):
+        with pytest.raises(FileNotFoundError, match='make smollm2'): call('smollm2')
+    done = v2flow('train-llm', '--config', 'configs/digits-llm.yaml', '--out', tmp_path/'run',
+                  'llm.pretrained=smollm2x', 'image_tokenizer=data/checkpoints/digits')
+    assert done.returncode == 1 and 'smollm2x: no such folder' in done.stderr.splitlines()[-1]
+
+@pytest.mark.parametrize('wrong, why', [('llm.train=all', 'all parameters were trained'),
+                                        ('llm.store_base=maybe', 'true or false')])
+def test_what_cannot_be_stored_by_reference_is_said(tmp_path, wrong, why):
+    done = v2flow('train-llm', '--config', 'configs/digits-llm.yaml', '--out', tmp_path/'run',
+                  'llm.train=lora', 'llm.store_base=false', wrong)
+    assert done.returncode == 2 and why in done.stderr
+
+def small_training(freeze_codes_at=0.5):
+    torch.manual_seed(0)
+    vocabulary = Vocabulary([f't{i}' for i in range(50)], torch.randn(50, 16))
+    model = TokenizerTraining(V2Flow(V2FlowConfig(codebook_size=16, dim=32, depth=1), vocabulary),
+                              TokenizerTrainingConfig(freeze_codes_at=freeze_codes_at, noise=0))
+    model.tok.quantizer.initialised.fill_(True)
+    model.tok.quantizer.codebook.copy_(torch.nn.functional.normalize(torch.randn(16, 16), dim=-1))
+    return model
+
+def test_frozen_ids_are_computed_once_and_change_no_loss():
+    "The flow decoder's gradients are those that it has without"
+    latents = torch.randn(70, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    numbers, grads, asked = torch.tensor([69, 3, 5, 3]), [], []
+    for known in (False, True):
+        model = small_training(); model.before_step(0.9); assert model.frozen
+        if known: model.examples = [dict(latents=z) for z in latents]
+        own = model.tok.mixtures
+        model.tok.mixtures = lambda *a, **k: asked.append(len(a[0])) or own(*a, **k)
+        for _ in range(2):
+            out = model(latents=latents[numbers], numbers=numbers, generator=torch.Generator().manual_seed(2))
+        out.flow_loss.backward()
+        grads.append([p.grad.clone() for p in model.tok.masked.parameters() if p.grad is not None])
+        if known: assert torch.equal(out.ids, model.tok.encode(latents=latents[numbers]))
+    assert asked[:4] == [4, 4, 64, 6], asked                                       # twice four; then all, once
+    for a, b in zip(*grads): torch.testing.assert_close(a, b)
+
+def test_a_flow_decoder_is_trained_further():
+    from v2flow_nbdev.training.tokenizer_recipes import continue_decoder
+    old = small_training().tok
+    def one(**other): return V2Flow(V2FlowConfig(codebook_size=16, dim=32, depth=1, **other), Vocabulary(
+        [f't{i}' for i in range(50)], torch.randn(50, 24)))
+    new = one()
+    assert continue_decoder(new, old) == ['masked.code_in.weight']                 # codes are 24 wide here
+    for name, p in old.velocity.state_dict().items(): assert torch.equal(new.velocity.state_dict()[name], p)
+    with pytest.raises(ValueError, match='another shape'): continue_decoder(one(velocity_width=64), old)
+
+@pytest.mark.skipif(not (cache_folder()/'smollm2/config.json').is_file(), reason='make smollm2')
+def test_smollm2_knows_the_capital_of_france():
+    "The real one: its copy answers as the model does, and its text table is 49,152 embeddings less the special ones"
+    llm, tokenizer = load_llm(llm_folder('smollm2'), torch.bfloat16)
+    asked = tokenizer('The capital of France is', return_tensors='pt')
+    assert 'Paris' in tokenizer.decode(llm.generate(**asked, max_new_tokens=4, do_sample=False)[0])
+    vocabulary = Vocabulary.from_pretrained('smollm2')
+    assert len(vocabulary) == 49152 - 17 and vocabulary.embeddings.shape[1] == 576

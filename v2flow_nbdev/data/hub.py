@@ -121,7 +121,7 @@ class HubStream:
         start:int=0,  # the first position wanted
         part:int=0,   # number of this process
         parts:int=1,  # number of processes
-        where:dict|None=None,  # what came with the example before it, in the same part of as many; None: read all before
+        where:dict|None=None,  # what came with the example before it, in the same part; None: read all before
     ):                # yields (position in this process' part, callable → example, where the next one is), without end
         """Examples from a position on, always in the same order; images are read when an example is called. Where the
         next one is: its pass (`epoch`), the position at which that began, its block, and the data set's state (JSON) at

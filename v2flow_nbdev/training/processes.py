@@ -73,7 +73,7 @@ def identity(batch): return batch
 def ignore_interrupts(worker): signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains
 
 class WhenNeeded:
-    "A loader whose workers start when its first item is wanted: `DataLoader` makes two iterators of a sampler, uses one"
+    "A loader whose worker starts when its first item is wanted: `DataLoader` asks a sampler for two iterators, uses one"
     def __init__(self, loader): self.loader = loader
     def __iter__(self): yield from self.loader
 
@@ -94,7 +94,8 @@ def make_loader(
     def loader(dataset, sampler=None, workers=config.num_workers, pinned=torch.cuda.is_available()):
         return torch.utils.data.DataLoader(
             dataset, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=identity, pin_memory=pinned,
-            worker_init_fn=ignore_interrupts, generator=torch.Generator())  # else it draws from the run's random numbers
+            worker_init_fn=ignore_interrupts,
+            generator=torch.Generator())  # else it would draw from the run's random numbers
     if not stream: return loader(SeededDataset(data, collate, config.seed), batches), batches
     reader = loader(StreamReader(data, batches, where), workers=min(1, config.num_workers), pinned=False)
     return loader(StreamedDataset(data, collate, config.seed), WhenNeeded(reader)), batches

@@ -73,7 +73,7 @@ def identity(batch): return batch
 def ignore_interrupts(worker): signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains
 
 class WhenNeeded:
-    "A loader whose worker starts when its first item is wanted: `DataLoader` asks a sampler for two iterators, uses one"
+    "A loader whose worker starts when its first item is wanted: `DataLoader` makes two iterators of its sampler"
     def __init__(self, loader): self.loader = loader
     def __iter__(self): yield from self.loader
 

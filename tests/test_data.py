@@ -146,7 +146,7 @@ def test_hub_rows_and_streams(parquet):
     with pytest.raises(OSError, match='strict reading ends here'): usable(examples, strict=True)
     flow = hub(str(parquet), streaming=True, held_out=4, seed=1)
     assert [r['captions'][0] for r in flow.take(3)] == ['', 'red 1', 'red 2']
-    def some(start, n): return [(p, example.args[0]['number']) for (p, example), _ in zip(flow.stream(start), range(n))]
+    def some(start, n): return [(p, example.args[0]['number']) for (p, example, _), _ in zip(flow.stream(start), range(n))]
     first = some(0, 40)
     # two passes, in two orders
     assert sorted(n for _, n in first[:16]) == list(range(4, 20)) == sorted(n for _,
@@ -167,7 +167,7 @@ def test_each_process_reads_its_part_of_a_stream(files, held_out, tmp_path):
     from v2flow_nbdev.data.hub import HubStream
     flow = HubStream(data, 'image', 'text', held_out=held_out, buffer=5)
     def part(part, parts, n, start=0):
-        return [int(example.args[0]['text']) for (_, example), _ in zip(flow.stream(start, part, parts), range(n))]
+        return [int(example.args[0]['text']) for (_, example, _), _ in zip(flow.stream(start, part, parts), range(n))]
     n, expected = 10*files - held_out, list(range(held_out, 10*files))
     for parts in (1, 2, 3, 4):
         sizes = [len({i for i in part(p, parts, 2*n)}) for p in range(parts)]                # all of it, and more than once
@@ -176,7 +176,63 @@ def test_each_process_reads_its_part_of_a_stream(files, held_out, tmp_path):
         assert part(parts - 1, parts, 7, start=3) == part(parts - 1, parts, 10)[3:]
     if files == 6 and held_out < 10: assert {i//10 % 2 for i in part(1, 2, 40)} == {1}
 
-def test_a_stream_can_be_trained_on_killed_and_resumed(parquet, tmp_path):
+def counted_stream(files, read, buffer=20):
+    "Files of 50 examples each, as a stream that notes in a list which were read"
+    datasets = pytest.importorskip('datasets')
+    def examples(files):
+        for f in files:
+            for i in range(50*f, 50*f + 50): read.append(i); yield dict(image=b'x', text=str(i))
+    from v2flow_nbdev.data.hub import HubStream
+    data = datasets.IterableDataset.from_generator(examples, gen_kwargs=dict(files=list(range(files))))
+    return HubStream(data, 'image', 'text', held_out=4, buffer=buffer, seed=3)
+
+class Texts:
+    "A stream's captions as numbers: what `ImageStream` is for images"
+    def __init__(self, examples): self.examples = examples
+    def stream(self, *args): return self.examples.stream(*args)
+    def later(self, example): return int(example.args[0]['text'])
+
+@pytest.mark.parametrize('files', [8, 5])                  # files of its own for each of two processes, or not
+def test_a_resumed_stream_reads_a_block_and_not_what_is_before_it(files):
+    "In each of two processes, across passes and at the borders of blocks; batches are equal to the bit"
+    from v2flow_nbdev.training.config import TrainConfig
+    from v2flow_nbdev.training.processes import make_loader
+    read, config = [], TrainConfig(steps=80, batch_size=5)
+    data = Texts(counted_stream(files, read))
+    for part in (0, 1):
+        whole = list(make_loader(data, config, list, 0, part, 2)[0])
+        for start in (1, 3, 4, 5, 30, 39, 40, 41, 79):
+            where = json.loads(json.dumps(whole[start - 1][2]))                       # as a checkpoint holds it
+            read.clear()
+            resumed = iter(make_loader(data, config, list, start, part, 2, where)[0])
+            first = next(resumed); reads = len(read)
+            assert [first, *resumed] == whole[start:], start
+            # a file from its beginning, as `datasets` does, and the block, or two if it ends in the batch; where files do
+            # not divide evenly another process has every second example
+            assert reads <= 50 + 2*(4 + 25*(1 if files == 8 else 2)), (start, reads)
+        read.clear(); assert next(iter(make_loader(data, config, list, 30, part, 2)[0])) == whole[30] and len(read) > 150
+
+def test_a_stream_is_read_once_whatever_the_number_of_workers(tmp_path):
+    "One process reads, the workers make batches; what they read is the same, and where they are comes with it"
+    from v2flow_nbdev.training.config import TrainConfig
+    from v2flow_nbdev.training.processes import make_loader
+    def batches(workers, start=0, where=None):
+        config = TrainConfig(steps=12, batch_size=5, num_workers=workers)
+        return list(make_loader(Texts(counted_stream(2, Log(tmp_path/'read'))), config, list, start, where=where)[0])
+    none, two = batches(0), batches(2)
+    assert none == two and batches(2, 7, none[6][2]) == none[7:]
+    read = [line for line in (tmp_path/'read').read_text().split()]
+    assert max(map(read.count, read)) <= 3                                        # one time in each of the three loaders
+    from v2flow_nbdev.data.batches import to_bytes
+    with pytest.raises(ValueError, match='cannot be sent to another process'): to_bytes([(0, lambda: 0)])
+
+class Log:
+    "A list's `append` into a file, which several processes share"
+    def __init__(self, path): self.path = path
+    def append(self, item):
+        with open(self.path, 'a') as f: f.write(f'{item}\n')
+
+def test_a_stream_can_be_trained_on_killed_and_resumed(parquet, tmp_path, capsys):
     from types import SimpleNamespace
     import torch
     from v2flow_nbdev.training.config import TrainConfig
@@ -185,6 +241,7 @@ def test_a_stream_can_be_trained_on_killed_and_resumed(parquet, tmp_path):
         def __init__(self): super().__init__(); self.m = torch.nn.Parameter(torch.zeros(3))
         def forward(self, images): return SimpleNamespace(loss=(images.mean((2, 3)) - self.m).square().mean())
     data = ImageStream(hub(str(parquet), streaming=True), 3, [(8, 8)])
+    data.examples.buffer = 7
     def run(out, fail=None, workers=0):
         def evaluate(m):
             if fail and float(m.m.abs().sum()) and (tmp_path/out/'checkpoints').exists(): raise KeyboardInterrupt
@@ -195,8 +252,20 @@ def test_a_stream_can_be_trained_on_killed_and_resumed(parquet, tmp_path):
                                                    evaluate, tmp_path/out, resume=True, progress=False)
         except KeyboardInterrupt: return None
     whole = run('a')
-    assert run('b', fail=True) is None and torch.equal(run('b').m, whole.m) and torch.equal(run('c', workers=2).m,
-        whole.m)
+    starts, stream = [], data.examples.stream
+    def noted(start=0, part=0, parts=1, where=None): starts.append((start, where)); return stream(start, part, parts, where)
+    data.examples.stream = noted
+    assert run('b', fail=True) is None and torch.equal(run('b').m, whole.m)
+    assert starts[0] == (0, None) and starts[1][0] == 18 and starts[1][1]['block'] == 2
+    del data.examples.stream
+    assert torch.equal(run('c', workers=2).m, whole.m)
+    # of another number of processes: the part is another one, and is read up to the position of the run
+    assert run('d', fail=True) is None
+    for state in (tmp_path/'d/checkpoints').glob('*/state.json'):
+        kept = json.loads(state.read_text())
+        assert len(kept['stream']) == 1; state.write_text(json.dumps(dict(kept, stream=kept['stream']*2)))
+    capsys.readouterr()
+    assert torch.equal(run('d').m, whole.m) and 'has 1 process, its checkpoint is of 2' in capsys.readouterr().err
 
 def test_images_are_mirrored_only_where_captions_allow():
     import torch

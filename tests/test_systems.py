@@ -88,7 +88,7 @@ def test_workers_are_sent_all_that_they_load_under_spawn(tmp_path):
     theirs, ours = torch.load(tmp_path/'spawned.pt', weights_only=False), list(all_batches(tmp_path, 0))
     assert [len(b) for b in ours] == [3, 3]
     for one, other in zip(ours, theirs):
-        for (batch, lost), (same, _) in zip(one, other):
+        for (batch, lost, *_), (same, *_) in zip(one, other):
             assert not lost and batch.keys() == same.keys() and all(torch.equal(batch[k], same[k])
                 if torch.is_tensor(batch[k]) else batch[k] == same[k] for k in batch)
 

@@ -6,9 +6,9 @@
 __all__ = ['ImageBatches', 'ImageStream']
 
 # %% ../../nbs/data/33_batches.ipynb #a7e2bc65
-import re
+import pickle, re
 from functools import partial
-from typing import Iterator, Sequence
+from typing import Callable, Iterator, Sequence
 import torch
 from ..base.random import seeded
 from ..base.images import as_image, to_tensor
@@ -77,10 +77,14 @@ class ImageBatches(torch.utils.data.Dataset):
 # %% ../../nbs/data/33_batches.ipynb #c49c1d97
 class ImageStream(ImageBatches):
     "The same from a stream of examples"
-    def stream(self, start:int=0, part:int=0, parts:int=1)->Iterator:
-        for position, example in self.examples.stream(start, part, parts): yield position, partial(self.later, example)
+    def stream(self, start:int=0, part:int=0, parts:int=1, *where)->Iterator:
+        return self.examples.stream(start, part, parts, *where)
 
-    def later(self, example:dict)->tuple: return self.prepare(example())
+    def later(self,
+        example:Callable,  # from `stream`
+    )->dict:
+        "What `collate` needs of an example, which is read now"
+        return self.prepare(example())
 
     def __len__(self): raise TypeError("a stream has no length")
 
@@ -181,20 +185,45 @@ class SeededDataset(torch.utils.data.Dataset):
         return usable_batch(makers, self.collate, self.seed)
 
 # %% ../../nbs/data/33_batches.ipynb #8a23f853
-class StreamedDataset(torch.utils.data.IterableDataset):
-    """The same from a stream: batch i holds the examples of this process' part from position i · batch_size on, so a
-    resumed run skips to its position"""
+class StreamReader(torch.utils.data.IterableDataset):
+    """What batches are made of: batch i of the examples of this process' part from position i · batch_size on. Yields
+    ([(position in the run, callable → example), …], where the next is: None if the stream does not say), in a worker as
+    bytes, which the process between two workers need not understand"""
     def __init__(self,
-        data,             # `data.stream(start, part, parts)` → (position, callable → example), without end; see `hub`
+        # `data.stream(start, part, parts[, where])` → (position, callable → example[, where the next is]), without end
+        data,
         batches:Batches,  # which positions
-        collate=None,     # examples → batch
-        seed:int=0,       # of the run
-    ): self.data, self.batches, self.collate, self.seed = (
-        data, batches, collate or torch.utils.data.default_collate, seed)
+        where=None,       # what came with the batch before the first one; None: read the stream from its beginning
+    ): self.data, self.batches, self.where = data, batches, where
 
     def __iter__(self):
         b = self.batches
-        stream = iter(self.data.stream(b.start*b.batch_size, b.part, b.parts))
+        stream = iter(self.data.stream(b.start*b.batch_size, b.part, b.parts, *([self.where] if self.where else [])))
         for i in range(b.start, b.stop):
-            batch = [(position, position, next(stream)[1]) for _,position in b.batch(i, b.part)]
-            yield usable_batch(batch, self.collate, self.seed)
+            examples = [next(stream) for _ in range(b.batch_size)]
+            positions = [position for _, position in b.batch(i, b.part)]
+            batch = [(p, make) for p, (_, make, *_) in zip(positions, examples)], (*examples[-1], None)[2]
+            yield batch if torch.utils.data.get_worker_info() is None else to_bytes(batch)
+
+def to_bytes(batch)->bytes:
+    "`ValueError` if it cannot be pickled: the queue of a worker would lose it, and the run would wait for ever"
+    try: return pickle.dumps(batch)
+    except (pickle.PicklingError, AttributeError, TypeError) as e:
+        raise ValueError(f"the examples of the stream cannot be sent to another process ({' '.join(str(e).split())}); "
+                         f"use functions of a module instead of lambdas and nested ones, or num_workers=0") from e
+
+class StreamedDataset(torch.utils.data.Dataset):
+    "Whole batches of a stream for a loader, as `SeededDataset` makes them, and where the stream goes on"
+    def __init__(self,
+        data,          # the stream; `data.later(callable)`, if it has that, makes an example of what it gives
+        collate=None,  # examples → batch
+        seed:int=0,    # of the run
+    ): self.data, self.collate, self.seed = data, collate or torch.utils.data.default_collate, seed
+
+    def __getitem__(self,
+        batch,  # from `StreamReader`
+    ):          # (batch, [why an example could not be used, …], where the next example is)
+        examples, where = pickle.loads(batch) if isinstance(batch, bytes) else batch
+        later = getattr(self.data, 'later', None)
+        makers = [(position, position, partial(later, make) if later else make) for position, make in examples]
+        return *usable_batch(makers, self.collate, self.seed), where

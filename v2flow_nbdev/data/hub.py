@@ -66,9 +66,10 @@ def part_of_stream(
     data,        # `datasets.IterableDataset`
     held_out,    # examples at its beginning that nobody gets
     part, parts, # number of this process, and of all
-):               # `datasets.IterableDataset`
+):               # `datasets.IterableDataset`, with a state of its own
     "What one of several processes reads: files of its own where they divide evenly, else every so many examples"
     from datasets.distributed import split_dataset_by_node
+    data = data.shard(num_shards=1, index=0)  # a copy: two that read one data set would share its state
     rest = data.skip(held_out) if held_out else data
     if parts == 1: return rest
     first_file = islice(data.shard(num_shards=data.n_shards, index=0), held_out, None)
@@ -79,21 +80,28 @@ def part_of_stream(
 
 def shuffled(
     items,       # any iterable
-    buffer:int,  # how many are held at a time
+    buffer:int,  # size of a block
     seed:int,
-):               # yields all of them
-    "The items in random order, as far as the buffer reaches"
-    generator, held = torch.Generator().manual_seed(seed), []
-    for item in items:
-        if len(held) < buffer: held.append(item); continue
-        i = torch.randint(buffer, (), generator=generator).item()
-        held[i], item = item, held[i]
-        yield item
-    for i in torch.randperm(len(held), generator=generator).tolist(): yield held[i]
+    block:int=0, # number of the block with which the items begin
+    skip:int=0,  # how many are not wanted
+):               # yields (item, number of the block that the next item belongs to; None: there is no next)
+    "The items block by block, each block in a random order of (seed, number of the block), the next one read meanwhile"
+    items = iter(items)
+    held = list(islice(items, buffer))
+    while held:
+        following, generator = [], torch.Generator().manual_seed((seed*1_000_003 + block) % 2**63)
+        order = torch.randperm(len(held), generator=generator).tolist()
+        for left in range(len(held) - skip - 1, -1, -1):
+            following += islice(items, 1 if left else buffer - len(following))
+            i = order[-1 - left]
+            item, held[i] = held[i], None
+            yield item, block if left else block + 1 if following else None
+        following += islice(items, buffer - len(following))  # nothing, unless all of the block was skipped
+        held, block, skip = following, block + 1, max(0, skip - len(held))
 
 # %% ../../nbs/data/32_hub.ipynb #64925dd0
 class HubStream:
-    "Examples of a data set that is read while it is used, shuffled in a buffer, pass after pass"
+    "Examples of a data set that is read while it is used, shuffled in blocks, pass after pass"
     def __init__(self, data, image, caption, seed=0, buffer=1000, held_out=0):
         self.data, self.image, self.caption, self.report = data, image, caption, Report()
         self.seed, self.buffer, self.held_out = seed, buffer, held_out
@@ -113,18 +121,32 @@ class HubStream:
         start:int=0,  # the first position wanted
         part:int=0,   # number of this process
         parts:int=1,  # number of processes
-    ):                # yields (position in this process' part, callable → example), without end
-        "Examples from a position on, always in the same order; images are read when an example is called"
-        position, rest = 0, part_of_stream(self.data, self.held_out, part, parts)
-        for epoch in range(2**31):
-            before = position
-            for i, example in shuffled(enumerate(rest, self.held_out), self.buffer, self.seed*1_000_003 + epoch):
-                if position >= start:
-                    yield position, partial(hub_example, example, self.image, self.caption, f'example {i}')
-                position += 1
-            if position == before:
+        where:dict|None=None,  # what came with the example before it, in the same part; None: read all before
+    ):                # yields (position in this process' part, callable → example, where the next one is), without end
+        """Examples from a position on, always in the same order; images are read when an example is called. Where the
+        next one is: its pass (`epoch`), the position at which that began, its block, and the data set's state (JSON) at
+        the beginning of the block"""
+        data = part_of_stream(self.data, self.held_out, part, parts)
+        at = where or dict(epoch=0, began=0, block=0, state=None)
+        while True:
+            read, states = at['block']*self.buffer, {at['block']: at['state']}
+            def numbered():
+                nonlocal read
+                for example in data:
+                    read += 1
+                    yield read - 1 + self.held_out, example
+                    if read % self.buffer == 0: states[read//self.buffer] = data.state_dict()
+            data.load_state_dict(at['state'])
+            for (i, example), block in shuffled(numbered(), self.buffer, self.seed*1_000_003 + at['epoch'], at['block'],
+                                                max(0, start - at['began'] - read)):
+                following = (dict(epoch=at['epoch'] + 1, began=at['began'] + read, block=0, state=None) if block is None
+                             else dict(at, block=block, state=states[block]))
+                yield start, partial(hub_example, example, self.image, self.caption, f'example {i}'), following
+                start += 1
+            if not read:
                 raise OSError("the data set has no examples" + (f" behind the first {self.held_out}, which are held out"
-                                                            if self.held_out else ''))
+                                                                if self.held_out else ''))
+            at = dict(epoch=at['epoch'] + 1, began=at['began'] + read, block=0, state=None)
 
 # %% ../../nbs/data/32_hub.ipynb #2dc62548
 def hub(

@@ -352,6 +352,7 @@ class Record:
         self.log = RunLog(out if self.main else None, state.get('step', 0), state.get('pending', ()), say)
         self.unusable, self.skipped = state.get('unusable', []), state.get('skipped', 0)
         self.began, self.examples, self.scores = time.time(), 0, {}
+        self.stream, self.say = state.get('stream') or [], say or (lambda line: None)
         if out:
             accelerator.init_trackers('trackers', init_kwargs=dict(tensorboard=dict(purge_step=state.get('step', 0))))
 
@@ -383,9 +384,19 @@ class Record:
         self.accelerator.log({k: v for k,v in line.items() if isinstance(v, (int, float)) and k != 'step'}, step)
         return line
 
-    def save(self, step, tensors, line):
+    def where(self):
+        """Where this process goes on in a stream. None: nowhere yet, or there were other processes, whose parts were
+        others too; then its part is read from the beginning up to the position of the run"""
+        now, before = self.accelerator.num_processes, len(self.stream)
+        if now == before: return self.stream[self.accelerator.process_index]
+        if before:
+            self.say(f"this run has {now} process{'es'*(now > 1)}, its checkpoint is of {before}: each reads its part "
+                     f"of the stream from the beginning, up to the position of the run")
+
+    def save(self, step, tensors, line, where=None):  # where: in a stream, this process goes on
         "A checkpoint, with the log line of the same step, by which the best is chosen"
+        stream = dict(stream=said_by_all(where)) if where else {}
         if not self.main and not is_sharded(tensors): return
         save_checkpoint(self.out, step, tensors, dict(settings=self.settings, pending=self.log.losses, scores=line,
-                                                      unusable=self.unusable, skipped=self.skipped))
+                                                      unusable=self.unusable, skipped=self.skipped, **stream))
         if self.main: prune_checkpoints(self.out, self.config.save_total_limit, self.config.metric_for_best_model)

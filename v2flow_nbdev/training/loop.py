@@ -162,7 +162,7 @@ def run_steps(
 ):                       # the EMA model, frozen
     "The steps of a run that are still to be done"
     n, out = accelerator.num_processes, record.out
-    loader, batches = make_loader(data, config, collate, start, accelerator.process_index, n)
+    loader, batches = make_loader(data, config, collate, start, accelerator.process_index, n, record.where())
     twin = copy.deepcopy(model.train() if config.fsdp else model.train().to(accelerator.device))
     model.to(accelerator.device)
     trainer = Trainer(model, config, accelerator, count)
@@ -178,9 +178,9 @@ def run_steps(
             for step in range(start, config.steps):
                 done, line, stop = step + 1, {}, False
                 parts = speed.waited(lambda: [next(source) for _ in range(config.gradient_accumulation_steps)])
-                with speed.counted([batch for batch,_ in parts]):
-                    taken = trainer.step(step, [batch for batch,_ in parts], bool(signals),
-                                         [why for _,some in parts for why in some])
+                with speed.counted([batch for batch,*_ in parts]):
+                    taken = trainer.step(step, [batch for batch,*_ in parts], bool(signals),
+                                         [why for _,some,*_ in parts for why in some])
                 ema.update(min(config.ema_decay, (1 + step)/(10 + step)), taken)
                 bar.update()
                 evaluated, logged, saved = (due(done, every, config.steps) for every in (
@@ -197,7 +197,7 @@ def run_steps(
                     bar.set_postfix({k: f'{v:.3g}' for k,v in line.items() if k in ('loss', 'examples_per_s')},
                                     refresh=False)
                 if out and (evaluated or stop or saved):
-                    record.save(done, run_tensors(model, ema, trainer.optimizer), line)
+                    record.save(done, run_tensors(model, ema, trainer.optimizer), line, *parts[-1][2:])
                 if stop: raise Interrupted((signals or [signal.SIGTERM])[0], done, bool(out))
         finally: del source  # its workers end here, also where the traceback of an error lives on
     return ema.ema_model()

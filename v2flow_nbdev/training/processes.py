@@ -10,7 +10,7 @@ import os, pickle, re, signal, sys, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import torch
-from ..data.batches import Batches, SeededDataset, StreamedDataset
+from ..data.batches import Batches, SeededDataset, StreamedDataset, StreamReader
 from .config import TrainConfig
 
 # %% ../../nbs/training/40_processes.ipynb #ce7ce9a8
@@ -72,6 +72,11 @@ def identity(batch): return batch
 
 def ignore_interrupts(worker): signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains
 
+class WhenNeeded:
+    "A loader whose worker starts when its first item is wanted: `DataLoader` makes two iterators of its sampler"
+    def __init__(self, loader): self.loader = loader
+    def __iter__(self): yield from self.loader
+
 def make_loader(
     data,                # examples by number, or a stream with `stream(start, part, parts)`
     config:TrainConfig,
@@ -79,20 +84,21 @@ def make_loader(
     start:int=0,         # steps done
     part:int=0,          # this process
     parts:int=1,         # of so many
-):                       # (loader of (batch, what could not be used), its `Batches`)
+    where=None,          # of a stream: what came with the last batch; None: read it from its beginning
+):  # (loader of (batch, what could not be used), of a stream also where the next example is; its `Batches`)
     "The rest of the run's batches, `gradient_accumulation_steps` of them for each step"
     stream = hasattr(data, 'stream')
     batches = Batches(None if stream else len(data), config.batch_size, config.seed,
                       start*config.gradient_accumulation_steps, config.steps*config.gradient_accumulation_steps, part,
                       parts)
-    loader_kwargs = dict(batch_size=None, num_workers=config.num_workers, collate_fn=identity,
-                         worker_init_fn=ignore_interrupts, pin_memory=torch.cuda.is_available(),
-                         generator=torch.Generator())  # else it would draw from the run's random numbers
-    if stream:
-        return torch.utils.data.DataLoader(StreamedDataset(data, batches, collate, config.seed),
-                                           **dict(loader_kwargs, num_workers=min(1, config.num_workers))), batches
-    return torch.utils.data.DataLoader(SeededDataset(data, collate, config.seed), sampler=batches,
-                                       **loader_kwargs), batches
+    def loader(dataset, sampler=None, workers=config.num_workers, pinned=torch.cuda.is_available()):
+        return torch.utils.data.DataLoader(
+            dataset, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=identity, pin_memory=pinned,
+            worker_init_fn=ignore_interrupts,
+            generator=torch.Generator())  # else it would draw from the run's random numbers
+    if not stream: return loader(SeededDataset(data, collate, config.seed), batches), batches
+    reader = loader(StreamReader(data, batches, where), workers=min(1, config.num_workers), pinned=False)
+    return loader(StreamedDataset(data, collate, config.seed), WhenNeeded(reader)), batches
 
 # %% ../../nbs/training/40_processes.ipynb #08a524b8
 def start_loader(loader):

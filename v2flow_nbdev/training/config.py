@@ -53,6 +53,7 @@ class TrainConfig:
     batch_size:int=128            # examples per forward and process
     gradient_accumulation_steps:int=1  # forwards per step
     lr:float=1e-3                 # peak learning rate
+    embedding_lr:float=1.         # times `lr`: that of embeddings, such as the new ones beside a pretrained body
     warmup:float=0.03             # linear warm-up, a fraction of the run
     final_lr:float=0.02           # fraction of `lr` at the end of the cosine decay; 1: constant, as in the paper
     optimizer:str='adamw'         # or 'muon': for the matrices of linear layers, with AdamW for the rest
@@ -80,7 +81,7 @@ class TrainConfig:
         if self.mixed_precision == 'False': self.mixed_precision = 'no'            # how YAML reads a bare `no`
         check_range(self, 'steps batch_size gradient_accumulation_steps save_total_limit', 1, math.inf,
                     'need at least 1')
-        check_range(self, 'evaluate_every checkpoint_every log_every lr weight_decay num_workers processes seed', 0,
+        check_range(self, 'evaluate_every checkpoint_every log_every lr embedding_lr weight_decay num_workers processes seed', 0,
                     math.inf, 'needs 0 or more, and finite')
         check_range(self, 'warmup final_lr ema_decay', 0, 1, 'needs 0 to 1')
         if self.seed >= 2**40: raise ValueError(f"seed={self.seed}: use a number below 2^40")

@@ -65,7 +65,7 @@ class Trainer:
         c, model = self.config, self.model
         # all chance in a step is a function of (seed, step, process); of (seed, step) where the model shares its draws
         torch.manual_seed(c.seed*1_000_003 + step + 2**40 + self.rank*982_451_653)
-        for group in self.optimizer.param_groups: group['lr'] = c.lr*lr_factor(step, c)
+        for group in self.optimizer.param_groups: group['lr'] = c.lr*lr_factor(step, c)*group.get('lr_factor', 1.)
         if hasattr(model, 'before_step'): model.before_step(step/c.steps)
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.forward_backward(batches)

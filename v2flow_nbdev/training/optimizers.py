@@ -86,6 +86,12 @@ def parameter_groups(
     if head := getattr(model, 'get_output_embeddings', lambda: None)(): matrices.discard(id(head.weight))
     groups = [dict(params=[p for p in model.parameters() if id(p) not in matrices and (id(p) in plain) == kind],
                    weight_decay=0. if kind else config.weight_decay) for kind in (False, True)]
+    if config.embedding_lr != 1:  # a group of their own
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        tables |= {id(p) for n,p in model.named_parameters() if 'trainable_tokens' in n}
+        own = [p for p in groups[1]['params'] if id(p) in tables]
+        groups[1]['params'] = [p for p in groups[1]['params'] if id(p) not in tables]
+        groups.append(dict(params=own, weight_decay=0., lr_factor=config.embedding_lr))
     return groups, [p for p in model.parameters() if id(p) in matrices]
 
 # %% ../../nbs/training/41_optimizers.ipynb #f6871447

@@ -22,8 +22,8 @@ from .processes import (
     deterministic_algorithms, Interrupted, interruptions, make_loader, start_loader, start_processes, wrap)
 from .optimizers import (
     EMAModel, full_tensor, make_optimizer, multiplies_bf16, step_on_device, step_unless)
-from .checkpoints import (
-    check_settings, last_checkpoint, Record, restore, run_tensors)
+from .checkpoints import check_settings, last_checkpoint, Record
+from .shards import own_tensors, read_either, restore_own, save_own
 
 # %% ../../nbs/training/44_loop.ipynb #df714f71
 def loss_terms(output)->dict:
@@ -167,7 +167,7 @@ def run_steps(
     model.to(accelerator.device)
     trainer = Trainer(model, config, accelerator, count)
     ema = EMAModel(model, twin)
-    if begun: restore(begun.pop(), model, ema, trainer.optimizer); step_on_device(trainer.optimizer)
+    if begun: restore_own(begun.pop(), model, ema, trainer.optimizer); step_on_device(trainer.optimizer)
     speed = Speed(accelerator.device, n, config.activation_checkpointing)
     bar = tqdm(total=config.steps, initial=start, disable=not (progress and record.main), desc='training',
                mininterval=1, dynamic_ncols=True)
@@ -197,7 +197,7 @@ def run_steps(
                     bar.set_postfix({k: f'{v:.3g}' for k,v in line.items() if k in ('loss', 'examples_per_s')},
                                     refresh=False)
                 if out and (evaluated or stop or saved):
-                    record.save(done, run_tensors(model, ema, trainer.optimizer), line, *parts[-1][2:])
+                    record.save(done, own_tensors(model, ema, trainer.optimizer), line, *parts[-1][2:])
                 if stop: raise Interrupted((signals or [signal.SIGTERM])[0], done, bool(out))
         finally: del source  # its workers end here, also where the traceback of an error lives on
     return ema.ema_model()
@@ -228,10 +228,10 @@ def train(
     def say(text): tqdm.write(f'v2flow: {text}', file=sys.stderr) if main else None
     settings = dict(asdict(config), **(settings or {}),
                     examples_per_step=config.batch_size*config.gradient_accumulation_steps*n)
-    tensors, state = out and (resume or config.resume) and last_checkpoint(out, say) or (None, {})
+    tensors, state = out and (resume or config.resume) and last_checkpoint(out, say, read_either) or (None, {})
     if tensors: check_settings(state.get('settings', {}), settings, out)
     with tracking(accelerator), restored_modes(model) as trained:
-        record = Record(out, config, accelerator, settings, state, say)
+        record = Record(out, config, accelerator, settings, state, say, save_own)
         begun, tensors = [tensors] if tensors else [], None
         trained_model = run_steps(model, data, config, accelerator, record, begun, state.get('step', 0), collate,
                                   evaluate, progress, count)

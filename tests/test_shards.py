@@ -39,13 +39,13 @@ def train_net(out, processes, fsdp, dtype=torch.float64, resume=False, watch=Non
     """20 steps of 12 sequences each, a checkpoint after 10; `watch` names the file for the whole state when it is
     restored. Nothing may be gathered while a checkpoint is written or read"""
     from torch.distributed.tensor import DTensor
-    from v2flow_nbdev.training import checkpoints, loop
+    from v2flow_nbdev.training import loop, shards
     from v2flow_nbdev.training.config import TrainConfig
     from v2flow_nbdev.training.optimizers import full_tensor
     g = torch.Generator().manual_seed(5)
     data = [dict(ids=torch.randint(11, (6,), generator=g)) for _ in range(30)]
-    restore, tensors, gather = loop.restore, loop.run_tensors, DTensor.full_tensor
-    def state(*parts): return {k: full_tensor(t).clone() for k,t in checkpoints.flat(tensors(*parts)).items()}
+    restore, tensors, gather = loop.restore_own, loop.own_tensors, DTensor.full_tensor
+    def state(*parts): return {k: full_tensor(t).clone() for k,t in shards.flat(tensors(*parts)).items()}
     def forbidden(self): raise AssertionError('a tensor was gathered')
     def watched_restore(begun, *parts):
         DTensor.full_tensor = forbidden
@@ -55,12 +55,12 @@ def train_net(out, processes, fsdp, dtype=torch.float64, resume=False, watch=Non
     def watched_tensors(*parts):
         if watch: torch.save(state(*parts), f'{out}/saved-{len(list(out.glob("saved*")))}.pt')
         return tensors(*parts)
-    loop.restore, loop.run_tensors, save = watched_restore, watched_tensors, checkpoints.save_checkpoint
+    loop.restore_own, loop.own_tensors, save = watched_restore, watched_tensors, loop.save_own
     def watched_save(*args):
         DTensor.full_tensor = forbidden
         try: save(*args)
         finally: DTensor.full_tensor = gather
-    checkpoints.save_checkpoint = watched_save
+    loop.save_own = watched_save
     config = TrainConfig(steps=20, batch_size=12//processes, lr=1e-2, mixed_precision='no', log_every=1, fsdp=fsdp,
                          checkpoint_every=10, evaluate_every=0, trackers=(), save_total_limit=9)
     loop.train(Net(dtype), data, config, out=out, resume=resume, progress=False)
@@ -191,12 +191,13 @@ def test_a_full_disk_or_a_death_in_one_process_leaves_the_checkpoint_before(runs
         assert 'the disk is full; the last whole one: step-00000010' in (runs/f'full/error-{rank}').read_text()
     assert [p.name for p in (runs/'full/checkpoints').iterdir()] == ['step-00000010']
     from v2flow_nbdev.training.checkpoints import last_checkpoint
-    folder, state = last_checkpoint(runs/'killed')
+    from v2flow_nbdev.training.shards import read_either
+    folder, state = last_checkpoint(runs/'killed', read=read_either)
     assert state['step'] == 10 and not (runs/'killed/checkpoints/step-00000020').exists()
     path = sorted(folder.glob('shard-00002*'))[0]
     path.write_bytes(path.read_bytes()[:-1] + b'x')
     said = []
-    assert last_checkpoint(runs/'killed', said.append) is None and path.name in said[0]
+    assert last_checkpoint(runs/'killed', said.append, read_either) is None and path.name in said[0]
 
 def test_the_layouts_do_no_more_than_they_must(runs):
     """DDP neither searches for unused parameters nor broadcasts buffers; FSDP in bf16 multiplies in bf16 what it keeps

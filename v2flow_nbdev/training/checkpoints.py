@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/training/42_checkpoints.ipynb #374b4741
-import errno, json, math, os, shutil, time, warnings
+import errno, json, math, os, shutil, time
 from dataclasses import asdict
 from pathlib import Path
 import torch, torch.distributed as dist
@@ -71,26 +71,10 @@ def run_tensors(
     ema:EMAModel,  # of it
     optimizer,     # its optimizer
 )->dict:           # file name → {name: tensor}, for `save_checkpoint`
-    "All tensors of a run as they are: in one piece, or this process' shards of them"
+    "All tensors of a run as they are"
     name = {p: n for n,p in model.named_parameters()}
     state = {f'{name[p]}|{k}': v for p,s in optimizer.state.items() for k,v in s.items()}
-    tensors = dict(model=model.state_dict(), ema=ema.values, optimizer=state)
-    return untied(tensors, model) if is_sharded(tensors) else tensors
-
-def untied(
-    tensors:dict,  # as `run_tensors` gives them
-    model,         # that they belong to
-)->dict:           # the same without the second name of a tensor that has two, as shards have it
-    "Of tied parameters the first alone"
-    once = {n for kind in (model.named_parameters, model.named_buffers) for n,_ in kind()}
-    twice = {n for kind in (model.named_parameters, model.named_buffers) for n,_ in kind(remove_duplicate=False)}
-    return dict(tensors, model={n: t for n,t in tensors['model'].items() if n in once or n not in twice})
-
-def is_sharded(
-    tensors:dict,  # as `run_tensors` gives them
-)->bool:
-    "Does each process hold a part only?"
-    return any(hasattr(t, 'full_tensor') for some in tensors.values() for t in some.values())
+    return dict(model=model.state_dict(), ema=ema.values, optimizer=state)
 
 # %% ../../nbs/training/42_checkpoints.ipynb #1fb0ac5c
 def checkpoints(
@@ -114,79 +98,6 @@ def sync(path):
     finally:
         if handle is not None: os.close(handle)
 
-# %% ../../nbs/training/42_checkpoints.ipynb #5a1d0c02
-def said_by_all(
-    value,    # of this process
-)->list:      # of every process
-    "What each process has to say, in all of them"
-    if not dist.is_initialized(): return [value]
-    said = [None]*dist.get_world_size()
-    dist.all_gather_object(said, value)
-    return said
-
-def all_or_none(
-    do,  # callable; every process must call this
-):       # what `do` gives in this process
-    "Do something in every process. An `OSError` in one of them is raised in all"
-    value = error = None
-    try: value = do()
-    except OSError as e: error = OSError(*e.args[:2])
-    if (error := next(filter(None, said_by_all(error)), None)): raise error
-    return value
-
-def shared_checksums(
-    folder:Path,  # with the shards of all processes
-    names,        # of its files
-)->dict:          # name → SHA-256, '' for a file that is missing
-    "The checksums of all files, each file read by one process"
-    rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    own = {n: sha256(folder/n) if (folder/n).is_file() else '' for n in sorted(names)[rank::count]}
-    return {n: s for some in said_by_all(own) for n,s in some.items()}
-
-# %% ../../nbs/training/42_checkpoints.ipynb #5a1d0c03
-def flat(
-    tensors:dict,  # as `run_tensors` gives them
-)->dict:           # 'file|name' → tensor
-    "All tensors of a run under one name each"
-    return {f'{file}|{n}': t for file, some in tensors.items() for n,t in some.items()}
-
-def write_shards(
-    folder:Path,   # there, and empty
-    tensors:dict,  # as `run_tensors` gives them; every process must call this
-):
-    "Each process writes its shards, one file for each kind of tensor: memory holds one such file at a time"
-    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
-    tensors = flat(tensors)
-    kind = {n: n.rsplit('|', 1)[1] if n.startswith('optimizer|') else n.split('|')[0] for n in tensors}
-    kinds = {k: i for i,k in enumerate(dict.fromkeys(kind.values()), 1)}
-    storage = HuggingFaceStorageWriter(str(folder), save_distributed=True,
-                                       fqn_to_index_mapping={n: kinds[k] for n,k in kind.items()})
-    try: save(tensors, storage_writer=storage)
-    except CheckpointException as e: raise next(error for error,_ in e.failures.values()) from None
-
-def read_shards(
-    folder:Path,   # of a checkpoint in shards
-    tensors:dict,  # as `run_tensors` gives them, to be filled; every process must call this
-):
-    "Each process reads what its own tensors hold, from the shards of however many processes"
-    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', message='torch.distributed is disabled')  # one process has no need of it
-            load(flat(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
-    except CheckpointException as e: raise next(error for error,_ in e.failures.values()) from None
-
-def stored_shards(
-    folder:Path,  # of a checkpoint in shards
-)->dict:          # file name → {name: shape}, as in `run_tensors`
-    "What the shards hold, by the headers of their files"
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
-    found = dict(model={}, ema={}, optimizer={})
-    for n,t in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
-        file, _, n = n.partition('|')
-        found[file][n] = tuple(t.size)
-    return found
-
 # %% ../../nbs/training/42_checkpoints.ipynb #cd138b24
 def empty_folder(new):
     "A new temporary folder for a checkpoint; those of runs that died while they wrote are removed"
@@ -201,24 +112,38 @@ def put_in_place(new, final, state):
     os.replace(new, final)
     sync(final.parent)
 
+def checksums(
+    folder:Path,  # of a checkpoint
+    names,        # of its files
+)->dict:          # name → SHA-256, '' for a file that is missing
+    "The checksums of some files"
+    return {n: sha256(folder/n) if (folder/n).is_file() else '' for n in names}
+
+def write_whole(
+    folder:Path,   # there, and empty
+    tensors:dict,  # file name → {name: tensor}
+)->dict:           # checksums of the files
+    "One file of safetensors for each kind of tensor"
+    for name, content in tensors.items(): write_tensors(folder/f'{name}.safetensors', content)
+    return checksums(folder, sorted(p.name for p in folder.glob('*.safetensors')))
+
+# %% ../../nbs/training/42_checkpoints.ipynb #cd138b25
 def save_checkpoint(
-    out:Path,                 # folder of the run
-    step:int,                 # steps done
-    tensors:dict,             # file name → {name: tensor}; of shards, every process must save its own
-    state:dict,               # what else; JSON; the first process' is kept
+    out:Path,           # folder of the run
+    step:int,           # steps done
+    tensors:dict,       # file name → {name: tensor}
+    state:dict,         # what else; JSON
+    write=write_whole,  # callable (folder, tensors) → checksums of the files it wrote
+    main:bool=True,     # does this process make the folder and rename it?
+    together=lambda do: do(),  # callable; does what it is given in all processes that write, or raises in all
 ):
     "Everything a resumed run needs, written under a temporary name, with checksums, and renamed"
     final = Path(out)/'checkpoints'/f'step-{step:08}'
-    new, sharded = final.with_name(f'.{final.name}.tmp'), is_sharded(tensors)
-    main, do = (dist.get_rank() == 0, all_or_none) if sharded else (True, lambda action: action())
+    new = final.with_name(f'.{final.name}.tmp')
     try:
-        do(lambda: empty_folder(new) if main else None)
-        if sharded: write_shards(new, tensors)
-        else:
-            for name, content in tensors.items(): write_tensors(new/f'{name}.safetensors', content)
-        names = sorted(p.name for p in new.glob('*.safetensors'))
-        sums = shared_checksums(new, names) if sharded else {n: sha256(new/n) for n in names}
-        do(lambda: put_in_place(new, final, dict(step=step, **state, sha256=sums)) if main else None)
+        together(lambda: empty_folder(new) if main else None)
+        sums = write(new, tensors)
+        together(lambda: put_in_place(new, final, dict(step=step, **state, sha256=sums)) if main else None)
     except OSError as e:
         if main: shutil.rmtree(new, ignore_errors=True)
         before = next((p.name for p in checkpoints(out) if p != final), 'none')
@@ -227,27 +152,40 @@ def save_checkpoint(
                       f"space and continue with --resume") from e
 
 # %% ../../nbs/training/42_checkpoints.ipynb #0cfa9118
-def read_checkpoint(
-    folder:Path,   # of one checkpoint
-):  # (tensors as given to `save_checkpoint`, or the folder if they are shards; state); `OSError` if anything is damaged
-    "Safetensors and JSON: nothing that could run code. Of shards only the checksums are read; see `restore`"
+def read_state(
+    folder:Path,  # of one checkpoint
+)->dict:          # what was saved beside the tensors; `OSError` if it is damaged
+    "The file that tells what a checkpoint holds"
     state = read_json(folder/'state.json', ['step', 'sha256'])
     if type(state['step']) is not int or not isinstance(state['sha256'], dict):
         raise OSError(f"{folder/'state.json'}: damaged, it is no state of a run")
-    sharded = any(n.startswith('shard-') for n in state['sha256'])
-    if sharded: found = shared_checksums(folder, state['sha256'])
-    for name, known in state['sha256'].items():
-        if not (found[name] == known if sharded else (folder/name).is_file() and sha256(folder/name) == known):
-            raise OSError(f"{folder/name}: missing or damaged")
-    return (folder if sharded else {Path(n).stem: read_tensors(folder/n) for n in state['sha256']}), state
+    return state
+
+def check_files(
+    folder:Path,  # of one checkpoint
+    known:dict,   # name → SHA-256, of its state
+    found:dict,   # the same, of the files as they are now
+):
+    "`OSError` naming a file that is not what was written"
+    for name in known:
+        if found[name] != known[name]: raise OSError(f"{folder/name}: missing or damaged")
+
+def read_checkpoint(
+    folder:Path,  # of one checkpoint
+):                # (tensors as given to `save_checkpoint`, state); `OSError` if anything is damaged
+    "Safetensors and JSON: nothing that could run code"
+    state = read_state(folder)
+    check_files(folder, state['sha256'], checksums(folder, state['sha256']))
+    return {Path(n).stem: read_tensors(folder/n) for n in state['sha256']}, state
 
 def last_checkpoint(
-    out:Path,     # folder of a run
-    say=print,    # called with a line for each that is damaged
-):                # what `read_checkpoint` gives, or None where there is no whole one
+    out:Path,              # folder of a run
+    say=print,             # called with a line for each that is damaged
+    read=read_checkpoint,  # callable (folder of a checkpoint) → (tensors, state)
+):                         # what `read` gives, or None where there is no whole one
     "The newest whole checkpoint"
     for folder in checkpoints(out):
-        try: return read_checkpoint(folder)
+        try: return read(folder)
         except OSError as e: say(f"{e}; going back to the checkpoint before it")
 
 # %% ../../nbs/training/42_checkpoints.ipynb #5b1dadb7
@@ -256,30 +194,36 @@ def check_names(own, stored):
     if own.keys() != stored.keys():
         raise ValueError(f"the checkpoint holds another model: {sorted(own.keys() ^ stored.keys())[:4]} …")
 
+def fill_optimizer(
+    optimizer,  # that has not taken a step
+    model,      # its parameters' names
+    state:dict, # 'parameter|name' → tensor, laid out as the parameter
+):
+    "What an optimizer keeps of each parameter"
+    parameters = dict(model.named_parameters())
+    # the fused optimizer counts steps where its parameters are
+    there = {p for g in optimizer.param_groups if g.get('fused') or g.get('capturable') for p in g['params']}
+    for key, value in state.items():
+        n, k = key.rsplit('|', 1)
+        p = parameters[n]
+        optimizer.state[p][k] = value.to(p.device) if k == 'step' and p in there else value
+
 @torch.no_grad()
 def restore(
-    tensors,       # of a checkpoint: {file name: {name: tensor}}, or the folder of its shards
-    model,         # to be filled, as are the next two
+    tensors:dict,  # of a checkpoint: {file name: {name: tensor}}
+    model,         # to be filled, as are the next two; `shard_like` takes this process' part where they are sharded
     ema:EMAModel,
     optimizer,
 ):
-    "Exact resume: the inverse of `run_tensors`, from one piece or from shards, into one piece or into shards"
-    sharded = isinstance(tensors, Path)
-    stored, parameters = stored_shards(tensors) if sharded else tensors, dict(model.named_parameters())
-    own = untied(run_tensors(model, ema, optimizer), model)['model'] if sharded else model.state_dict()
-    check_names(own, stored['model'])
-    check_names(ema.values, stored['ema'])
-    # the fused optimizer counts steps where its parameters are
-    there = {p for g in optimizer.param_groups if g.get('fused') or g.get('capturable') for p in g['params']}
-    for key, value in stored['optimizer'].items():
-        n, k = key.rsplit('|', 1)
-        p = parameters[n]
-        if sharded: value = torch.zeros(()) if k == 'step' else torch.zeros_like(p)
-        elif k != 'step': value = shard_like(value, p)
-        optimizer.state[p][k] = value.to(p.device) if k == 'step' and p in there else value
-    if sharded: return read_shards(tensors, untied(run_tensors(model, ema, optimizer), model))
-    for n,t in own.items(): t.copy_(shard_like(stored['model'][n], t))
-    for n,t in ema.values.items(): t.copy_(shard_like(stored['ema'][n], t))
+    "Exact resume: the inverse of `run_tensors`"
+    own, parameters = model.state_dict(), dict(model.named_parameters())
+    check_names(own, tensors['model'])
+    check_names(ema.values, tensors['ema'])
+    fill_optimizer(optimizer, model, {
+        key: v if key.endswith('|step') else shard_like(v, parameters[key.rsplit('|', 1)[0]])
+        for key,v in tensors['optimizer'].items()})
+    for n,t in own.items(): t.copy_(shard_like(tensors['model'][n], t))
+    for n,t in ema.values.items(): t.copy_(shard_like(tensors['ema'][n], t))
 
 # %% ../../nbs/training/42_checkpoints.ipynb #72f3979a
 def prune_checkpoints(
@@ -317,6 +261,16 @@ def check_settings(
                if before.get(k) != now.get(k) and k not in unessential]
     if changed: raise ValueError(f"cannot resume {out} under other settings ({'; '.join(changed)})")
 
+# %% ../../nbs/training/42_checkpoints.ipynb #5a1d0c06
+def said_by_all(
+    value,    # of this process
+)->list:      # of every process
+    "What each process has to say, in all of them"
+    if not dist.is_initialized(): return [value]
+    said = [None]*dist.get_world_size()
+    dist.all_gather_object(said, value)
+    return said
+
 # %% ../../nbs/training/42_checkpoints.ipynb #899953d5
 def save_images(
     images:dict,  # name → image (`PIL`)
@@ -337,8 +291,7 @@ def save_images(
 
 # %% ../../nbs/training/42_checkpoints.ipynb #22cd2744
 class Record:
-    """What is kept of a run: log, trackers, images, checkpoints. Every process has one; the first process writes, and
-    each writes its shards"""
+    "What is kept of a run: log, trackers, images, checkpoints. Every process has one"
     def __init__(self,
         out,                 # folder of the run; None: keep nothing
         config:TrainConfig,
@@ -346,9 +299,10 @@ class Record:
         settings:dict,       # what a resumed run must have in common with its beginning
         state:dict,          # of the checkpoint it continues from; {}: a new run
         say=None,            # called with a line for what is odd
+        save=save_checkpoint,  # callable (out, step, tensors, state); every process calls it
     ):
         self.out, self.config, self.accelerator, self.settings = out, config, accelerator, settings
-        self.main = accelerator.is_main_process
+        self.main, self.save_checkpoint = accelerator.is_main_process, save
         self.log = RunLog(out if self.main else None, state.get('step', 0), state.get('pending', ()), say)
         self.unusable, self.skipped = state.get('unusable', []), state.get('skipped', 0)
         self.began, self.examples, self.scores = time.time(), 0, {}
@@ -396,7 +350,7 @@ class Record:
     def save(self, step, tensors, line, where=None):  # where: in a stream, this process goes on
         "A checkpoint, with the log line of the same step, by which the best is chosen"
         stream = dict(stream=said_by_all(where)) if where else {}
-        if not self.main and not is_sharded(tensors): return
-        save_checkpoint(self.out, step, tensors, dict(settings=self.settings, pending=self.log.losses, scores=line,
-                                                      unusable=self.unusable, skipped=self.skipped, **stream))
+        self.save_checkpoint(self.out, step, tensors, dict(
+            settings=self.settings, pending=self.log.losses, scores=line, unusable=self.unusable, skipped=self.skipped,
+            **stream))
         if self.main: prune_checkpoints(self.out, self.config.save_total_limit, self.config.metric_for_best_model)

@@ -179,7 +179,8 @@ class TokenizerTraining(_Schedule):
                 some = [self.examples[i]['latents'] for i in range(start, min(start + 64, len(self.examples)))]
                 return start, self.tok.encode(latents=torch.stack(some)).cpu().to(torch.int32)
             found = gather_objects([of(start) for start in parts[rank::world]])
-            self.known_ids = torch.cat([ids for _,ids in sorted(sum(found, []), key=lambda f: f[0])]).to(self.tok.device)
+            found = sorted(sum(found, []), key=lambda part: part[0])
+            self.known_ids = torch.cat([ids for _,ids in found]).to(self.tok.device)
         return self.known_ids
 
     def losses(self,

@@ -81,8 +81,8 @@ class TrainConfig:
         if self.mixed_precision == 'False': self.mixed_precision = 'no'            # how YAML reads a bare `no`
         check_range(self, 'steps batch_size gradient_accumulation_steps save_total_limit', 1, math.inf,
                     'need at least 1')
-        check_range(self, 'evaluate_every checkpoint_every log_every lr embedding_lr weight_decay num_workers processes seed', 0,
-                    math.inf, 'needs 0 or more, and finite')
+        check_range(self, 'evaluate_every checkpoint_every log_every lr embedding_lr weight_decay num_workers '
+                    'processes seed', 0, math.inf, 'needs 0 or more, and finite')
         check_range(self, 'warmup final_lr ema_decay', 0, 1, 'needs 0 to 1')
         if self.seed >= 2**40: raise ValueError(f"seed={self.seed}: use a number below 2^40")
         check_train_config(self)

@@ -65,11 +65,11 @@ class LLMConfig:
     # eager or sdpa; '': what `transformers` chooses. flash_attention_2 cannot run the float32 parameters of a training
     attention:str=''
     save_dtype:str='float16'   # float32, float16 or bfloat16
-    store_base:bool=True       # False: the model's folder names `pretrained` and keeps what was trained; needs an adapter
+    store_base:bool=True       # False: the model's folder names `pretrained` and keeps what was trained, an adapter
 
     def __post_init__(self):
         if not self.store_base and self.train == 'all':
-            raise ValueError("store_base=False with train='all': all parameters were trained; use train='lora' or 'new'")
+            raise ValueError("store_base=False with train='all': all parameters were trained; use train='lora' or new")
         if not self.pretrained: raise ValueError("pretrained='': a folder or a Hub id is needed")
         known = dict(save_dtype=stored_dtypes, start=starts, head_start=('', *starts), train=ways,
                      loss=('target', 'both'), attention=('', 'eager', 'sdpa'))

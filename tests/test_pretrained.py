@@ -140,3 +140,79 @@ def test_smollm2_knows_the_capital_of_france():
     assert 'Paris' in tokenizer.decode(llm.generate(**asked, max_new_tokens=4, do_sample=False)[0])
     vocabulary = Vocabulary.from_pretrained('smollm2')
     assert len(vocabulary) == 49152 - 17 and vocabulary.embeddings.shape[1] == 576
+
+def coarse_model():
+    "A LLaMA with 32 visual tokens and 10 coarse ones, and its parts"
+    from v2flow_nbdev.language.text_models import toy_v2flow
+    from v2flow_nbdev.language.visual_tokens import add_visual_tokens
+    llm, tokenizer = toy_llama(captions*4)
+    tok = toy_v2flow(llm, tokenizer)
+    return llm.eval(), tokenizer, tok, add_visual_tokens(llm, tokenizer, tok, coarse=10)
+
+def test_a_coarse_token_is_written_first_and_left_out_of_the_ids():
+    "Both loops agree, the callback sees visual tokens alone, and each token is chosen among its own kind"
+    from v2flow_nbdev.language.generation import generate_image_ids
+    llm, tokenizer, tok, visual = coarse_model()
+    assert len(visual.coarse) == 10 and visual.names()[32:42] == [f'<|c{i}|>' for i in range(10)]
+    visual.check(tokenizer); assert visual.coarse.stop == visual.begins[0] and VisualTokens_of(llm) == visual
+    rows = llm.get_input_embeddings().weight.detach()[list(visual.coarse)]
+    assert torch.linalg.matrix_rank(rows) == 10                                    # random directions
+    seen = []
+    fast, plain = (generate_image_ids(llm, tokenizer, captions, temperature=0, guidance_scale=1.5,
+                                      callback=lambda ids: seen.append(ids.shape[1]), **how)
+                   for how in ({}, dict(static_cache=True)))
+    assert torch.equal(fast, plain) and fast.shape == (3, 16) and 0 <= fast.min() <= fast.max() < 32
+    assert seen == [*range(1, 17)]*2
+    with torch.no_grad(): llm.get_output_embeddings().weight[visual.coarse[7]] += 100*llm.model(
+        torch.tensor([[0, visual.begins[0]]])).last_hidden_state[0, -1]
+    asked, own = [], llm.model.forward
+    llm.model.forward = lambda input_ids=None, **k: asked.append(input_ids[:, -1]) or own(input_ids=input_ids, **k)
+    generate_image_ids(llm, tokenizer, captions[:1], temperature=0, static_cache=True)
+    assert asked[1].item() in visual.coarse and all(i.item() < visual.first + 32 for i in asked[2:])
+
+def VisualTokens_of(llm):
+    from v2flow_nbdev.language.visual_tokens import VisualTokens
+    return VisualTokens.of(llm)
+
+def test_the_loss_of_a_coarse_token_is_over_coarse_tokens():
+    "By hand, with weights; and what it is a mean over"
+    from v2flow_nbdev.language.adapters import TargetLoss
+    from v2flow_nbdev.language.sequences import text_to_image
+    from v2flow_nbdev.language.text_models import collate, count_targets
+    llm, tokenizer, tok, visual = coarse_model()
+    ids = torch.arange(16).view(4, 4)
+    prompt, target = text_to_image(visual, 0, [5, 6], ids, coarse=3)
+    assert target[0] == visual.coarse[3] and len(target) == 18
+    batch = collate([(prompt, target)])
+    with torch.no_grad():
+        logits = llm(batch['input_ids']).logits[0, len(prompt) - 1:-1].double().log_softmax(-1)
+        first, c = visual.first, visual.coarse
+        lead = -(logits[0, target[0]] - logits[0, c.start:c.stop].logsumexp(-1))
+        free = [i for i in range(first, logits.shape[1]) if i not in c]
+        rest = [-(l[t] - l[free].logsumexp(-1)) for l,t in zip(logits[1:], target[1:])]
+        loss = TargetLoss(llm, coarse_weight=8)(**batch).loss
+    torch.testing.assert_close(loss.double(), (8*lead + sum(rest))/(8 + 17), atol=1e-5, rtol=1e-5)
+    assert count_targets(batch, first, coarse=c, coarse_weight=8) == 25
+
+def test_a_field_of_the_data_becomes_coarse_tokens(whole, tmp_path):
+    "By the command, with LoRA; a model trained further keeps them; another field is refused"
+    home = ['image_tokenizer='+str(whole/'tok/model'), 'training.evaluate_every=0', 'training.trackers=[]',
+            'data.copies=0', 'training.steps=2', 'training.batch_size=4', 'llm.visual_softmax=true',
+            'llm.write_noise=0.3']
+    ended(v2flow('train-llm', '--config', 'configs/digits-llm.yaml', '--out', tmp_path/'a', *home,
+                 f'llm.pretrained={whole}/llama', 'llm.train=lora', 'llm.store_base=false', 'llm.coarse=label'))
+    llm, tokenizer = load_llm(tmp_path/'a/model/llm')
+    assert len(VisualTokens_of(llm).coarse) == 10
+    ended(v2flow('generate', 'a six', '--model', tmp_path/'a/model', '--out', tmp_path/'six.png'))
+    ended(v2flow('train-llm', '--config', 'configs/digits-llm.yaml', '--out', tmp_path/'b', *home,
+                 f'llm.pretrained={tmp_path}/a/model/llm', 'llm.coarse=label'))
+    done = v2flow('train-llm', '--config', 'configs/digits-llm.yaml', '--out', tmp_path/'c', *home,
+                  f'llm.pretrained={whole}/llama', 'llm.coarse=nothing')
+    assert done.returncode == 2 and "llm.coarse='nothing': examples of this data have no such field" in done.stderr
+
+@pytest.mark.long
+def test_layers_are_compiled_one_by_one_on_a_cpu():
+    from v2flow_nbdev.training.processes import compile_parts
+    llm, *_ = coarse_model()
+    compile_parts(llm, torch.device('cpu'))
+    assert llm._compiled_call_impl is None and all(l._compiled_call_impl for l in llm.model.layers)

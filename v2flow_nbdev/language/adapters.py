@@ -23,17 +23,21 @@ def target_loss(
     head,           # the output embeddings, a linear layer
     visual,         # where the visual tokens are
     text_weight,    # how much a text token counts beside a visual one
-    visual_softmax, # visual tokens are chosen among visual tokens
+    visual_softmax, # visual tokens are chosen among visual tokens, coarse ones among coarse ones
+    coarse_weight=1., # how much a coarse token counts
 ):                  # the weighted mean over targets
     "Cross-entropy on targets alone; a token that opens an image stands where text might be, so it is chosen among all"
-    logits, first = head(states).float(), visual.first
+    logits, first, c = head(states).float(), visual.first, visual.coarse
+    is_coarse = (labels >= c.start) & (labels < c.stop)
     if visual_softmax:
         own = labels >= first
         for begin in visual.begins: own = own & (labels != begin)
-        text = torch.arange(logits.shape[-1], device=labels.device) < first
-        logits = logits.masked_fill(own[..., None] & text, -torch.inf)
+        token = torch.arange(logits.shape[-1], device=labels.device)
+        coarse = (token >= c.start) & (token < c.stop)
+        others = torch.where(is_coarse[..., None], ~coarse, coarse | (token < first)) if c else token < first
+        logits = logits.masked_fill(own[..., None] & others, -torch.inf)
     each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction='none').view_as(labels)
-    weight = torch.where(labels < first, text_weight, 1.)*(labels >= 0)
+    weight = torch.where(labels < first, text_weight, torch.where(is_coarse, coarse_weight, 1.))*(labels >= 0)
     return (weight*each).sum()/weight.sum()
 
 # %% ../../nbs/language/25_adapters.ipynb #f64c4642
@@ -44,17 +48,19 @@ class TargetLoss(torch.nn.Module):
     def __init__(self,
         llm:nn.Module,         # a causal language model of `transformers` with visual tokens
         text_weight:float=1.,  # how much a text token counts beside a visual one
-        visual_softmax:bool=True,   # visual tokens are chosen among visual tokens; not with adapters on the head
+        visual_softmax:bool=True,   # visual tokens are chosen among visual tokens
+        coarse_weight:float=1.,     # how much a coarse token counts
     ):                         # `ValueError` for a model whose scores are not its head times its last states
         super().__init__()
         self.llm, self.visual, self.text_weight, self.visual_softmax = llm, VisualTokens.of(llm), 1., False
+        self.coarse_weight = 1.
         self._no_split_modules = llm._no_split_modules  # what the training loop may ask of a language model
         theirs, ours = self.both_losses(collate([([0], [1, 2, self.visual.first]), ([0, 3], [self.visual.first])]))
         capped = getattr(llm.config.get_text_config(), 'final_logit_softcapping', None)
         if capped or not abs(theirs - ours) < 1e-3*theirs:
             raise ValueError(f"{type(llm).__name__}: its scores are more than its head times its last states; leave "
                              f"text_weight and visual_softmax out")
-        self.text_weight, self.visual_softmax = text_weight, visual_softmax
+        self.text_weight, self.visual_softmax, self.coarse_weight = text_weight, visual_softmax, coarse_weight
 
     @torch.no_grad()
     def both_losses(self, batch:dict)->tuple:
@@ -78,7 +84,7 @@ class TargetLoss(torch.nn.Module):
     )->CausalLMOutput:           # `.loss`: the weighted mean over targets
         states = self.llm.get_decoder()(input_ids=input_ids, **batch).last_hidden_state[:, :-1]
         return CausalLMOutput(loss=target_loss(states, labels[:, 1:], self.llm.get_output_embeddings(), self.visual,
-                                               self.text_weight, self.visual_softmax))
+                                               self.text_weight, self.visual_softmax, self.coarse_weight))
 
 # %% ../../nbs/language/25_adapters.ipynb #44d1fc77
 @torch.no_grad()

@@ -244,11 +244,11 @@ def decode_ids(
     **kwargs,   # to `FastDecoder`: int8, graph
 ):              # code indices, (rows of the batch, n)
     "The visual tokens of one image for each prompt"
-    first, n, found = processor.visual.first, processor.n, []
-    decoder = FastDecoder(model, range(first, first + processor.visual.codebook_size), **kwargs)
+    first, lead, n, found = processor.visual.first, processor.lead, processor.lead + processor.n, []
+    decoder = FastDecoder(model, range(first, processor.visual.coarse.stop), **kwargs)
     scores = decoder.start(**batch, n=n)
     for done in range(n):
         found.append(processor.choose(scores, done))
-        if callback: callback(torch.cat(found, 1))
+        if callback and done >= lead: callback(torch.cat(found[lead:], 1))
         if done < n - 1: scores = decoder.step(first + found[-1][:, 0])
-    return torch.cat(found, 1)
+    return torch.cat(found[lead:], 1)

@@ -82,28 +82,31 @@ class VisualTokenProcessor(LogitsProcessor):
     ):
         check_sampling(guidance_scale, temperature, top_k, top_p, min_p)
         self.visual, self.prompt_length, self.n = visual, prompt_length, math.prod(grid or visual.grid)
+        self.lead = int(len(visual.coarse) > 0)  # coarse tokens before the visual ones
         self.guidance_scale, self.guidance_schedule, self.min_p = guidance_scale, guidance_schedule, min_p
         self.temperature, self.top_k, self.top_p, self.generator = temperature, top_k, top_p, generator
 
     def choose(self,
-        scores:torch.Tensor,  # of the K visual tokens, (B or 2B, K)
-        done:int,             # visual tokens chosen so far
-    )->torch.Tensor:          # code indices, (B or 2B, 1): both branches get the same
+        scores:torch.Tensor,  # of the K visual tokens and the C coarse ones, (B or 2B, K + C)
+        done:int,             # tokens chosen so far
+    )->torch.Tensor:          # numbers among these, (B or 2B, 1): both branches get the same
         "Guidance, filters and a draw"
+        K, done = self.visual.codebook_size, done - self.lead
+        scores = scores[:, :K] if done >= 0 else scores[:, K:]
         both = self.guidance_scale != 1
         cond, null = scores.chunk(2) if both else (scores, None)
-        scale = self.guidance_schedule(self.guidance_scale, (done + 1)/self.n)
+        scale = self.guidance_schedule(self.guidance_scale, max(1, done + 1)/self.n)
         codes = sample_codes(guide_logits(cond, null, scale, self.min_p), self.temperature, self.top_k, self.top_p,
-                             self.generator)
+                             self.generator) + (K if done < 0 else 0)
         return torch.cat((codes, codes)) if both else codes
 
     def __call__(self,
         input_ids:torch.Tensor,  # (B or 2B, L)
         scores:torch.Tensor,     # (B or 2B, V + new tokens)
     )->torch.Tensor:             # all -inf but the chosen tokens'
-        first, K, done = self.visual.first, self.visual.codebook_size, input_ids.shape[1] - self.prompt_length
-        if done >= self.n: chosen = torch.full((len(scores), 1), self.visual.end, device=scores.device)
-        else: chosen = first + self.choose(scores[:, first:first + K].float(), done)
+        first, stop, done = self.visual.first, self.visual.coarse.stop, input_ids.shape[1] - self.prompt_length
+        if done >= self.n + self.lead: chosen = torch.full((len(scores), 1), self.visual.end, device=scores.device)
+        else: chosen = first + self.choose(scores[:, first:stop].float(), done)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.)
 
 # %% ../../nbs/language/24_generation.ipynb #be4839fc
@@ -184,7 +187,8 @@ def generate_image_ids(
         raise ValueError(f"captions={captions!r}: need a list of at least one text")
     check_counts(len(captions), 'images', generators=generator)
     prompts = [[bos, *c, begin] for c in text_ids(tokenizer, captions)]
-    longest, space = max(map(len, prompts)), max_sequence_length(model) - n - 1
+    lead = int(len(visual.coarse) > 0)
+    longest, space = max(map(len, prompts)), max_sequence_length(model) - lead - n - 1
     if longest > space:
         raise ValueError(f"a caption of {longest - 2} tokens is too long: this model takes {space - 2} beside an "
                          f"image of {n}; shorten it")
@@ -197,11 +201,12 @@ def generate_image_ids(
         return decode_ids(model, batch, processor, callback and (lambda ids: callback(ids[:len(captions)])),
                           **settings)[:len(captions)]
     if callback:
-        tell = StepCallback(lambda tokens: callback(tokens[:len(captions)] - visual.first), length)
+        def told(tokens): tokens.shape[1] and callback(tokens[:len(captions)] - visual.first)  # not of a coarse token
+        tell = StepCallback(told, length + lead)
         generate_kwargs['stopping_criteria'] = StoppingCriteriaList([tell])
-    out = generate_tokens(model, tokenizer, batch, n, logits_processor=LogitsProcessorList([processor]),
+    out = generate_tokens(model, tokenizer, batch, lead + n, logits_processor=LogitsProcessorList([processor]),
                           **generate_kwargs)
-    return out[:len(captions), length:length + n] - visual.first
+    return out[:len(captions), length + lead:length + lead + n] - visual.first
 
 # %% ../../nbs/language/24_generation.ipynb #07a47bb8
 def decode_caption(

@@ -42,10 +42,11 @@ def text_to_image(
     bos:int,            # first token of every sequence, see `first_id`
     caption:list[int],  # text ids; empty = the null caption of guidance
     ids:torch.Tensor,   # code indices, (h, w)
+    coarse:int|None=None, # number of the coarse token, where the model has any
 )->tuple:               # prompt and target
-    "<s> caption <|image_hxw|> → v … v <|/image|>"
+    "<s> caption <|image_hxw|> → c v … v <|/image|>"
     begin, *rest = image_tokens(visual, ids)
-    return [bos, *caption, begin], rest
+    return [bos, *caption, begin], rest if coarse is None else [visual.coarse[coarse], *rest]
 
 def image_to_text(
     visual:VisualTokens,  # where the visual tokens are
@@ -173,13 +174,15 @@ class ImageTextSequences(torch.utils.data.Dataset):
             return text_with_images(visual, bos, fit_parts(example['parts'], self.tokenizer, K, self.longest), self.eos)
         ids, captions = code_ids(example['ids'], K), example['captions'] or ['']
         caption = text_ids(self.tokenizer, [captions[int(which*len(captions))]])[0]
-        caption = caption[:max(0, self.longest - ids.numel() - 4)]
+        caption = caption[:max(0, self.longest - ids.numel() - 4 - bool(visual.coarse))]
         if write >= self.write_share:
             return image_to_text(visual, bos, noisy_ids(ids, self.id_noise, K), caption + [self.eos])
-        prompt, target = text_to_image(visual, bos, [] if drop < self.caption_dropout else caption, ids)
+        prompt, target = text_to_image(visual, bos, [] if drop < self.caption_dropout else caption, ids,
+                                       example.get('coarse') if visual.coarse else None)
         if not self.write_noise: return prompt, target
-        others = self.others.get(ids.shape, ids[None])                     # a rare shape may have no other image
-        return prompt, target, image_tokens(visual, confuse_ids(ids, others, self.write_noise))[1:]
+        others = self.others.get(ids.shape, ids[None])  # a rare shape may have no other image
+        shown = image_tokens(visual, confuse_ids(ids, others, self.write_noise))[1:]
+        return prompt, target, target[:len(target) - len(shown)] + shown
 
 # %% ../../nbs/language/22_sequences.ipynb #b75027c3
 def pack(

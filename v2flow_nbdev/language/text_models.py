@@ -144,10 +144,14 @@ def count_targets(
     batch:dict,           # of `collate`
     first:int=0,          # id from which on a token counts 1, see `TargetLoss`
     text_weight:float=1., # how much the tokens before it count
+    coarse:range=range(0),  # ids that count
+    coarse_weight:float=1., # so much
 )->float:                 # what its loss is a mean over
     "What makes the mean over several batches or processes a mean over tokens"
     labels = batch['labels'][:, 1:]
-    return float((labels >= first).sum() + text_weight*((labels >= 0) & (labels < first)).sum())
+    inside = ((labels >= coarse.start) & (labels < coarse.stop)).sum()
+    return float((labels >= first).sum() + text_weight*((labels >= 0) & (labels < first)).sum()
+                 + (coarse_weight - 1)*inside)
 
 # %% ../../nbs/language/20_text_models.ipynb #b3742c1c
 def named_ids(

@@ -70,6 +70,11 @@ class VisualTokens:
     @property
     def new(self)->range: return range(self.first, self.end + 1)  # ids of all new tokens
 
+    @property
+    def coarse(self)->range:  # ids of the coarse tokens; empty where the model has none
+        "Tokens that say what a whole image shows, written before its visual tokens: they lie between codes and begins"
+        return range(self.first + self.codebook_size, min(self.begins))
+
     def begin(self,
         grid:tuple,  # (h, w)
     )->int:          # `ValueError` for a grid that the model does not know
@@ -82,13 +87,13 @@ class VisualTokens:
 
     def names(self)->list[str]:  # in the order of their ids
         "How the new tokens are spelled in the text tokenizer"
-        return [*(f'<|v{i}|>' for i in range(self.codebook_size)), *(f'<|image_{h}x{w}|>' for h,w in self.grids),
-                '<|/image|>']
+        return [*(f'<|v{i}|>' for i in range(self.codebook_size)), *(f'<|c{i}|>' for i in range(len(self.coarse))),
+                *(f'<|image_{h}x{w}|>' for h,w in self.grids), '<|/image|>']
 
     def check(self, tokenizer:'PreTrainedTokenizerBase')->None:
         "`ValueError` unless a text tokenizer gives every new token its id, and no other token has it"
         codes = range(self.first, self.first + self.codebook_size)
-        check_token_ids(tokenizer, dict(zip(self.names(), [*codes, *self.begins, self.end])))
+        check_token_ids(tokenizer, dict(zip(self.names(), [*codes, *self.coarse, *self.begins, self.end])))
 
     def entry(self)->dict:  # `of` reads it
         "What the model's config keeps"
@@ -142,9 +147,12 @@ def new_embeddings(
     n,       # how many of these there are
     start,   # one of `starts`
     seed,    # of random starts
-):           # (K + n, E)
+    coarse,  # how many coarse tokens there are: they start in random directions
+):           # (K + coarse + n, E)
     "Rows for all new tokens; `ValueError` where the table they are computed from is damaged"
-    rows = torch.cat([initial_embeddings(codes, centre, length, start, seed), middle.float().cpu().expand(n, -1)])
+    others = initial_embeddings(codes.new_zeros(coarse, codes.shape[1]), centre, length, 'random', seed + 1)
+    rows = torch.cat([initial_embeddings(codes, centre, length, start, seed), others,
+                      middle.float().cpu().expand(n, -1)])
     if not rows.isfinite().all():
         raise ValueError("some numbers of the language model's tables are not finite; its folder is damaged")
     return rows
@@ -258,6 +266,7 @@ def add_visual_tokens(
     head_start:str|None=None, # the same for output embeddings, where they have a table of their own; None: as `start`
     grids:Sequence=None,        # (h, w) of the images to come; None or empty: the image tokenizer's own
     seed:int=0,        # of random starts
+    coarse:int=0,      # how many coarse tokens, see `VisualTokens.coarse`
 )->VisualTokens:       # where they are; `ValueError` if the three do not go together, and then nothing is changed
     """Make the K codes K new tokens (V²Flow, joining the tokenizer with a pretrained LLM). Input embeddings start as
     the codebook, at the text tokens' mean distance from their mean; output embeddings as the same directions at the
@@ -267,14 +276,16 @@ def add_visual_tokens(
     check_model(model); check_match(model, tokenizer, v2flow.vocabulary); check_grids(grids, model)
     codes, vocabulary = v2flow.quantizer.codebook.float().cpu(), v2flow.vocabulary
     K, G = v2flow.config.codebook_size, len(grids)
-    visual = VisualTokens(0, K, tuple(range(K, K + G)), K + G, grids, v2flow.codebook_checksum)
+    begins = range(K + coarse, K + coarse + G)
+    visual = VisualTokens(0, K, tuple(begins), begins.stop, grids, v2flow.codebook_checksum)
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     new, first = with_tokens(tokenizer, visual.names(), G + 1, {i for i in named_ids(model) if i < len(table)})
     visual = replace(visual, first=first, begins=tuple(b + first for b in visual.begins), end=visual.end + first)
     old = head[:first].float().cpu(); middle = old.mean(0)
-    inside = new_embeddings(codes, vocabulary.mean, vocabulary.code_scale, table[:first].mean(0), G + 1, start, seed)
+    inside = new_embeddings(codes, vocabulary.mean, vocabulary.code_scale, table[:first].mean(0), G + 1, start, seed,
+                            coarse)
     length = (old - middle).norm(dim=-1).mean()
-    outside = new_embeddings(codes, middle, length, middle, G + 1, head_start or start, seed)
+    outside = new_embeddings(codes, middle, length, middle, G + 1, head_start or start, seed, coarse)
     undo = undo_of(model, slice(first, visual.end + 1))
     try:
         fill_tables(model, first, inside, outside)

@@ -34,8 +34,7 @@ from .tokenizer_recipes import load_tokenizer
 
 # %% ../../nbs/training/48_llm_recipes.ipynb #3f42c176
 # settings for `train: all`, and why adapters exclude them
-needs_all = dict(visual_softmax='adapters change the head',
-                 interpolate_weights='adapters leave the parameters as they were')
+needs_all = dict(interpolate_weights='adapters leave the parameters as they were')
 
 # %% ../../nbs/training/48_llm_recipes.ipynb #e32a78c3
 @dataclass
@@ -55,9 +54,11 @@ class LLMConfig:
     # caption → image: largest fraction of the ids generated so far that are replaced by a similar image's; drawn anew
     # for each sequence
     write_noise:float=0.
+    coarse:str=''              # field of the examples; each value gets a token, which is written before the image's
+    coarse_weight:float=8.     # of such a token's loss beside a visual token's
     rare:str=''                # field of the examples; rare values are generated more often (`inverse_sqrt_frequency`)
     text_weight:float=1.       # of a text token's loss beside a visual token's, see `TargetLoss`
-    visual_softmax:bool=False  # softmax of a visual token over visual tokens alone; needs `train: all`
+    visual_softmax:bool=False  # softmax of a visual token over visual tokens alone
     interpolate_weights:float=0.  # fraction of the initial parameters mixed into the last ones; needs `train: all`
     text_share:float=0.        # fraction of plain text instead of images, so that the language is kept
     texts:str=''               # file of that text, one a line; '': the captions; perplexity is measured on it too
@@ -78,7 +79,8 @@ class LLMConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(filter(None, values))}")
         check_range(self, 'write_share caption_dropout id_noise write_noise text_share interpolate_weights', 0, 1,
                     'needs 0 to 1')
-        if self.text_weight <= 0: raise ValueError(f"text_weight={self.text_weight}: needs to be above 0")
+        for name in ('text_weight', 'coarse_weight'):
+            if getattr(self, name) <= 0: raise ValueError(f"{name}={getattr(self, name)}: needs to be above 0")
         if self.rank < 1: raise ValueError(f"rank={self.rank}: needs at least 1")
         if self.pack < 0: raise ValueError(f"pack={self.pack}: needs 0 or more")
         check_sizes(self, 'grids')
@@ -134,23 +136,41 @@ def encode_images(
     return done
 
 # %% ../../nbs/training/48_llm_recipes.ipynb #cc9162d9
-def image_weights(examples, field):
-    "How often each image is to be generated: more often, the fewer examples have its value of a field"
+def field_values(examples, field, setting):
+    "The value of a field in each example, None where that cannot be read: another example will replace it"
     first = next(iter(usable_sample(examples, 1)), {})
     if field not in first:
         others = ', '.join(k for k in first if k not in ('image', 'captions')) or 'none but image and captions'
-        raise ValueError(f"llm.rare={field!r}: examples of this data have no such field; there are {others}")
+        raise ValueError(f"llm.{setting}={field!r}: examples of this data have no such field; there are {others}")
     def of(i):
         try: return str(examples[i][field])
-        except unusable_example: return None  # another example will replace it
-    return inverse_sqrt_frequency([of(i) for i in range(len(examples))])
+        except unusable_example: return None
+    return [of(i) for i in range(len(examples))]
+
+def image_weights(examples, field):
+    "How often each image is to be generated: more often, the fewer examples have its value of a field"
+    return inverse_sqrt_frequency(field_values(examples, field, 'rare'))
+
+class WithCoarse(torch.utils.data.Dataset):
+    "Examples with ids, and with the number of the coarse token that stands for a value of theirs"
+    def __init__(self,
+        examples,  # with ids; of several grids one after the other
+        values,    # of the images, None where unknown
+    ):
+        self.examples, known = examples, sorted({*values} - {None})
+        number = {v: i for i,v in enumerate(known)}
+        self.numbers = [number.get(v) for v in values]
+
+    def __len__(self): return len(self.examples)
+
+    def __getitem__(self, i): return {**self.examples[i], 'coarse': self.numbers[i % len(self.numbers)]}
 
 # %% ../../nbs/training/48_llm_recipes.ipynb #3530d49a
-def ids_of(source, tok, grids, out, rare=''):
+def ids_of(source, tok, grids, out, rare='', loaded=None):
     """(examples with ids, how often each is to be generated, held-out examples, all that has a report): of a folder
     that encode-dataset wrote, or of images encoded into the run's folder"""
     if source.name != 'ids':
-        examples, held_out = load_data(source)
+        examples, held_out = loaded or load_data(source)
         # a wrong field is found before anything is encoded
         often = image_weights(examples, rare).repeat(max(1, len(grids))) if rare else None
         done = encoded(examples, tok, out/'ids', image_sizes(tok, grids))
@@ -175,10 +195,13 @@ def text_corpus(tuning, examples):
     return texts, usable_sample(texts, 500)
 
 # %% ../../nbs/training/48_llm_recipes.ipynb #bc728c27
-def known_visual_tokens(llm, tok, grids):
+def known_visual_tokens(llm, tok, grids, coarse=0):
     "The visual tokens of a language model that is trained further on these codes; None if it has none, or others"
     if (getattr(llm.config, 'v2flow', None) or {}).get('codebook') != tok.codebook_checksum: return None
     visual = VisualTokens.of(llm)
+    if coarse and coarse != len(visual.coarse):
+        raise ValueError(f"llm.coarse: this language model has {len(visual.coarse)} coarse tokens already, the data "
+                         f"{coarse} values")
     if {tuple(g) for g in grids} - set(visual.grids):
         raise ValueError(f"llm.grids={list(grids)}: this language model has visual tokens already, for "
                          f"{', '.join(f'{h}×{w}' for h,w in visual.grids)}")
@@ -186,6 +209,7 @@ def known_visual_tokens(llm, tok, grids):
 
 def load_models(
     recipe:LLMRecipe,
+    coarse:int=0,  # coarse tokens
 ):  # (image tokenizer, language model, text tokenizer, its visual tokens, settings that a resumed run must share)
     "Both models, the language model with the visual tokens of the image tokenizer"
     tuning = recipe.llm
@@ -197,8 +221,8 @@ def load_models(
     torch.manual_seed(recipe.training.seed)
     with running():
         if tuning.attention: llm.set_attn_implementation(tuning.attention)
-        visual = known_visual_tokens(llm, tok, tuning.grids) or add_visual_tokens(
-            llm, tokenizer, tok, tuning.start, tuning.head_start or None, tuning.grids, recipe.training.seed)
+        visual = known_visual_tokens(llm, tok, tuning.grids, coarse) or add_visual_tokens(
+            llm, tokenizer, tok, tuning.start, tuning.head_start or None, tuning.grids, recipe.training.seed, coarse)
         if tuning.pack: check_packs(llm)
     return tok, llm, tokenizer, visual, settings
 
@@ -236,20 +260,24 @@ def train_llm(
     training, tuning, source, out = recipe.training, recipe.llm, recipe.data, Path(out) if out else out
     if source.streaming: raise ValueError("data.streaming=true: ids are computed for examples that can be counted")
     check_run(out, resume or training.resume)
-    tok, llm, tokenizer, visual, settings = load_models(recipe)
+    loaded, values = (load_data(source) if tuning.coarse else None), []
+    if loaded: values = field_values(loaded[0], tuning.coarse, 'coarse')
+    tok, llm, tokenizer, visual, settings = load_models(recipe, len({*values} - {None}))
     def pipe(model): return V2FlowPipeline(tok.to(model.device), model, tokenizer, recipe.generation)
     pipe(llm)  # wrong defaults are found now, not at the end
-    room, n = max_sequence_length(llm), max(h*w for h,w in visual.grids) + 4
+    room, n = max_sequence_length(llm), max(h*w for h,w in visual.grids) + 4 + bool(visual.coarse)
     longest = min(room, tuning.pack or 2**31)
     if n > longest: raise ValueError(f"llm.pack={tuning.pack}: an image with its caption needs {n} tokens and more")
     torch.manual_seed(training.seed)  # every process begins with the same updates
     begun = {n: p.detach().clone() for n,p in llm.named_parameters()} if tuning.interpolate_weights else {}
     llm = choose_trained(llm, tuning.train, tuning.rank, tuning.alpha)
-    if tuning.text_weight != 1 or tuning.visual_softmax:
-        with running(): llm = TargetLoss(llm, tuning.text_weight, tuning.visual_softmax)
+    if tuning.text_weight != 1 or tuning.visual_softmax or tuning.coarse:
+        with running(): llm = TargetLoss(llm, tuning.text_weight, tuning.visual_softmax, tuning.coarse_weight)
     if tuning.texts: text_corpus(tuning, [])                                       # a missing file is found now
     device = join_processes(training)
-    examples, often, held_out, sources = ids_of(source, tok.to(device), tuning.grids, out, tuning.rare)
+    examples, often, held_out, sources = ids_of(source, tok.to(device), tuning.grids, out, tuning.rare,
+                                                   loaded)
+    if tuning.coarse: examples = WithCoarse(examples, values)
     texts, held_out_texts = text_corpus(tuning, examples)
     sequences = ImageTextSequences(
         examples, tokenizer, visual, tuning.write_share, tuning.caption_dropout, tuning.id_noise, tuning.loss,
@@ -259,7 +287,8 @@ def train_llm(
     if is_main_process(): say(f'perplexity of plain text before the training: {before:.3g}')
     scores = llm_scores(pipe, held_out, room - n, tokenizer, held_out_texts, before, evaluate)
     joined = partial(pack, length=tuning.pack) if tuning.pack else collate
-    count = partial(count_targets, first=visual.first, text_weight=tuning.text_weight)
+    count = partial(count_targets, first=visual.first, text_weight=tuning.text_weight, coarse=visual.coarse,
+                    coarse_weight=tuning.coarse_weight if tuning.coarse else 1.)
     with running(): llm = train(llm, sequences, training, joined, scores, out, resume, settings=settings, count=count)
     model = unwrapped(llm)
     if tuning.interpolate_weights: interpolate_weights(model, begun, tuning.interpolate_weights)

@@ -130,6 +130,9 @@ def text_perplexity(
     examples = [(p, t[:max_sequence_length(model) - 1]) for p,t in text_sequences(tokenizer, texts)]
     entry, total, count = getattr(model.config, 'v2flow', None), 0., 0
     visual = list(range(entry['first'], entry['end'] + 1)) if entry else []
+    # scores of half a gigabyte at a time: those of 64 long texts over 49,152 tokens would take six
+    longest, V = max(len(p) + len(t) for p,t in examples), model.config.get_text_config().vocab_size
+    batch_size = max(1, min(batch_size, 2**27//(longest*V)))
     for i in range(0, len(examples), batch_size):
         batch = {k: v.to(model.device) for k,v in collate(examples[i:i+batch_size]).items()}
         labels = batch.pop('labels')[:, 1:]

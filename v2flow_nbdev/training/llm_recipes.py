@@ -8,7 +8,7 @@ __all__ = ['LLMConfig', 'LLMRecipe', 'EncodingRecipe', 'encode_images', 'train_l
 # %% ../../nbs/training/48_llm_recipes.ipynb #06f761ae
 from typing import Callable
 import torch
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from torch.utils.data import ConcatDataset
@@ -62,6 +62,7 @@ class LLMConfig:
     interpolate_weights:float=0.  # fraction of the initial parameters mixed into the last ones; needs `train: all`
     text_share:float=0.        # fraction of plain text instead of images, so that the language is kept
     texts:str=''               # file of that text, one a line; '': the captions; perplexity is measured on it too
+    held_out_texts:str=''      # file of other text for the perplexity; '': held-out lines of `texts`
     pack:int=0                 # tokens of the sequences that short ones are packed into; 0: each one is padded
     # eager or sdpa; '': what `transformers` chooses. flash_attention_2 cannot run the float32 parameters of a training
     attention:str=''
@@ -190,6 +191,9 @@ def ids_of(source, tok, grids, out, rare='', loaded=None):
 # %% ../../nbs/training/48_llm_recipes.ipynb #758025e9
 def text_corpus(tuning, examples):
     "(text to mix in, held-out text for the perplexity; where it is the captions, a sample of them)"
+    if tuning.held_out_texts:
+        texts, some = text_lines(tuning.held_out_texts)
+        return text_corpus(replace(tuning, held_out_texts=''), examples)[0], texts + some
     if tuning.texts: return text_lines(tuning.texts)
     texts = sorted({c for r in usable_sample(examples, 2000) for c in r['captions'] if c}) or ['an image']
     return texts, usable_sample(texts, 500)
@@ -273,7 +277,7 @@ def train_llm(
     llm = choose_trained(llm, tuning.train, tuning.rank, tuning.alpha)
     if tuning.text_weight != 1 or tuning.visual_softmax or tuning.coarse:
         with running(): llm = TargetLoss(llm, tuning.text_weight, tuning.visual_softmax, tuning.coarse_weight)
-    if tuning.texts: text_corpus(tuning, [])                                       # a missing file is found now
+    if tuning.texts or tuning.held_out_texts: text_corpus(tuning, [])                                       # a missing file is found now
     device = join_processes(training)
     examples, often, held_out, sources = ids_of(source, tok.to(device), tuning.grids, out, tuning.rare,
                                                    loaded)

@@ -7,6 +7,7 @@ __all__ = ['TargetLoss', 'interpolate_weights']
 
 # %% ../../nbs/language/25_adapters.ipynb #eac14b9c
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 import torch, torch.nn.functional as F
 from transformers.modeling_outputs import CausalLMOutput
@@ -17,6 +18,21 @@ from .text_models import collate, named_ids, with_tokens
 from .visual_tokens import VisualTokens
 
 # %% ../../nbs/language/25_adapters.ipynb #95a80ec6
+def among_visual(
+    states,  # (N, E)
+    labels,  # ids of new tokens, (N,)
+    head,    # the output embeddings
+    visual,  # where the visual tokens are
+):           # (N,)
+    "Cross-entropy of visual tokens among visual tokens, and of coarse ones among coarse ones; no text token is scored"
+    first, c, bias = visual.first, visual.coarse, getattr(head, 'bias', None)
+    logits = F.linear(states, head.weight[first:].to(states.dtype), None if bias is None else bias[first:]).float()
+    if c:
+        token = torch.arange(first, first + logits.shape[-1], device=labels.device)
+        kind = lambda i: (i >= c.start) & (i < c.stop)
+        logits = logits.masked_fill(kind(labels)[:, None] != kind(token), -torch.inf)
+    return F.cross_entropy(logits, (labels - first).clamp(min=0), reduction='none')
+
 def target_loss(
     states,         # last hidden states, each at the position before its label, (B, L, E)
     labels,         # (B, L), -100 where nothing is to be predicted
@@ -27,17 +43,22 @@ def target_loss(
     coarse_weight=1., # how much a coarse token counts
 ):                  # the weighted mean over targets
     "Cross-entropy on targets alone; a token that opens an image stands where text might be, so it is chosen among all"
-    logits, first, c = head(states).float(), visual.first, visual.coarse
-    is_coarse = (labels >= c.start) & (labels < c.stop)
-    if visual_softmax:
-        own = labels >= first
-        for begin in visual.begins: own = own & (labels != begin)
-        token = torch.arange(logits.shape[-1], device=labels.device)
-        coarse = (token >= c.start) & (token < c.stop)
-        others = torch.where(is_coarse[..., None], ~coarse, coarse | (token < first)) if c else token < first
-        logits = logits.masked_fill(own[..., None] & others, -torch.inf)
-    each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction='none').view_as(labels)
-    weight = torch.where(labels < first, text_weight, torch.where(is_coarse, coarse_weight, 1.))*(labels >= 0)
+    states, labels, c = states.flatten(0, 1), labels.flatten(), visual.coarse
+    few = labels.device.type == 'cpu'  # choose what is scored: a GPU would have to be asked how many there are
+    if few: keep = labels >= 0; states, labels = states[keep], labels[keep]
+    own = (labels >= visual.first) & visual_softmax
+    for begin in visual.begins: own = own & (labels != begin)
+    def among_all(x, y): return F.cross_entropy(head(x).float(), y, reduction='none')
+    if not few:
+        each = among_all(states, labels)
+        if visual_softmax: each = torch.where(own, among_visual(states, labels, head, visual), each)
+    else:
+        each = states.new_zeros(len(labels), dtype=torch.float32)
+        for some, loss in ((own, partial(among_visual, head=head, visual=visual)), (~own, among_all)):
+            at = some.nonzero()[:, 0]
+            if len(at): each = each.index_put((at,), loss(states[at], labels[at]))
+    inside = (labels >= c.start) & (labels < c.stop)
+    weight = torch.where(labels < visual.first, text_weight, torch.where(inside, coarse_weight, 1.))*(labels >= 0)
     return (weight*each).sum()/weight.sum()
 
 # %% ../../nbs/language/25_adapters.ipynb #f64c4642

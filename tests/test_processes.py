@@ -84,7 +84,7 @@ def test_two_processes_train_the_model_that_one_trains(alone, tmp_path, fsdp):
     apart = max(abs(a[k] - b[k]) for a,b in zip(*logs) for k in ('loss', 'flow_loss', 'aux_loss', 'commitment_loss',
         'grad_norm'))
     print(f'largest difference of a loss or gradient norm: {apart:.1e}')
-    assert len(logs[0]) == 10 and logs[0][-1]['commitment_loss'] > 0 and apart < 1e-12
+    assert len(logs[0]) == 10 and any(l['commitment_loss'] > 0 for l in logs[0]) and apart < 1e-12
     one, two = (torch.load(f/'model.pt', weights_only=True) for f in (alone, tmp_path))
     assert one['tok.quantizer.initialised']
     for name in one: torch.testing.assert_close(one[name], two[name], atol=1e-9, rtol=1e-9, msg=name)

@@ -195,10 +195,11 @@ class TokenizerTraining(_Schedule):
         "All that a step computes, without a question to the device"
         tok, c, grid, z = self.tok, self.config, tuple(latents.shape[2:]), rearrange(latents, 'b c h w -> b (h w) c')
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            if ids is None:
-                codes, ids, commitment = tok.quantizer(tok.mixtures(latents, tau, noise, seed, generator.part
-                                                                    if noise else 0))
-            else: codes, commitment = tok.quantizer.codebook[ids], z.new_zeros(())
+            if self.frozen:  # nobody can follow a commitment any more; the ids are those of `encode`
+                if ids is None: ids = tok.quantizer.ids(tok.mixtures(latents, tau))
+                codes, commitment = tok.quantizer.codebook[ids], z.new_zeros(())
+            else: codes, ids, commitment = tok.quantizer(tok.mixtures(latents, tau, noise, seed, generator.part
+                                                                      if noise else 0))
             codes = tok.scale_codes(codes)
             aux = F.mse_loss(at_least_float32(self.aux_decoder(codes, grid)), z)
         flow = masked_flow_loss(tok.masked, tok.velocity, codes, z, grid, c.mask_ratio_min, c.code_dropout, c.n_draws,

@@ -147,10 +147,10 @@ def new_embeddings(
     n,       # how many of these there are
     start,   # one of `starts`
     seed,    # of random starts
-    coarse,  # how many coarse tokens there are: they start in random directions
+    coarse,  # how many coarse tokens there are: they start around the mean, nearly equal, and so learn fast
 ):           # (K + coarse + n, E)
     "Rows for all new tokens; `ValueError` where the table they are computed from is damaged"
-    others = initial_embeddings(codes.new_zeros(coarse, codes.shape[1]), centre, length, 'random', seed + 1)
+    others = initial_embeddings(codes.new_zeros(coarse, codes.shape[1]), centre, length/50, 'random', seed + 1)
     rows = torch.cat([initial_embeddings(codes, centre, length, start, seed), others,
                       middle.float().cpu().expand(n, -1)])
     if not rows.isfinite().all():

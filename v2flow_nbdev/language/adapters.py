@@ -191,7 +191,7 @@ def add_adapter(
         raise OSError(f"{folder}: does not fit its base {entry['base']} ({e})") from None
     if settings := model.generation_config:  # text generation never chooses them
         settings.suppress_tokens = sorted({*(settings.suppress_tokens or ()), *visual.new})
-    try: return PeftModel.from_pretrained(model, folder).merge_and_unload(), tokenizer
+    try: return PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True), tokenizer
     except Exception as e:
         raise OSError(f"{folder}: not an adapter of {entry['base']} ({type(e).__name__}: "
                       f"{' '.join(str(e).split())[:200]})") from None

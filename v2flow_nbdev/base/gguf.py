@@ -73,6 +73,10 @@ def gguf_tokenizer(
                       f"{' '.join(str(e).split())[:200]})") from None
 
 # %% ../../nbs/base/09_gguf.ipynb #6eed8b4c
+def is_whole(folder):
+    "Was a copy written to its end? This file comes last"
+    return (folder/'tokenizer_config.json').is_file()
+
 def unpacked(
     path,  # a GGUF file
 ):         # a causal language model, bfloat16, that `save_pretrained` takes; `OSError` if it is none
@@ -99,9 +103,9 @@ def ordinary_copy(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file")
     folder = folder or cache_folder()/'gguf'/f'{path.stem}-{sha256(path)[:16]}'
-    if (folder/'config.json').is_file(): return folder
+    if is_whole(folder): return folder
     with only_writer(folder):
-        if not (folder/'config.json').is_file():
+        if not is_whole(folder):
             model = unpacked(path)
             with write_folder(folder) as new:
                 model.save_pretrained(new); gguf_tokenizer(path).save_pretrained(new)
@@ -117,7 +121,7 @@ def packaged_copy(
     "The copy of a packaged model; the package is needed once"
     package, file, command = packaged[name]
     folder = cache_folder()/name
-    if (folder/'config.json').is_file(): return folder
+    if is_whole(folder): return folder
     found = importlib.util.find_spec(package)
     if not found or not found.origin:
         raise FileNotFoundError(f"{name}: this pretrained model is not here yet; get it with `{command}`")

@@ -177,13 +177,13 @@ def add_adapter(
 )->tuple:             # (an ordinary model with visual tokens, its text tokenizer); `OSError` for another base
     "Base and adapter make one model"
     from peft import PeftModel
-    entry, visual = read_json(folder/'base.json', ['base', 'checksum', 'v2flow']), None
+    entry = read_json(folder/'base.json', ['base', 'checksum', 'v2flow'])
     try:
         found = VisualTokens.from_entry(entry['v2flow'])
         if table_checksum(table[:found.first]) != entry['checksum']:
             raise ValueError(f"its table is not the one that the adapter was trained on ({entry['checksum']})")
-        tokenizer, first = with_tokens(tokenizer, found.names(), len(found.grids) + 1,
-                                       {i for i in named_ids(model) if i < len(table)})
+        tokenizer, _ = with_tokens(tokenizer, found.names(), len(found.grids) + 1,
+                                   {i for i in named_ids(model) if i < len(table)})
         model.resize_token_embeddings(max(found.end + 1, len(table)), mean_resizing=False)
         model.config.v2flow = entry['v2flow']
         visual = VisualTokens.of(model); visual.check(tokenizer)

@@ -7,7 +7,8 @@ from conftest import shipped, v2flow
 from v2flow_nbdev.base.files import read_json, read_tensors, write_json
 from v2flow_nbdev.base.gguf import cache_folder, llm_folder, packaged
 from v2flow_nbdev.language.pipeline import V2FlowPipeline, load_llm
-from v2flow_nbdev.language.text_models import toy_llama
+from v2flow_nbdev.language.text_models import collate, count_targets, small_llama, toy_llama, toy_v2flow
+from v2flow_nbdev.language.visual_tokens import VisualTokens, add_visual_tokens
 from v2flow_nbdev.models.latents import PixelLatents
 from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
 from v2flow_nbdev.models.tokenizer_training import TokenizerTraining, TokenizerTrainingConfig
@@ -56,6 +57,29 @@ def test_a_model_is_a_tokenizer_an_adapter_and_two_names(whole):
     again = V2FlowPipeline.from_pretrained(whole/'copy')
     for p, q in zip(pipe.llm.parameters(), again.llm.parameters()): assert torch.equal(p, q)
     assert torch.equal(again.image_tokenizer.encode(torch.zeros(1, 1, 8, 8)), ids)
+
+def test_a_vocabulary_by_reference_is_opened_by_the_page_and_by_the_alignment(whole):
+    "The page starts without it, and reads it when an image is to be encoded"
+    import threading
+    from v2flow_nbdev.apps.app import describe_image, make_app
+    from v2flow_nbdev.apps.guards import data_url
+    from v2flow_nbdev.apps.tokens_page import token_mixtures
+    from v2flow_nbdev.evaluation.alignment import tokens_in_codes
+    def fresh(): return V2FlowPipeline.from_pretrained(whole/'run/model')
+    pipe = fresh(); known = len(Vocabulary.from_pretrained(whole/'llama'))
+    shown = json.dumps(make_app(pipe).get_config_file(), default=str)
+    assert f'{known} text tokens' in shown and 'v2-picker' in shown and pipe.image_tokenizer.vocab is None
+    *_, (said, tokens, answer) = describe_image(pipe, threading.Event(), data_url(Image.new('L', (8, 8))), 1, 1)
+    assert '16 tokens' in said and 'Mixture of text tokens' in tokens and '<img' in answer
+    assert len(token_mixtures(fresh().image_tokenizer, torch.zeros(1, 1, 8, 8))) == 16
+    assert tokens_in_codes(fresh().image_tokenizer, torch.zeros(1, 1, 8, 8))
+    bare = fresh().image_tokenizer; bare.config.vocab_source = ''
+    with pytest.raises(ValueError, match='without its vocabulary'): tokens_in_codes(bare, torch.zeros(1, 1, 8, 8))
+
+def test_a_file_that_is_not_there_is_called_a_file(tmp_path):
+    for command in (['generate', 'a six', '--out', tmp_path/'x.png'], ['evaluate']):
+        done = v2flow(*command, '--model', 'nowhere.gguf')
+        assert done.returncode == 1 and done.stderr.strip() == 'v2flow: nowhere.gguf: no such file', done.stderr
 
 def spoil(whole, folder, moved):
     "The same model beside another base: every embedding moved, or none there"
@@ -141,52 +165,51 @@ def test_smollm2_knows_the_capital_of_france():
     vocabulary = Vocabulary.from_pretrained('smollm2')
     assert len(vocabulary) == 49152 - 17 and vocabulary.embeddings.shape[1] == 576
 
-def coarse_model():
+def coarse_model(tied=False):
     "A LLaMA with 32 visual tokens and 10 coarse ones, and its parts"
-    from v2flow_nbdev.language.text_models import toy_v2flow
-    from v2flow_nbdev.language.visual_tokens import add_visual_tokens
     llm, tokenizer = toy_llama(captions*4)
-    tok = toy_v2flow(llm, tokenizer)
-    return llm.eval(), tokenizer, tok, add_visual_tokens(llm, tokenizer, tok, coarse=10)
+    if tied: llm = small_llama(tokenizer, 64, 2, 2, 128, tie_word_embeddings=True)
+    return llm.eval(), tokenizer, add_visual_tokens(llm, tokenizer, toy_v2flow(llm, tokenizer), coarse=10)
 
 def test_a_coarse_token_is_written_first_and_left_out_of_the_ids():
     "Both loops agree, the callback sees visual tokens alone, and each token is chosen among its own kind"
     from v2flow_nbdev.language.generation import generate_image_ids
-    llm, tokenizer, tok, visual = coarse_model()
+    llm, tokenizer, visual = coarse_model()
     assert len(visual.coarse) == 10 and visual.names()[32:42] == [f'<|c{i}|>' for i in range(10)]
-    visual.check(tokenizer); assert visual.coarse.stop == visual.begins[0] and VisualTokens_of(llm) == visual
-    rows = llm.get_input_embeddings().weight.detach()[list(visual.coarse)]
-    assert torch.linalg.matrix_rank(rows) == 10                                    # random directions
+    visual.check(tokenizer); assert visual.coarse.stop == visual.begins[0] and VisualTokens.of(llm) == visual
     seen = []
     fast, plain = (generate_image_ids(llm, tokenizer, captions, temperature=0, guidance_scale=1.5,
                                       callback=lambda ids: seen.append(ids.shape[1]), **how)
                    for how in ({}, dict(static_cache=True)))
     assert torch.equal(fast, plain) and fast.shape == (3, 16) and 0 <= fast.min() <= fast.max() < 32
     assert seen == [*range(1, 17)]*2
-    with torch.no_grad(): llm.get_output_embeddings().weight[visual.coarse[7]] += 100*llm.model(
-        torch.tensor([[0, visual.begins[0]]])).last_hidden_state[0, -1]
     asked, own = [], llm.model.forward
     llm.model.forward = lambda input_ids=None, **k: asked.append(input_ids[:, -1]) or own(input_ids=input_ids, **k)
     generate_image_ids(llm, tokenizer, captions[:1], temperature=0, static_cache=True)
     assert asked[1].item() in visual.coarse and all(i.item() < visual.first + 32 for i in asked[2:])
 
-def VisualTokens_of(llm):
-    from v2flow_nbdev.language.visual_tokens import VisualTokens
-    return VisualTokens.of(llm)
+def test_coarse_tokens_start_apart_from_each_other_and_near_the_mean():
+    "A fiftieth of a text token's distance; and an image that leaves no position for its coarse token is refused"
+    llm, tokenizer, visual = coarse_model()
+    table = llm.get_input_embeddings().weight.detach()
+    text = table[:visual.first]
+    rows, usual = table[list(visual.coarse)] - text.mean(0), (text - text.mean(0)).norm(dim=-1).mean()
+    assert torch.linalg.matrix_rank(rows) == 10 and (rows.norm(dim=-1) < usual/25).all()
+    llm, tokenizer = toy_llama(captions*4)                                         # it takes 128 tokens
+    with pytest.raises(ValueError, match='an image of 124 visual tokens is too long'):
+        add_visual_tokens(llm, tokenizer, toy_v2flow(llm, tokenizer), grids=[(4, 4), (4, 31)], coarse=1)
+    add_visual_tokens(llm, tokenizer, toy_v2flow(llm, tokenizer), grids=[(4, 4), (4, 31)])
 
 def test_the_loss_of_a_coarse_token_is_over_coarse_tokens():
     "By hand, with weights; and what it is a mean over"
     from v2flow_nbdev.language.adapters import TargetLoss
     from v2flow_nbdev.language.sequences import text_to_image
-    from v2flow_nbdev.language.text_models import collate, count_targets
-    llm, tokenizer, tok, visual = coarse_model()
-    ids = torch.arange(16).view(4, 4)
-    prompt, target = text_to_image(visual, 0, [5, 6], ids, coarse=3)
+    llm, tokenizer, visual = coarse_model()
+    prompt, target = text_to_image(visual, 0, [5, 6], torch.arange(16).view(4, 4), coarse=3)
     assert target[0] == visual.coarse[3] and len(target) == 18
-    batch = collate([(prompt, target)])
+    batch, first, c = collate([(prompt, target)]), visual.first, visual.coarse
     with torch.no_grad():
         logits = llm(batch['input_ids']).logits[0, len(prompt) - 1:-1].double().log_softmax(-1)
-        first, c = visual.first, visual.coarse
         lead = -(logits[0, target[0]] - logits[0, c.start:c.stop].logsumexp(-1))
         free = [i for i in range(first, logits.shape[1]) if i not in c]
         rest = [-(l[t] - l[free].logsumexp(-1)) for l,t in zip(logits[1:], target[1:])]
@@ -194,24 +217,44 @@ def test_the_loss_of_a_coarse_token_is_over_coarse_tokens():
     torch.testing.assert_close(loss.double(), (8*lead + sum(rest))/(8 + 17), atol=1e-5, rtol=1e-5)
     assert count_targets(batch, first, coarse=c, coarse_weight=8) == 25
 
-def test_a_field_of_the_data_becomes_coarse_tokens(whole, tmp_path):
-    "By the command, with LoRA; a model trained further keeps them; another field is refused"
-    home = ['image_tokenizer='+str(whole/'tok/model'), 'training.evaluate_every=0', 'training.trackers=[]',
-            'data.copies=0', 'training.steps=2', 'training.batch_size=4', 'llm.visual_softmax=true',
-            'llm.write_noise=0.3']
-    ended(v2flow('train-llm', '--config', 'configs/digits-llm.yaml', '--out', tmp_path/'a', *home,
-                 f'llm.pretrained={whole}/llama', 'llm.train=lora', 'llm.store_base=false', 'llm.coarse=label'))
-    llm, tokenizer = load_llm(tmp_path/'a/model/llm')
-    assert len(VisualTokens_of(llm).coarse) == 10
-    ended(v2flow('generate', 'a six', '--model', tmp_path/'a/model', '--out', tmp_path/'six.png'))
-    ended(v2flow('train-llm', '--config', 'configs/digits-llm.yaml', '--out', tmp_path/'b', *home,
-                 f'llm.pretrained={tmp_path}/a/model/llm', 'llm.coarse=label'))
-    done = v2flow('train-llm', '--config', 'configs/digits-llm.yaml', '--out', tmp_path/'c', *home,
-                  f'llm.pretrained={whole}/llama', 'llm.coarse=nothing')
-    assert done.returncode == 2 and "llm.coarse='nothing': examples of this data have no such field" in done.stderr
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('train', ['new', 'lora'])
+def test_visual_tokens_are_scored_with_what_peft_trains(train, tied):
+    "`peft` keeps new rows beside the table: they are scored, they get gradients, and merging changes no loss"
+    from v2flow_nbdev.language.adapters import TargetLoss, choose_trained, merge
+    from v2flow_nbdev.language.sequences import image_to_text, text_to_image
+    llm, tokenizer, visual = coarse_model(tied)
+    ids = torch.arange(16).view(4, 4)
+    batch = collate([text_to_image(visual, 0, [5, 6], ids, coarse=3), image_to_text(visual, 0, ids, [5, 1])])
+    model = choose_trained(llm, train, rank=2)
+    torch.manual_seed(0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained: p.data += 0.1*torch.randn_like(p)
+    loss = TargetLoss(model)(**batch).loss; loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+    with torch.no_grad(): torch.testing.assert_close(TargetLoss(merge(model))(**batch).loss, loss.detach())
 
-@pytest.mark.long
+def test_a_field_of_the_data_becomes_coarse_tokens(whole, tmp_path):
+    "By the command, with LoRA; a model trained further keeps them; what does not go together is refused"
+    def run(out, llm, *settings):
+        return v2flow('train-llm', '--config', 'configs/digits-llm.yaml', '--out', tmp_path/out,
+                      f'image_tokenizer={whole}/tok/model', f'llm.pretrained={llm}', 'training.evaluate_every=0',
+                      'training.trackers=[]', 'data.copies=0', 'training.steps=2', 'training.batch_size=4', *settings)
+    ended(run('a', whole/'llama', 'llm.coarse=label', 'llm.train=lora', 'llm.store_base=false',
+              'llm.visual_softmax=true', 'llm.write_noise=0.3'))
+    trained = tmp_path/'a/model/llm'
+    assert len(VisualTokens.of(load_llm(trained)[0]).coarse) == 10
+    ended(v2flow('generate', 'a six', '--model', tmp_path/'a/model', '--out', tmp_path/'six.png'))
+    ended(run('b', trained, 'llm.coarse=label'))
+    done = run('c', trained)
+    assert done.returncode != 0 and 'has 10 coarse tokens already, but 0 values' in done.stderr
+    done = run('d', whole/'llama', 'llm.coarse=nothing')
+    assert done.returncode == 2 and "llm.coarse='nothing': examples of this data have no such field" in done.stderr
+    done = run('e', whole/'llama', 'llm.coarse=label', 'data.name=ids', f'data.folder={tmp_path}')
+    assert done.returncode == 2 and "llm.coarse='label': a folder of ids keeps captions alone" in done.stderr
+
 def test_layers_are_compiled_one_by_one_on_a_cpu():
+    "And nothing around them; nothing is compiled before it is called"
     from v2flow_nbdev.training.processes import compile_parts
     llm, *_ = coarse_model()
     compile_parts(llm, torch.device('cpu'))

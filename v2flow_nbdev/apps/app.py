@@ -95,7 +95,7 @@ def describe_image(
     "Image → ids and their mixtures → caption and decoded image; told as it goes"
     check_inputs(rounds=rounds, steps=steps, seed=seed)
     tok, image, (height, width) = pipe.image_tokenizer, open_upload(url), size or (None, None)
-    if tok.vocab is None: raise ValueError(no_vocabulary)
+    if not tok.has_vocabulary: raise ValueError(no_vocabulary)
     grid = pipe.grid_of(height, width)
     rounds = min(int(rounds), math.prod(grid)*tok.config.pool**2)
     def work(tell):
@@ -222,7 +222,7 @@ def generation_tab(gr, pipe, runs, examples):
 def encoding_tab(gr, pipe, runs):
     "Image → tokens → caption and decoded image"
     known = even_sizes(pipe)
-    if pipe.image_tokenizer.vocab is None: return box(gr, note(no_vocabulary))
+    if not pipe.image_tokenizer.has_vocabulary: return box(gr, note(no_vocabulary))
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             url = box(gr, '', html_template=picker, js_on_load=picker_script, elem_id='v2-picker')
@@ -249,8 +249,7 @@ def make_app(
 )->'gradio.Blocks':       # a `gradio.Blocks`
     "The page: a tab that generates images and a tab that encodes one"
     gr, runs, c, (h, w) = need_gradio(), runs or Runs(), pipe.image_tokenizer.config, pipe.image_tokenizer.config.grid
-    mixed = (f', mixed from {len(pipe.image_tokenizer.vocabulary):,} text tokens'
-             if pipe.image_tokenizer.vocabulary else '')
+    mixed = f', mixed from {c.vocab_size:,} text tokens' if pipe.image_tokenizer.has_vocabulary else ''
     facts = f'{c.image_size[0]} × {c.image_size[1]} pixels ↔ {h} × {w} tokens of {c.codebook_size:,} codes{mixed}'
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         box(gr, f'<style>{page_style}</style><div class="v2-head"><h1>{escape(title)}</h1><p>{facts}</p></div>')

@@ -14,14 +14,14 @@ from .guards import data_url
 # %% ../../nbs/apps/81_tokens_page.ipynb #a00f94a3
 @torch.no_grad()
 def token_mixtures(
-    tok:V2Flow,           # with its vocabulary
+    tok:V2Flow,           # with its vocabulary, or the name of its source
     images:torch.Tensor,  # (1, C, H, W) in [-1, 1]
     n:int=6,              # text tokens to name for each visual token
     # for each visual token: id; mixture: the n most likely text tokens [(token, probability)]; code: the n text tokens
     # nearest to its code [(token, cosine)]
 )->list[dict]:
     "Each visual token of an image as a mixture of text tokens, before and after the quantizer"
-    ids, read, names = tok.encode(images)[0], tok.resampler.readout, tok.vocabulary.tokens
+    ids, read, names = tok.encode(images)[0], tok.resampler.readout, tok.open_vocabulary().tokens
     features = tok.resampler.tokens(tok.to_latents(images).to(tok.device, read.weight.dtype))[0]         # (N, D)
     table, n, found = F.normalize(tok.vocab, dim=-1), min(n, len(names)), []
     for some, at in zip(ids.split(64), features.split(64)):  # 64 × V probabilities at a time

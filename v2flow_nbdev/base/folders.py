@@ -90,6 +90,7 @@ def resolve_folder(
     folder = Path(name)
     if folder.is_file(): raise FileNotFoundError(f"{name}: is a file; give the model's folder or a Hub id")
     if not folder.is_dir():
+        if folder.suffix == '.gguf': raise FileNotFoundError(f"{name}: no such file")
         if str(name).count('/') > 1 or str(name).startswith(('.', '/', '~')):
             raise FileNotFoundError(f"{name}: no such model folder; give a folder or a Hub id")
         from huggingface_hub import snapshot_download

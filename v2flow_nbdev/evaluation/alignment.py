@@ -165,16 +165,17 @@ def plot_alignment(
 # %% ../../nbs/evaluation/55_alignment.ipynb #89790b2d
 @torch.no_grad()
 def tokens_in_codes(
-    tok:V2Flow,           # a `V2Flow` with its vocabulary
+    tok:V2Flow,           # with its vocabulary, or the name of its source
     images:torch.Tensor,  # (B, C, H, W) in [-1, 1]
     n_codes:int=8,        # the most frequent
     n_tokens:int=5,       # of each the likeliest
     batch_size:int=16,    # images at a time; memory holds all probabilities of these, and V of them for each code
 )->list:  # (code, its frequency, [(token, mean probability in the mixtures that became this code), …])
     "Which text tokens are mixed in the frequent codes?"
-    if tok.vocabulary is None:
+    if not tok.has_vocabulary:
         raise ValueError("this tokenizer was loaded without its vocabulary: its codes cannot be put into words")
-    K, V = tok.config.codebook_size, len(tok.vocabulary)
+    names = tok.open_vocabulary().tokens
+    K, V = tok.config.codebook_size, len(names)
     sums, counts = torch.zeros(K, V), torch.zeros(K)
     for x in images.split(batch_size):
         z = tok.to_latents(x)
@@ -183,5 +184,5 @@ def tokens_in_codes(
         sums.index_add_(0, ids, p); counts += ids.bincount(minlength=K)
     def top(code):
         best = (sums[code]/counts[code]).topk(min(n_tokens, V))
-        return [(tok.vocabulary.tokens[j], s) for s,j in zip(best.values.tolist(), best.indices.tolist())]
+        return [(names[j], s) for s,j in zip(best.values.tolist(), best.indices.tolist())]
     return [(c, (counts[c]/counts.sum()).item(), top(c)) for c in counts.topk(n_codes).indices.tolist() if counts[c]]

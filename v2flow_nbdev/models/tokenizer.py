@@ -75,6 +75,11 @@ class _Parts(nn.Module):
         "The codebook in the language model's own table: unit codes at the embeddings' mean norm, around their mean"
         return self.open_vocabulary().mean + self.vocabulary.code_scale*self.quantizer.codebook.cpu()
 
+    @property
+    def has_vocabulary(self)->bool:
+        "Is it here, or does the config name its source? Without either, ids are decoded alone"
+        return self.vocabulary is not None or bool(self.config.vocab_source)
+
     def open_vocabulary(self)->Vocabulary:
         """The vocabulary; where the config names its source, it is read when it is first needed: decoding needs none.
         `RuntimeError` where there is none, `OSError` where the source is missing or another"""

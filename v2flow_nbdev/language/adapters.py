@@ -18,6 +18,12 @@ from .text_models import collate, named_ids, with_tokens
 from .visual_tokens import VisualTokens
 
 # %% ../../nbs/language/25_adapters.ipynb #95a80ec6
+def rows_of(
+    head,  # the output embeddings, a linear layer, perhaps with what `peft` trains in its place
+):         # (V + new tokens, E)
+    "The output embeddings in training, where `peft` may keep new rows beside the table"
+    return head.get_merged_weights(head.active_adapters) if hasattr(head, 'get_merged_weights') else head.weight
+
 def among_visual(
     states,  # (N, E)
     labels,  # ids of new tokens, (N,)
@@ -26,37 +32,37 @@ def among_visual(
 ):           # (N,)
     "Cross-entropy of visual tokens among visual tokens, and of coarse ones among coarse ones; no text token is scored"
     first, c, bias = visual.first, visual.coarse, getattr(head, 'bias', None)
-    logits = F.linear(states, head.weight[first:].to(states.dtype), None if bias is None else bias[first:]).float()
+    logits = F.linear(states, rows_of(head)[first:].to(states.dtype), None if bias is None else bias[first:]).float()
     if c:
         token = torch.arange(first, first + logits.shape[-1], device=labels.device)
-        kind = lambda i: (i >= c.start) & (i < c.stop)
-        logits = logits.masked_fill(kind(labels)[:, None] != kind(token), -torch.inf)
+        def is_coarse(i): return (i >= c.start) & (i < c.stop)
+        logits = logits.masked_fill(is_coarse(labels)[:, None] != is_coarse(token), -torch.inf)
     return F.cross_entropy(logits, (labels - first).clamp(min=0), reduction='none')
 
 def target_loss(
-    states,         # last hidden states, each at the position before its label, (B, L, E)
-    labels,         # (B, L), -100 where nothing is to be predicted
-    head,           # the output embeddings, a linear layer
-    visual,         # where the visual tokens are
-    text_weight,    # how much a text token counts beside a visual one
-    visual_softmax, # visual tokens are chosen among visual tokens, coarse ones among coarse ones
-    coarse_weight=1., # how much a coarse token counts
-):                  # the weighted mean over targets
+    states,           # last hidden states, each at the position before its label, (B, L, E)
+    labels,           # (B, L), -100 where nothing is to be predicted
+    head,             # the output embeddings, a linear layer
+    visual,           # where the visual tokens are
+    text_weight,      # how much a text token counts beside a visual one
+    visual_softmax,   # visual tokens are chosen among visual tokens, coarse ones among coarse ones
+    coarse_weight=1., # how much a coarse token counts beside a visual one
+):                    # the weighted mean over targets
     "Cross-entropy on targets alone; a token that opens an image stands where text might be, so it is chosen among all"
     states, labels, c = states.flatten(0, 1), labels.flatten(), visual.coarse
-    few = labels.device.type == 'cpu'  # choose what is scored: a GPU would have to be asked how many there are
-    if few: keep = labels >= 0; states, labels = states[keep], labels[keep]
+    on_cpu = labels.device.type == 'cpu'
+    if on_cpu: kept = labels >= 0; states, labels = states[kept], labels[kept]
     own = (labels >= visual.first) & visual_softmax
     for begin in visual.begins: own = own & (labels != begin)
     def among_all(x, y): return F.cross_entropy(head(x).float(), y, reduction='none')
-    if not few:
-        each = among_all(states, labels)
-        if visual_softmax: each = torch.where(own, among_visual(states, labels, head, visual), each)
-    else:
+    if on_cpu:
         each = states.new_zeros(len(labels), dtype=torch.float32)
         for some, loss in ((own, partial(among_visual, head=head, visual=visual)), (~own, among_all)):
             at = some.nonzero()[:, 0]
             if len(at): each = each.index_put((at,), loss(states[at], labels[at]))
+    else:  # which positions count is not asked: a GPU would have to be waited for
+        each = among_all(states, labels)
+        if visual_softmax: each = torch.where(own, among_visual(states, labels, head, visual), each)
     inside = (labels >= c.start) & (labels < c.stop)
     weight = torch.where(labels < visual.first, text_weight, torch.where(inside, coarse_weight, 1.))*(labels >= 0)
     return (weight*each).sum()/weight.sum()
@@ -65,22 +71,22 @@ def target_loss(
 class TargetLoss(torch.nn.Module):
     """A language model in training, with the loss on targets alone. With `visual_softmax`, a visual token is chosen
     among the visual tokens, as when an image is generated; a text token always among all. A text token may count
-    several times, for an image has hundreds of tokens and its caption ten"""
+    several times, and so may a coarse token: an image has hundreds of tokens, its caption ten, and one coarse token"""
     def __init__(self,
         llm:nn.Module,         # a causal language model of `transformers` with visual tokens
         text_weight:float=1.,  # how much a text token counts beside a visual one
-        visual_softmax:bool=True,   # visual tokens are chosen among visual tokens
-        coarse_weight:float=1.,     # how much a coarse token counts
+        visual_softmax:bool=True,  # visual tokens are chosen among visual tokens, coarse ones among coarse ones
+        coarse_weight:float=1.,  # how much a coarse token counts beside a visual one
     ):                         # `ValueError` for a model whose scores are not its head times its last states
         super().__init__()
-        self.llm, self.visual, self.text_weight, self.visual_softmax = llm, VisualTokens.of(llm), 1., False
-        self.coarse_weight = 1.
+        self.llm, self.visual, self.visual_softmax = llm, VisualTokens.of(llm), False
+        self.text_weight = self.coarse_weight = 1.
         self._no_split_modules = llm._no_split_modules  # what the training loop may ask of a language model
         theirs, ours = self.both_losses(collate([([0], [1, 2, self.visual.first]), ([0, 3], [self.visual.first])]))
         capped = getattr(llm.config.get_text_config(), 'final_logit_softcapping', None)
         if capped or not abs(theirs - ours) < 1e-3*theirs:
             raise ValueError(f"{type(llm).__name__}: its scores are more than its head times its last states; leave "
-                             f"text_weight and visual_softmax out")
+                             f"text_weight and visual_softmax out, and coarse tokens")
         self.text_weight, self.visual_softmax, self.coarse_weight = text_weight, visual_softmax, coarse_weight
 
     @torch.no_grad()

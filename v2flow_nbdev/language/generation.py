@@ -65,12 +65,12 @@ def check_sampling(guidance_scale, temperature, top_k, top_p, min_p):
 
 # %% ../../nbs/language/24_generation.ipynb #056fcee0
 class VisualTokenProcessor(LogitsProcessor):
-    """Generates an image inside `model.generate`: only visual tokens, exactly as many as the grid needs, then the
-    closing token; mixes the two branches of guidance (rows 0…B-1 with caption, B…2B-1 without) and chooses the token
-    itself, with the caller's generator"""
+    """Generates an image inside `model.generate`: a coarse token where the model has any, then only visual tokens,
+    exactly as many as the grid needs, then the closing token; mixes the two branches of guidance (rows 0…B-1 with
+    caption, B…2B-1 without) and chooses the token itself, with the caller's generator"""
     def __init__(self,
         visual:VisualTokens,       # where they are
-        prompt_length:int,         # columns before the first visual token
+        prompt_length:int,         # columns before the first new token
         guidance_scale:float=1.,   # 1 = the batch has one branch only
         temperature:float=1.,      # 0 = always the most likely token
         top_k:int|None=None,       # only the k most likely tokens
@@ -89,8 +89,8 @@ class VisualTokenProcessor(LogitsProcessor):
     def choose(self,
         scores:torch.Tensor,  # of the K visual tokens and the C coarse ones, (B or 2B, K + C)
         done:int,             # tokens chosen so far
-    )->torch.Tensor:          # numbers among these, (B or 2B, 1): both branches get the same
-        "Guidance, filters and a draw"
+    )->torch.Tensor:          # which of them, (B or 2B, 1): both branches get the same
+        "Guidance, filters and a draw, among coarse tokens first and then among visual ones"
         K, done = self.visual.codebook_size, done - self.lead
         scores = scores[:, :K] if done >= 0 else scores[:, K:]
         both = self.guidance_scale != 1
@@ -113,12 +113,13 @@ class VisualTokenProcessor(LogitsProcessor):
 class StepCallback(StoppingCriteria):
     "Called inside `model.generate`; what the callback raises ends generation at once"
     def __init__(self,
-        callback,           # called after each token with all tokens so far, (rows, tokens)
+        callback,           # called after each token with all tokens so far, (rows, 1 or more)
         prompt_length:int,  # columns before the first of them
     ): self.callback, self.prompt_length = callback, prompt_length
 
     def __call__(self, input_ids, scores, **kwargs):
-        self.callback(input_ids[:, self.prompt_length:])
+        so_far = input_ids[:, self.prompt_length:]
+        if so_far.shape[1]: self.callback(so_far)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 def left_pad(
@@ -201,8 +202,7 @@ def generate_image_ids(
         return decode_ids(model, batch, processor, callback and (lambda ids: callback(ids[:len(captions)])),
                           **settings)[:len(captions)]
     if callback:
-        def told(tokens): tokens.shape[1] and callback(tokens[:len(captions)] - visual.first)  # not of a coarse token
-        tell = StepCallback(told, length + lead)
+        tell = StepCallback(lambda tokens: callback(tokens[:len(captions)] - visual.first), length + lead)
         generate_kwargs['stopping_criteria'] = StoppingCriteriaList([tell])
     out = generate_tokens(model, tokenizer, batch, lead + n, logits_processor=LogitsProcessorList([processor]),
                           **generate_kwargs)

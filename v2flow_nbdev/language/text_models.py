@@ -130,7 +130,7 @@ def text_perplexity(
     examples = [(p, t[:max_sequence_length(model) - 1]) for p,t in text_sequences(tokenizer, texts)]
     entry, total, count = getattr(model.config, 'v2flow', None), 0., 0
     visual = list(range(entry['first'], entry['end'] + 1)) if entry else []
-    # scores of half a gigabyte at a time: those of 64 long texts over 49,152 tokens would take six
+    # half a gigabyte of scores at a time, where 64 long texts over 49,152 tokens would make many
     longest, V = max(len(p) + len(t) for p,t in examples), model.config.get_text_config().vocab_size
     batch_size = max(1, min(batch_size, 2**27//(longest*V)))
     for i in range(0, len(examples), batch_size):
@@ -147,8 +147,8 @@ def count_targets(
     batch:dict,           # of `collate`
     first:int=0,          # id from which on a token counts 1, see `TargetLoss`
     text_weight:float=1., # how much the tokens before it count
-    coarse:range=range(0),  # ids that count
-    coarse_weight:float=1., # so much
+    coarse:range=range(0),  # ids of coarse tokens, see `VisualTokens.coarse`
+    coarse_weight:float=1., # how much one of them counts
 )->float:                 # what its loss is a mean over
     "What makes the mean over several batches or processes a mean over tokens"
     labels = batch['labels'][:, 1:]

@@ -147,7 +147,7 @@ def new_embeddings(
     n,       # how many of these there are
     start,   # one of `starts`
     seed,    # of random starts
-    coarse,  # how many coarse tokens there are: they start around the mean, nearly equal, and so learn fast
+    coarse,  # how many coarse tokens there are; they start around the mean, nearly equal
 ):           # (K + coarse + n, E)
     "Rows for all new tokens; `ValueError` where the table they are computed from is damaged"
     others = initial_embeddings(codes.new_zeros(coarse, codes.shape[1]), centre, length/50, 'random', seed + 1)
@@ -198,14 +198,16 @@ def check_model(
 def check_grids(
     grids,  # should be (h, w) of images, each once
     model,  # should have positions for them
+    coarse, # how many coarse tokens there are; an image has one
 ):
     "`ValueError` for grids that are none, or too large for a language model"
     if not grids or any(len(g) != 2 or not all(type(n) is int and n > 0 for n in g)
                         for g in grids) or len({*grids}) < len(grids):
         raise ValueError(f"grids={grids}: needs (height, width) of at least one grid, each once")
-    longest = max(h*w for h,w in grids) + 4  # with begin-of-text, begin, end and one token of text
-    if longest > max_sequence_length(model):
-        raise ValueError(f"an image of {longest - 4} visual tokens is too long for this language model, which takes "
+    n = max(h*w for h,w in grids)
+    # with begin-of-text, begin, end and one token of text
+    if n + 4 + bool(coarse) > max_sequence_length(model):
+        raise ValueError(f"an image of {n} visual tokens is too long for this language model, which takes "
                          f"{max_sequence_length(model)} tokens in all")
 
 def check_match(
@@ -270,10 +272,10 @@ def add_visual_tokens(
 )->VisualTokens:       # where they are; `ValueError` if the three do not go together, and then nothing is changed
     """Make the K codes K new tokens (V²Flow, joining the tokenizer with a pretrained LLM). Input embeddings start as
     the codebook, at the text tokens' mean distance from their mean; output embeddings as the same directions at the
-    output table's own. Tokens that open and close an image start in the mean"""
+    output table's own. Coarse tokens (ours) start around the mean, those that open and close an image in it"""
     grids = tuple(map(tuple, grids or [v2flow.config.grid]))
     if v2flow.config.vocab_source: v2flow.open_vocabulary()
-    check_model(model); check_match(model, tokenizer, v2flow.vocabulary); check_grids(grids, model)
+    check_model(model); check_match(model, tokenizer, v2flow.vocabulary); check_grids(grids, model, coarse)
     codes, vocabulary = v2flow.quantizer.codebook.float().cpu(), v2flow.vocabulary
     K, G = v2flow.config.codebook_size, len(grids)
     begins = range(K + coarse, K + coarse + G)

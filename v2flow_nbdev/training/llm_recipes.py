@@ -32,10 +32,6 @@ from .recipes import (
     stored_dtypes, tell_report, text_lines, usable_sample)
 from .tokenizer_recipes import load_tokenizer
 
-# %% ../../nbs/training/48_llm_recipes.ipynb #3f42c176
-# settings for `train: all`, and why adapters exclude them
-needs_all = dict(interpolate_weights='adapters leave the parameters as they were')
-
 # %% ../../nbs/training/48_llm_recipes.ipynb #e32a78c3
 @dataclass
 class LLMConfig:
@@ -54,7 +50,7 @@ class LLMConfig:
     # caption → image: largest fraction of the ids generated so far that are replaced by a similar image's; drawn anew
     # for each sequence
     write_noise:float=0.
-    coarse:str=''              # field of the examples; each value gets a token, which is written before the image's
+    coarse:str=''              # field of the examples; each value of it gets a token, written before the image's ids
     coarse_weight:float=8.     # of such a token's loss beside a visual token's
     rare:str=''                # field of the examples; rare values are generated more often (`inverse_sqrt_frequency`)
     text_weight:float=1.       # of a text token's loss beside a visual token's, see `TargetLoss`
@@ -85,10 +81,9 @@ class LLMConfig:
         if self.rank < 1: raise ValueError(f"rank={self.rank}: needs at least 1")
         if self.pack < 0: raise ValueError(f"pack={self.pack}: needs 0 or more")
         check_sizes(self, 'grids')
-        for name, why in needs_all.items():
-            if getattr(self, name) and self.train != 'all':
-                raise ValueError(f"{name}={getattr(self, name)} with train={self.train!r}: {why}; use train='all', or "
-                                 f"leave {name} out")
+        if self.interpolate_weights and self.train != 'all':
+            raise ValueError(f"interpolate_weights={self.interpolate_weights} with train={self.train!r}: adapters "
+                             f"leave the parameters as they were; use train='all', or leave interpolate_weights out")
 
 # %% ../../nbs/training/48_llm_recipes.ipynb #e616c791
 @dataclass
@@ -152,22 +147,35 @@ def image_weights(examples, field):
     "How often each image is to be generated: more often, the fewer examples have its value of a field"
     return inverse_sqrt_frequency(field_values(examples, field, 'rare'))
 
+def check_fields(source, tuning):
+    "`ValueError` where the data can have no fields"
+    for name in ('rare', 'coarse'):
+        if source.name == 'ids' and getattr(tuning, name):
+            raise ValueError(f"llm.{name}={getattr(tuning, name)!r}: a folder of ids keeps captions alone, use the "
+                             f"images themselves")
+
 class WithCoarse(torch.utils.data.Dataset):
     "Examples with ids, and with the number of the coarse token that stands for a value of theirs"
     def __init__(self,
-        examples,  # with ids; of several grids one after the other
-        values,    # of the images, None where unknown
+        examples,     # with ids; of several grids one after the other
+        values:list,  # of the images; None where unknown: then no coarse token is written
     ):
-        self.examples, known = examples, sorted({*values} - {None})
-        number = {v: i for i,v in enumerate(known)}
-        self.numbers = [number.get(v) for v in values]
+        number = {v: i for i,v in enumerate(sorted({*values} - {None}))}
+        self.examples, self.numbers = examples, [number.get(v) for v in values]
 
     def __len__(self): return len(self.examples)
 
     def __getitem__(self, i): return {**self.examples[i], 'coarse': self.numbers[i % len(self.numbers)]}
 
 # %% ../../nbs/training/48_llm_recipes.ipynb #3530d49a
-def ids_of(source, tok, grids, out, rare='', loaded=None):
+def ids_of(
+    source,     # a `DataConfig`
+    tok,        # the image tokenizer
+    grids,      # of the language model; none: the image tokenizer's own
+    out,        # the run's folder
+    rare='',    # field of the examples, see `image_weights`
+    loaded=None,  # what `load_data` gave, where it has been asked
+):
     """(examples with ids, how often each is to be generated, held-out examples, all that has a report): of a folder
     that encode-dataset wrote, or of images encoded into the run's folder"""
     if source.name != 'ids':
@@ -176,7 +184,6 @@ def ids_of(source, tok, grids, out, rare='', loaded=None):
         often = image_weights(examples, rare).repeat(max(1, len(grids))) if rare else None
         done = encoded(examples, tok, out/'ids', image_sizes(tok, grids))
         return ConcatDataset(done), often, held_out, [examples, *done]
-    if rare: raise ValueError(f"llm.rare={rare!r}: a folder of ids keeps captions alone, use the images themselves")
     with running():
         folders = sorted(p.parent for p in Path(source.folder).glob('*/index.json'))
         if not folders: raise FileNotFoundError(f"{source.folder}: no ids here; make them with `v2flow encode-dataset`")
@@ -203,9 +210,9 @@ def known_visual_tokens(llm, tok, grids, coarse=0):
     "The visual tokens of a language model that is trained further on these codes; None if it has none, or others"
     if (getattr(llm.config, 'v2flow', None) or {}).get('codebook') != tok.codebook_checksum: return None
     visual = VisualTokens.of(llm)
-    if coarse and coarse != len(visual.coarse):
-        raise ValueError(f"llm.coarse: this language model has {len(visual.coarse)} coarse tokens already, the data "
-                         f"{coarse} values")
+    if coarse != len(visual.coarse):
+        raise ValueError(f"llm.coarse: this language model has {len(visual.coarse)} coarse tokens already, but "
+                         f"{coarse} values of the data are to have one")
     if {tuple(g) for g in grids} - set(visual.grids):
         raise ValueError(f"llm.grids={list(grids)}: this language model has visual tokens already, for "
                          f"{', '.join(f'{h}×{w}' for h,w in visual.grids)}")
@@ -213,7 +220,7 @@ def known_visual_tokens(llm, tok, grids, coarse=0):
 
 def load_models(
     recipe:LLMRecipe,
-    coarse:int=0,  # coarse tokens
+    coarse:int=0,  # how many coarse tokens it is to have
 ):  # (image tokenizer, language model, text tokenizer, its visual tokens, settings that a resumed run must share)
     "Both models, the language model with the visual tokens of the image tokenizer"
     tuning = recipe.llm
@@ -232,6 +239,12 @@ def load_models(
 
 # %% ../../nbs/training/48_llm_recipes.ipynb #e2fd0c85
 def unwrapped(model): return getattr(model, 'llm', model)
+
+def in_training(llm, tuning):
+    "A language model of which that is trained which `llm.train` says, with a loss of its own where it needs one"
+    llm = choose_trained(llm, tuning.train, tuning.rank, tuning.alpha)
+    if tuning.text_weight == 1 and not tuning.visual_softmax and not tuning.coarse: return llm
+    with running(): return TargetLoss(llm, tuning.text_weight, tuning.visual_softmax, tuning.coarse_weight)
 
 def llm_scores(
     pipe,          # language model → pipeline
@@ -264,8 +277,9 @@ def train_llm(
     training, tuning, source, out = recipe.training, recipe.llm, recipe.data, Path(out) if out else out
     if source.streaming: raise ValueError("data.streaming=true: ids are computed for examples that can be counted")
     check_run(out, resume or training.resume)
-    loaded, values = (load_data(source) if tuning.coarse else None), []
-    if loaded: values = field_values(loaded[0], tuning.coarse, 'coarse')
+    check_fields(source, tuning)
+    loaded = load_data(source) if tuning.coarse else None
+    values = field_values(loaded[0], tuning.coarse, 'coarse') if loaded else []
     tok, llm, tokenizer, visual, settings = load_models(recipe, len({*values} - {None}))
     def pipe(model): return V2FlowPipeline(tok.to(model.device), model, tokenizer, recipe.generation)
     pipe(llm)  # wrong defaults are found now, not at the end
@@ -274,14 +288,11 @@ def train_llm(
     if n > longest: raise ValueError(f"llm.pack={tuning.pack}: an image with its caption needs {n} tokens and more")
     torch.manual_seed(training.seed)  # every process begins with the same updates
     begun = {n: p.detach().clone() for n,p in llm.named_parameters()} if tuning.interpolate_weights else {}
-    llm = choose_trained(llm, tuning.train, tuning.rank, tuning.alpha)
-    if tuning.text_weight != 1 or tuning.visual_softmax or tuning.coarse:
-        with running(): llm = TargetLoss(llm, tuning.text_weight, tuning.visual_softmax, tuning.coarse_weight)
-    if tuning.texts or tuning.held_out_texts: text_corpus(tuning, [])                                       # a missing file is found now
+    llm = in_training(llm, tuning)
+    text_corpus(tuning, [])  # a missing file is found now
     device = join_processes(training)
-    examples, often, held_out, sources = ids_of(source, tok.to(device), tuning.grids, out, tuning.rare,
-                                                   loaded)
-    if tuning.coarse: examples = WithCoarse(examples, values)
+    examples, often, held_out, sources = ids_of(source, tok.to(device), tuning.grids, out, tuning.rare, loaded)
+    if values: examples = WithCoarse(examples, values)
     texts, held_out_texts = text_corpus(tuning, examples)
     sequences = ImageTextSequences(
         examples, tokenizer, visual, tuning.write_share, tuning.caption_dropout, tuning.id_noise, tuning.loss,
@@ -292,7 +303,7 @@ def train_llm(
     scores = llm_scores(pipe, held_out, room - n, tokenizer, held_out_texts, before, evaluate)
     joined = partial(pack, length=tuning.pack) if tuning.pack else collate
     count = partial(count_targets, first=visual.first, text_weight=tuning.text_weight, coarse=visual.coarse,
-                    coarse_weight=tuning.coarse_weight if tuning.coarse else 1.)
+                    coarse_weight=tuning.coarse_weight)
     with running(): llm = train(llm, sequences, training, joined, scores, out, resume, settings=settings, count=count)
     model = unwrapped(llm)
     if tuning.interpolate_weights: interpolate_weights(model, begun, tuning.interpolate_weights)

@@ -109,6 +109,7 @@ class TargetLoss(torch.nn.Module):
         attention_mask:torch.Tensor|None=None,  # not needed: padding stands on the right, and no token looks there
         **batch,                 # position_ids of packed sequences
     )->CausalLMOutput:           # `.loss`: the weighted mean over targets
+        batch |= dict(use_cache=False)  # nothing is generated
         states = self.llm.get_decoder()(input_ids=input_ids, **batch).last_hidden_state[:, :-1]
         return CausalLMOutput(loss=target_loss(states, labels[:, 1:], self.llm.get_output_embeddings(), self.visual,
                                                self.text_weight, self.visual_softmax, self.coarse_weight))

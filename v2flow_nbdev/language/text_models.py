@@ -130,13 +130,14 @@ def text_perplexity(
     examples = [(p, t[:max_sequence_length(model) - 1]) for p,t in text_sequences(tokenizer, texts)]
     entry, total, count = getattr(model.config, 'v2flow', None), 0., 0
     visual = list(range(entry['first'], entry['end'] + 1)) if entry else []
-    # half a gigabyte of scores at a time, where 64 long texts over 49,152 tokens would make many
-    longest, V = max(len(p) + len(t) for p,t in examples), model.config.get_text_config().vocab_size
-    batch_size = max(1, min(batch_size, 2**27//(longest*V)))
-    for i in range(0, len(examples), batch_size):
-        batch = {k: v.to(model.device) for k,v in collate(examples[i:i+batch_size]).items()}
+    # texts of like length side by side, and at most half a gigabyte of scores at a time
+    examples, V = sorted(examples, key=lambda e: len(e[1])), model.config.get_text_config().vocab_size
+    while examples:
+        n = min(batch_size, max(1, 2**27//(len(examples[-1][1])*V)))  # the last is the longest
+        part, examples = examples[-n:], examples[:-n]
+        batch = {k: v.to(model.device) for k,v in collate(part).items()}
         labels = batch.pop('labels')[:, 1:]
-        logits = model(**batch).logits[:, :-1].float()
+        logits = model(**batch, use_cache=False).logits[:, :-1].float()
         logits[..., visual] = -torch.inf
         total += F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction='sum').item()
         count += (labels != -100).sum().item()

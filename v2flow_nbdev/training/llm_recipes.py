@@ -27,6 +27,7 @@ from ..data.sources import Subset
 from ..data.cache import EncodedImages, encode_dataset
 from .config import TrainConfig, check_range
 from .loop import train
+from .optimizers import multiplies_bf16
 from .recipes import (
     DataConfig, check_run, check_sizes, finish, in_common, is_main_process, join_processes, load_data, split_of,
     stored_dtypes, tell_report, text_lines, usable_sample)
@@ -251,8 +252,8 @@ def llm_scores(
     held_out,      # examples
     longest:int,   # text tokens of a caption at most
     tokenizer,
-    texts:list,    # held-out text
-    before:float,  # its perplexity before the training
+    perplexity,    # language model → that of held-out text
+    before:float,  # the same before the training
     evaluate,      # pipeline → scores; None: none
 ):                 # model → scores and an image
     "What is evaluated while a language model is trained on ids"
@@ -262,7 +263,7 @@ def llm_scores(
         shown = [c for r in usable_sample(held_out, 10) for c in [next(iter(r['captions']), '') or 'an image']
                  if fits(c)] or ['an image']
         made = pipe(model)(shown, generator=torch.Generator().manual_seed(0)).images
-        return dict(evaluate(pipe(model)) if evaluate else {}, text_perplexity=text_perplexity(model, tokenizer, texts),
+        return dict(evaluate(pipe(model)) if evaluate else {}, text_perplexity=perplexity(model),
                     text_perplexity_before=before, generated=image_grid(made, shown, columns=5))
     return scores
 
@@ -298,9 +299,13 @@ def train_llm(
         examples, tokenizer, visual, tuning.write_share, tuning.caption_dropout, tuning.id_noise, tuning.loss,
         texts, tuning.text_share, longest, tuning.write_noise, often)
     if not training.fsdp: llm.to(device)
-    before = text_perplexity(unwrapped(llm), tokenizer, held_out_texts) if is_main_process() else 0.
+    half = training.mixed_precision == 'bf16' and multiplies_bf16(device)
+    def perplexity(model):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            return text_perplexity(model, tokenizer, held_out_texts)
+    before = perplexity(unwrapped(llm)) if is_main_process() else 0.
     if is_main_process(): say(f'perplexity of plain text before the training: {before:.3g}')
-    scores = llm_scores(pipe, held_out, room - n, tokenizer, held_out_texts, before, evaluate)
+    scores = llm_scores(pipe, held_out, room - n, tokenizer, perplexity, before, evaluate)
     joined = partial(pack, length=tuning.pack) if tuning.pack else collate
     count = partial(count_targets, first=visual.first, text_weight=tuning.text_weight, coarse=visual.coarse,
                     coarse_weight=tuning.coarse_weight)

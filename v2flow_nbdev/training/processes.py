@@ -49,7 +49,11 @@ def compile_parts(
     names = getattr(model, '_no_split_modules', None) or ()
     layers = [m for m in model.modules() if type(m).__name__ in names]
     own_way = type(model).compile is not torch.nn.Module.compile
-    for part in layers if layers and device.type == 'cpu' and not own_way else [model]: part.compile()
+    by_layers = layers and device.type == 'cpu' and not own_way
+    for part in layers if by_layers else [model]: part.compile()
+    def no_cache(model, args, kwargs): return args, {**kwargs, 'use_cache': False} if model.training else kwargs
+    # a cache of keys and values, which nobody reads in training, would make a graph for each layer
+    if by_layers: model.register_forward_pre_hook(no_cache, with_kwargs=True)
 
 def wrap(
     model,               # on its device

@@ -51,7 +51,9 @@ def drawn(args, keywords):
     "What a pipeline draws, names and heeds: figures, and what the sheet shows"
     pipe, found, shown = V2FlowPipeline.from_pretrained(args.model, device=resolve_device()), {}, None
     bases, _ = bases_of(examples := emoji('train'))
-    if args.naming or VisualTokens.of(pipe.llm).coarse:
+    if tuple(size := pipe.image_tokenizer.config.image_size) != (64, 64):
+        raise ValueError(f"{args.model}: images of {size[0]}×{size[1]} pixels; the emoji have 64×64")
+    if args.naming or len(VisualTokens.of(pipe.llm).coarse) == len(bases):
         marks = dict(naming=naming_marks(pipe.llm, pipe.tokenizer, keywords, bases))
         found |= as_scores(marks) | dict(naming_n=len(keywords))
     if args.heeding: found |= {f'heeding_{k}': v for k, v in heeding(pipe, emoji('held_out_compositions'), bases).items()}

@@ -56,7 +56,7 @@ def drawn(args, keywords):
     if args.naming or len(VisualTokens.of(pipe.llm).coarse) == len(bases):
         marks = dict(naming=naming_marks(pipe.llm, pipe.tokenizer, keywords, bases))
         found |= as_scores(marks) | dict(naming_n=len(keywords))
-    if args.heeding: found |= {f'heeding_{k}': v for k, v in heeding(pipe, emoji('held_out_compositions'), bases).items()}
+    if args.heeding: found |= {k if k == 'heeding' else f'heeding_{k}': v for k, v in heeding(pipe, emoji('held_out_compositions'), bases).items()}
     if not (args.naming or args.heeding) or args.split == 'test':
         images = draw_keywords(pipe, keywords, args.images, args.seed, args.batch_size, say)
         exam = KeywordExam(emoji_judge(), examples)

@@ -55,10 +55,11 @@ def test_an_oracle_has_all_right_and_permuted_captions_chance(exam):
     assert [exam.bases[i] for i in m['nearest'][:, 0]] == [r['base'] for r in keywords]
     wrong = exam.marks(images[permuted_captions([r['base'] for r in keywords], np.random.default_rng(1))], keywords)['pixels']
     assert wrong['accuracy'] < 0.1 > wrong['chance']
-    half = exam.marks(torch.stack([images, images.roll(1, 0)], 1).flatten(0, 1), keywords)['pixels']
+    both = torch.stack([images, images.roll(1, 0)], 1).flatten(0, 1)
+    half = exam.marks(both, keywords)['pixels']
     assert 0.5 <= half['accuracy'] < 0.55 and half['right'][:, 0].all()            # one of two images is right
     with pytest.raises(ValueError, match='as many of each'): exam.marks(images[:7], keywords[:2])
-    assert keyword_sheet(images, keywords, half, exam, 3).size[0] > 3*88
+    assert keyword_sheet(both, keywords, half, exam, 3).size[0] > 3*88
 
 def test_a_tie_is_wrong_and_so_is_what_is_not_a_number():
     for value in (1., torch.nan):

@@ -7,6 +7,7 @@ from ten starts of its new embeddings, everything else equal: parameters, order 
     python -m benchmarks.pretrained_alignment test emoji --tokenizer runs/smollm2-tokenizer-64/model
     python -m benchmarks.pretrained_alignment table
     python -m benchmarks.pretrained_alignment plot
+    python -m benchmarks.pretrained_alignment run digits --tokenizer … --modes lora --starts codebook random --results /tmp/found.json
 
 *Starts* (see `starting_embeddings`). `codebook`: the codes. `rotated`: the codes under a rotation around the tokens' mean, a new one for
 each seed: the same geometry without the alignment. `rotated_covariance`: the same in the space where the tokens' covariance is a ball, so that
@@ -42,7 +43,8 @@ here = Path(__file__).parent
 starts = ('codebook', 'rotated', 'rotated_covariance', 'shuffled', 'plain', 'gaussian', 'random', 'mean', 'semantic',
           'semantic_shuffled')
 rates = dict(lora=[(lr, row) for lr in (3e-4, 1e-3) for row in (1e-3, 4e-3)],  # (of the body, of the new embeddings)
-             rows=[(0., row) for row in (1e-3, 4e-3, 1.6e-2)], all=[(lr, row) for lr in (1e-4, 3e-4) for row in (1e-3, 4e-3)])
+             rows=[(0., row) for row in (1e-3, 4e-3, 1.6e-2)],
+             all=[(lr, row) for lr in (1e-4, 3e-4) for row in (1e-3, 4e-3)])
 test_seeds = range(10, 18)  # none of screening's
 warmup, rank, alpha = 5, 16, 32.
 
@@ -67,7 +69,8 @@ def pointwise_weights(
     "A code's tokens, by positive pointwise mutual information; a token that all captions have gets 0"
     found = sorted({t for cs in captions for c in cs for t in c}); place = {t: i for i,t in enumerate(found)}
     said, drawn = torch.zeros(len(ids), len(found)), torch.zeros(len(ids), K)
-    for row, cs in zip(said, captions): row += torch.tensor([place[t] for c in cs for t in c]).bincount(minlength=len(found))/len(cs)
+    for row, cs in zip(said, captions):
+        row += torch.tensor([place[t] for c in cs for t in c]).bincount(minlength=len(found))/len(cs)
     counts = (drawn.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float32)).T @ said).double()
     given = counts/counts.sum(1, keepdim=True).clamp_min(1e-30)
     prior = counts.sum(0)/counts.sum()
@@ -92,16 +95,17 @@ def starting_embeddings(
     table,         # embeddings of the text tokens, (V, E)
     seed,          # of what is random in it
     plain=None,    # of `code_latents`
-    meaning=None,  # directions of `semantic`, (K, E): sums of centred embeddings with the weights of `pointwise_weights`
+    meaning=None,  # of `semantic`, (K, E): sums of centred embeddings with the weights of `pointwise_weights`
 ):                 # (K, E) float32
     "See above"
-    centre, length, generator = table.mean(0), (table - table.mean(0)).norm(dim=-1).mean(), torch.Generator().manual_seed(seed)
+    centre, generator = table.mean(0), torch.Generator().manual_seed(seed)
+    length = (table - centre).norm(dim=-1).mean()
     around = lambda directions: (centre + length*F.normalize(directions.float(), dim=-1)).float()
     if start in ('codebook', 'rotated', 'random', 'mean'): return initial_embeddings(codes, centre, length, start, seed)
     if start == 'rotated_covariance':
         _, root, inverse = covariance_roots(table)
-        rotation = torch.linalg.qr(torch.randn(codes.shape[1], codes.shape[1], generator=generator, dtype=torch.float64)).Q
-        return around(codes.double() @ inverse @ rotation @ root)
+        square = torch.randn(codes.shape[1], codes.shape[1], generator=generator, dtype=torch.float64)
+        return around(codes.double() @ inverse @ torch.linalg.qr(square).Q @ root)
     if start == 'gaussian':
         mean, root, _ = covariance_roots(table)
         return (mean + torch.randn(codes.shape, generator=generator, dtype=torch.float64) @ root).float()
@@ -125,7 +129,7 @@ def linear(
     y = F.linear(x, w.to(x.dtype))
     if a is None: return y
     parts = F.linear(x, a.to(x.dtype)).chunk(len(bs), -1)
-    return y + alpha/rank*torch.cat([F.linear(p, b.to(x.dtype)) for p,b in zip(parts, bs)], -1)
+    return y + torch.cat([F.linear(p, (alpha/rank*b).to(x.dtype)) for p,b in zip(parts, bs)], -1)
 
 def norm(x, w, eps, dtype):
     return (x*torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)*w.float()).to(dtype)
@@ -139,7 +143,8 @@ def layer(
     heads,     # (of queries, of keys and values)
     eps, dtype,
 ):
-    "A LLaMA layer. Queries that share a key stand in one matrix; scores by plain products, whose backward is faster on a CPU than SDPA's"
+    """A LLaMA layer. Queries that share a key stand in one matrix; scores by plain products, whose backward is faster
+    on a CPU than SDPA's"""
     (B, L, _), D, (n, kv) = x.shape, cos.shape[-1], heads
     q, k, v = (rearrange(t, 'b l (h d) -> b h l d', d=D)
                for t in linear(norm(x, w[0], eps, dtype), w[1], *low[0]).split([n*D, kv*D, kv*D], -1))
@@ -155,15 +160,16 @@ class Body:
     "The layers of a LLaMA of `transformers`, compiled once: all layers, runs and starts share one graph"
     def __init__(self, llm, dtype, compiled):
         c, model = llm.config, llm.model
-        if c.model_type != 'llama' or not c.tie_word_embeddings or c.attention_bias or c.mlp_bias or c.hidden_act != 'silu':
+        plain = c.tie_word_embeddings and not c.attention_bias and not c.mlp_bias and c.hidden_act == 'silu'
+        if c.model_type != 'llama' or not plain:
             raise ValueError(f"{c.model_type}: needs a LLaMA with one table for input and output, and no biases")
         self.table, self.dtype, self.eps = model.embed_tokens.weight.detach().to(dtype), dtype, c.rms_norm_eps
         self.heads = c.num_attention_heads, c.num_key_value_heads
         self.norm, self.rotary = model.norm.weight.detach(), model.rotary_emb
         def of(l):
             a, m = l.self_attn, l.mlp
-            return [l.input_layernorm.weight, (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), l.post_attention_layernorm.weight,
-                    (m.gate_proj, m.up_proj), (m.down_proj,)]
+            return [l.input_layernorm.weight, (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,),
+                    l.post_attention_layernorm.weight, (m.gate_proj, m.up_proj), (m.down_proj,)]
         parts = [of(l) for l in model.layers]
         self.shapes = [[tuple(m.weight.shape) for m in p] for p in parts[0] if isinstance(p, tuple)]
         def joined(p): return torch.cat([m.weight for m in p]) if isinstance(p, tuple) else p
@@ -182,7 +188,7 @@ class Body:
     def states(self, x, layers=None, low=None, norm_weight=None):
         "Embeddings (B, L, E) float32 → last states, `dtype`"
         L = x.shape[1]
-        cos, sin = (t[0].to(self.dtype) for t in self.rotary(x, torch.arange(L)[None]))
+        cos, sin = (t[0] for t in self.rotary(x, torch.arange(L)[None]))
         mask = torch.full((L, L), -torch.inf).triu(1)
         for w, l in zip(layers or self.layers, low or [((),)*4]*len(self.layers)):
             x = self.layer(x, cos, sin, mask, w, l, self.heads, self.eps, self.dtype)
@@ -206,9 +212,10 @@ class Task:
     meaning:torch.Tensor  # directions of `semantic`
 
     def batch(self, ids, captions):
-        "Inputs (B, L), codes to predict (B, N), and where the state before each is (B, N). Token V + i is new embedding i; V + K opens an image"
-        N, V = ids.shape[1], len(self.body.table)
-        inputs, at = torch.zeros(len(ids), self.length, dtype=torch.long), torch.zeros(len(ids), 1, dtype=torch.long)
+        """Inputs (B, L), codes to predict (B, N), and where the state before each is (B, N). Token V + i is new
+        embedding i; V + K opens an image"""
+        B, N, V = *ids.shape, len(self.body.table)
+        inputs, at = torch.zeros(B, self.length, dtype=torch.long), torch.zeros(B, 1, dtype=torch.long)
         for i, (x, c) in enumerate(zip(ids, captions)):
             sequence = torch.tensor([self.bos, *c, V + len(self.codes)])
             at[i] = len(sequence) - 1
@@ -229,12 +236,16 @@ def new_embeddings(task, start, seed):
     rows = starting_embeddings(start, task.codes, task.table, seed, task.plain, task.meaning)
     return torch.cat([rows, task.table.mean(0).expand(2, -1)]).contiguous()
 
-def make_task(data, tokenizer, llm='smollm2', cache='runs/pretrained_alignment', copies=8, compiled=True, dtype=torch.bfloat16,
-              examples=None, steps=40, batch_size=32):
+def examples_of(data, copies):
+    "Training and held-out examples"
+    if data == 'digits': return dict(train=augment(digits('train'), copies), test=digits('test'))
+    return {split: emoji(split) for split in ('train', 'held_out_compositions')}
+
+def make_task(data, tokenizer, llm='smollm2', cache='runs/pretrained_alignment', copies=8, compiled=True,
+              dtype=torch.bfloat16, examples=None, steps=40, batch_size=32):
     "Load the model once; ids are computed once and kept"
     tok, cache = V2Flow.from_pretrained(tokenizer), Path(cache)
-    sets = examples or (dict(train=emoji('train'), held_out_compositions=emoji('held_out_compositions')[:256]) if data == 'emoji'
-                        else dict(train=augment(digits('train'), copies), test=digits('test')))
+    sets = examples or examples_of(data, copies)
     found = {name: encode_dataset(s, tok, cache/f'ids-{name}', progress=False) for name,s in sets.items()}
     model, text = load_llm(llm_folder(llm), dtype, 'eager')
     body = Body(model, dtype, compiled)
@@ -247,12 +258,14 @@ def make_task(data, tokenizer, llm='smollm2', cache='runs/pretrained_alignment',
     path = cache/f'latents-of-codes-{tok.codebook_checksum}-{len(train[0])}.safetensors'
     if not path.is_file():
         c, images = tok.config, [r['image'] for r in sets['train']]
-        latents = torch.cat([tok.to_latents(to_tensor(images[i:i + 64], c.image_channels, c.image_size)) for i in range(0, len(images), 64)])
+        latents = torch.cat([tok.to_latents(to_tensor(images[i:i + 64], c.image_channels, c.image_size))
+                             for i in range(0, len(images), 64)])
         write_tensors(path, dict(means=code_latents(latents, train[0], len(codes)).float()))
     at, weights = pointwise_weights(*train, len(codes), len(body.table))
     meaning = weights @ (body.table[at].double() - table.mean(0))
     longest = max(len(c) for _, captions in (train, held_out) for cs in captions for c in cs)
-    key = dict(data=data, llm=str(llm), codebook=tok.codebook_checksum, examples=len(train[0]), steps=steps, batch_size=batch_size)
+    key = dict(data=data, llm=str(llm), codebook=tok.codebook_checksum, examples=len(train[0]), steps=steps,
+               batch_size=batch_size)
     return Task(data, key, body, codes, table, train, held_out, first_id(text), longest + 1 + train[0].shape[1],
                 read_tensors(path)['means'], meaning)
 
@@ -265,7 +278,8 @@ def nats(task, rows, **trained):
     with torch.no_grad():
         for i in range(0, len(ids), size):
             some = [j % len(ids) for j in range(i, i + size)]        # batches of one size: one graph
-            each.append(task.losses(rows, *task.batch(ids[some], [captions[j][j % len(captions[j])] for j in some]), **trained).mean(1))
+            said = [captions[j][j % len(captions[j])] for j in some]
+            each.append(task.losses(rows, *task.batch(ids[some], said), **trained).mean(1))
     each = torch.cat(each)[:len(ids)]
     return each[::2].mean().item(), each[1::2].mean().item()
 
@@ -287,9 +301,9 @@ def one_run(task, start, mode, seed, lr, row_lr, points=4):
     groups = [dict(params=[rows], lr=row_lr)] + ([dict(params=parameters, lr=lr)] if parameters else [])
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0., fused=True)
     warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1., (s + 1)/warmup))
-    generator, began, steps = torch.Generator().manual_seed(seed), (time.time(), time.process_time()), task.key['steps']
+    generator, steps, curve = torch.Generator().manual_seed(seed), task.key['steps'], []
+    began = time.time(), time.process_time()
     def one_of(n): return torch.randint(n, (1,), generator=generator).item()
-    curve = []
     for step in range(1, steps + 1):
         some = torch.randint(len(ids), (task.key['batch_size'],), generator=generator)
         said = [captions[i][one_of(len(captions[i]))] for i in some.tolist()]
@@ -309,10 +323,11 @@ def run_once(task, results, **how):
     known = [r for r in found if same(r, **task.key, **how)]
     if known: return known[0]
     run = one_run(task, **how)
-    with write_atomically(Path(results)) as tmp: tmp.write_text(json.dumps(found + [run]).replace('}, {', '},\n{') + '\n')
+    with write_atomically(Path(results)) as tmp:
+        tmp.write_text(json.dumps(found + [run]).replace('}, {', '},\n{') + '\n')
     print(f"{run['data']} {run['mode']} {run['start']:>18} seed {run['seed']:>2} at {run['lr']:g}, {run['row_lr']:g}: "
-          f"{np.mean(run['report']):.4f}, at the end {run['report'][-1]:.4f} ({run['seconds']:.0f} s, {run['cpu_seconds']:.0f} s of CPU)",
-          flush=True)
+          f"{np.mean(run['report']):.4f}, at the end {run['report'][-1]:.4f} ({run['seconds']:.0f} s, "
+          f"{run['cpu_seconds']:.0f} s of CPU)", flush=True)
     return run
 
 def read_results(path): return json.loads(Path(path).read_text()) if Path(path).exists() else []
@@ -321,7 +336,8 @@ def chosen_rates(found, mode, start, **key):
     "(lr, row_lr) with the lowest dev loss at seed 0; `ValueError` unless all were tried"
     tried = {(r['lr'], r['row_lr']): np.mean(r['dev']) for r in found if same(r, mode=mode, start=start, seed=0, **key)}
     if set(tried) < set(rates[mode]):
-        raise ValueError(f"{key.get('data')}, {mode}, {start}: {len(rates[mode]) - len(tried)} learning rates are not tried yet; `screen` first")
+        raise ValueError(f"{key.get('data')}, {mode}, {start}: {len(rates[mode]) - len(tried)} learning rates are not "
+                         f"tried yet; `screen` first")
     return min(tried, key=tried.get)
 
 def screen(task, results, modes, of, seeds):
@@ -338,7 +354,8 @@ def better_semantic(found, mode, **key):
     "`semantic` or its shuffle, by dev loss over the seeds of screening"
     def loss(start):
         lr, row_lr = chosen_rates(found, mode, start, **key)
-        return np.mean([r['dev'] for r in found if same(r, mode=mode, start=start, lr=lr, row_lr=row_lr, **key) and r['seed'] not in test_seeds])
+        return np.mean([r['dev'] for r in found if same(r, mode=mode, start=start, lr=lr, row_lr=row_lr, **key)
+                        and r['seed'] not in test_seeds])
     return min(('semantic', 'semantic_shuffled'), key=loss)
 
 def test(task, results, mode, seeds=test_seeds):
@@ -347,7 +364,8 @@ def test(task, results, mode, seeds=test_seeds):
     of = ['codebook', 'rotated', 'rotated_covariance', better_semantic(found, mode, **task.key)]
     at = {start: chosen_rates(found, mode, start, **task.key) for start in of}
     for seed in seeds:
-        for start in of: run_once(task, results, start=start, mode=mode, seed=seed, lr=at[start][0], row_lr=at[start][1])
+        for start in of:
+            run_once(task, results, start=start, mode=mode, seed=seed, lr=at[start][0], row_lr=at[start][1])
 
 # ---- what was found
 
@@ -358,85 +376,108 @@ def interval(x):
     return x.mean(), t.ppf(0.975, len(x) - 1)*x.std(ddof=1)/len(x)**.5 if len(x) > 1 else np.nan
 
 def sequences_saved(codebook, other, steps, batch_size):
-    """By how many sequences sooner `codebook` has the loss that the other start ends at (negative: later), between the points
-    of the two mean curves; at most from the first point to the last"""
+    """By how many sequences sooner `codebook` has the loss that the other start ends at (negative: later), between the
+    points of the two mean curves; at most from the first point to the last"""
     if codebook[-1] > other[-1]: return -sequences_saved(other, codebook, steps, batch_size)
     at = np.linspace(steps/len(codebook), steps, len(codebook))
     return batch_size*(steps - np.interp(other[-1], np.minimum.accumulate(codebook)[::-1], at[::-1]))
 
+def groups_of(found):
+    "(what the runs share, mode, phase, its runs, all runs of that mode) for each group"
+    names, groups = ('data', 'llm', 'codebook', 'examples', 'steps', 'batch_size'), {}
+    for r in found: groups.setdefault((*(r[n] for n in names), r['mode']), []).append(r)
+    for (*values, mode), runs in groups.items():
+        for phase in ('screen', 'test'):
+            some = [r for r in runs if (r['seed'] in test_seeds) == (phase == 'test')]
+            yield dict(zip(names, values)), mode, phase, some, runs
+
 def summary(found):
-    "One row for each group of runs: screening or test, at the rates chosen. Differences are to `codebook`, seed by seed"
-    names, out = ('data', 'llm', 'codebook', 'examples', 'steps', 'batch_size'), []
-    groups = {}
-    for r in found: groups.setdefault(tuple(r[n] for n in names) + (r['mode'],), []).append(r)
-    for values, runs in groups.items():
-        key, mode = dict(zip(names, values)), values[-1]
-        for phase, of in (('screen', [r for r in runs if r['seed'] not in test_seeds]), ('test', [r for r in runs if r['seed'] in test_seeds])):
-            curves = {}
-            for start in starts:
-                try: lr, row_lr = chosen_rates(runs, mode, start)
-                except ValueError: continue
-                curves[start] = {r['seed']: r['report'] for r in of if same(r, start=start, lr=lr, row_lr=row_lr)}, (lr, row_lr)
-            base = curves.get('codebook', ({},))[0]
-            for start, (mine, at) in curves.items():
-                if not mine: continue
-                both = sorted(set(mine) & set(base))
-                differences = [np.mean(mine[s]) - np.mean(base[s]) for s in both]
-                mean = lambda c: np.mean([c[s] for s in both], 0)
-                out.append(dict(key, mode=mode, phase=phase, start=start, rates=at, loss=[np.mean(c) for c in mine.values()],
-                                end=float(np.mean([c[-1] for c in mine.values()])), differences=differences if start != 'codebook' else [],
-                                saved=sequences_saved(mean(base), mean(mine), key['steps'], key['batch_size']) if both and start != 'codebook' else 0.))
+    "One row for each start and group, at the rates chosen. Differences are to `codebook`, seed by seed"
+    out = []
+    for key, mode, phase, some, runs in groups_of(found):
+        curves, rates_of = {}, {}
+        for start in starts:
+            try: rates_of[start] = lr, row_lr = chosen_rates(runs, mode, start)
+            except ValueError: continue
+            curves[start] = {r['seed']: np.array(r['report']) for r in some
+                             if same(r, start=start, lr=lr, row_lr=row_lr)}
+        base = curves.get('codebook', {})
+        for start, mine in ((s, c) for s,c in curves.items() if c):
+            row = dict(key, mode=mode, phase=phase, start=start, rates=rates_of[start], differences=[], saved=0.,
+                       loss=[c.mean() for c in mine.values()], end=np.mean([c[-1] for c in mine.values()]))
+            if start != 'codebook' and (both := sorted(set(mine) & set(base))):
+                row['differences'] = [mine[s].mean() - base[s].mean() for s in both]
+                curve = lambda of: np.mean([of[s] for s in both], 0)
+                row['saved'] = sequences_saved(curve(base), curve(mine), key['steps'], key['batch_size'])
+            out.append(row)
     return out
 
 def table(found):
     "Markdown"
-    lines = ['| data | trained | | start | rates | loss | at the end | minus codebook, 95 % | sequences saved by codebook |', '|---|---|---|---|---|--:|--:|--:|--:|']
+    lines = ['| data | trained | | start | rates | loss | at the end | minus codebook, 95 % | sequences saved |',
+             '|---|---|---|---|---|--:|--:|--:|--:|']
     for r in summary(found):
-        n, (d, w) = len(r['loss']), interval(r['differences']) if r['differences'] else (np.nan, np.nan)
-        se = f" ± {np.std(r['loss'], ddof=1)/n**.5:.3f}" if n > 1 else ''
-        lines.append(f"| {r['data']} ({r['codebook'][:6]}) | {r['mode']} | {r['phase']}, {n} seeds | {r['start']} | {r['rates'][0]:g}, {r['rates'][1]:g} | "
-                     f"{np.mean(r['loss']):.3f}{se} | {r['end']:.3f} | " + (f"{d:+.3f} ± {w:.3f} | {r['saved']:+.0f} |" if r['differences'] else '| |'))
+        n = len(r['loss'])
+        error = f" ± {np.std(r['loss'], ddof=1)/n**.5:.3f}" if n > 1 else ''
+        mean, half = interval(r['differences']) if r['differences'] else (np.nan, np.nan)
+        lines.append(f"| {r['data']} ({r['codebook'][:6]}) | {r['mode']} | {r['phase']}, {n} seeds | {r['start']} | "
+                     f"{r['rates'][0]:g}, {r['rates'][1]:g} | {np.mean(r['loss']):.3f}{error} | {r['end']:.3f} | "
+                     + (f"{mean:+.3f} ± {half:.3f} | {r['saved']:+.0f} |" if r['differences'] else '| |'))
     return '\n'.join(lines)
 
 def plot(found, out):
     "Loss minus that of `codebook`, seed by seed: points; the bar is the 95 % t-interval"
     import matplotlib; matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    rows = [r for r in summary(found) if r['differences']]
-    groups = list(dict.fromkeys((r['data'], r['mode'], r['phase']) for r in rows))
+    groups = {}
+    for r in summary(found):
+        if r['differences']: groups.setdefault((r['data'], r['mode'], r['phase']), []).append(r)
     if not groups: raise SystemExit('no differences to plot yet')
-    fig, axes = plt.subplots(1, len(groups), figsize=(3.6*len(groups), 2.6), dpi=80, squeeze=False)
-    for ax, group in zip(axes[0], groups):
-        for i, r in enumerate(r for r in rows if (r['data'], r['mode'], r['phase']) == group):
-            d, w = interval(r['differences'])
+    fig, axes = plt.subplots(1, len(groups), figsize=(3.6*len(groups), 2.6), dpi=80, squeeze=False,
+                             layout='constrained')
+    for ax, (group, rows) in zip(axes[0], groups.items()):
+        for i, r in enumerate(rows):
+            mean, half = interval(r['differences'])
             ax.plot(r['differences'], [i]*len(r['differences']), 'o', ms=3, alpha=.5, color='tab:blue')
-            ax.errorbar(d, i, xerr=None if np.isnan(w) else w, fmt='|', color='k', capsize=3)
-            ax.text(0.01, i + .28, r['start'], fontsize=6, transform=ax.get_yaxis_transform())
-        ax.axvline(0, color='gray', lw=.8); ax.set_yticks([]); ax.tick_params(labelsize=7); ax.set_title(', '.join(group), fontsize=8)
-        ax.set_xlabel('loss minus codebook, nats a token', fontsize=7); ax.margins(y=.2)
-    plt.tight_layout(); plt.savefig(out); plt.close(fig)
+            ax.errorbar(mean, i, xerr=None if np.isnan(half) else half, fmt='|', color='k', capsize=3)
+        ax.axvline(0, color='gray', lw=.8); ax.tick_params(labelsize=7); ax.set_title(', '.join(group), fontsize=8)
+        ax.set_yticks(range(len(rows)), [r['start'] for r in rows]); ax.margins(y=.2)
+        ax.set_xlabel('loss minus codebook, nats a token', fontsize=7)
+    plt.savefig(out); plt.close(fig)
+
+def arguments(argv):
+    "What a user types"
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('what', choices=['screen', 'test', 'run', 'table', 'plot'], help='run: single runs at given rates')
+    p.add_argument('data', nargs='?', choices=['digits', 'emoji'])
+    p.add_argument('--tokenizer', help='an image tokenizer over the vocabulary of the language model')
+    p.add_argument('--llm', default='smollm2')
+    p.add_argument('--cache', help='of ids; default: runs/pretrained_alignment/DATA')
+    p.add_argument('--copies', type=int, default=8, help='moved copies of each digit')
+    p.add_argument('--modes', nargs='+', default=['lora', 'rows'], choices=list(rates))
+    p.add_argument('--starts', nargs='+', default=list(starts), choices=starts)
+    p.add_argument('--seeds', type=int, help='default: 3 to screen, 8 to test, 1 to run')
+    p.add_argument('--lr', type=float, default=1e-3, help='of a single run')
+    p.add_argument('--row-lr', type=float, default=4e-3, help='of a single run')
+    p.add_argument('--results', default=str(here/'pretrained_alignment.json'))
+    p.add_argument('--no-compile', action='store_true', help='no graph is made: for a few runs')
+    args = p.parse_args(argv)
+    if args.what not in ('table', 'plot') and not (args.data and args.tokenizer):
+        p.error(f'{args.what}: needs digits or emoji, and --tokenizer')
+    return args
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('what', choices=['screen', 'test', 'run', 'table', 'plot']); p.add_argument('data', nargs='?', choices=['digits', 'emoji'])
-    p.add_argument('--tokenizer', help='an image tokenizer over the vocabulary of the language model'); p.add_argument('--llm', default='smollm2')
-    p.add_argument('--cache', help='of ids; default: runs/pretrained_alignment/DATA'); p.add_argument('--copies', type=int, default=8, help='moved copies of each digit')
-    p.add_argument('--modes', nargs='+', default=['lora', 'rows'], choices=list(rates)); p.add_argument('--starts', nargs='+', default=list(starts), choices=starts)
-    p.add_argument('--seeds', type=int, help='default: 3 to screen, 8 to test'); p.add_argument('--results', default=str(here/'pretrained_alignment.json'))
-    p.add_argument('--lr', type=float, default=1e-3); p.add_argument('--row-lr', type=float, default=4e-3, help='of a single `run`')
-    p.add_argument('--no-compile', action='store_true')
-    args = p.parse_args(argv)
+    args = arguments(argv)
     if args.what == 'table': return print(table(read_results(args.results)))
     if args.what == 'plot': return plot(read_results(args.results), Path(args.results).with_suffix('.png'))
-    if not args.data or not args.tokenizer: p.error(f'{args.what}: needs digits or emoji, and --tokenizer')
-    task = make_task(args.data, args.tokenizer, args.llm, args.cache or f'runs/pretrained_alignment/{args.data}', args.copies, not args.no_compile)
-    if args.what == 'screen': screen(task, args.results, args.modes, args.starts, args.seeds or 3)
-    elif args.what == 'test': test(task, args.results, args.modes[0], test_seeds[:args.seeds or 8])
-    else:  # single runs, for timing
+    task = make_task(args.data, args.tokenizer, args.llm, args.cache or f'runs/pretrained_alignment/{args.data}',
+                     args.copies, not args.no_compile)
+    if args.what == 'screen': return screen(task, args.results, args.modes, args.starts, args.seeds or 3)
+    if args.what == 'test': return test(task, args.results, args.modes[0], test_seeds[:args.seeds or 8])
+    for seed in range(args.seeds or 1):
         for mode in args.modes:
             for start in args.starts:
-                for seed in range(args.seeds or 1):
-                    lr, row_lr = (args.lr, args.row_lr) if mode != 'rows' else (0., args.row_lr)
-                    run_once(task, args.results, start=start, mode=mode, seed=seed, lr=lr, row_lr=row_lr)
+                run_once(task, args.results, start=start, mode=mode, seed=seed, lr=args.lr if mode != 'rows' else 0.,
+                         row_lr=args.row_lr)
 
 if __name__ == '__main__': main()

@@ -17,8 +17,9 @@ def folder(tmp_path_factory):
     "A LLaMA with random parameters and an image tokenizer over its table"
     home = tmp_path_factory.mktemp('alignment')
     tokenizer = train_text_tokenizer([c for r in digits('test')[:30] for c in r['captions']]); torch.manual_seed(0)
-    llm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2))
+    llm = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2))
     toy_v2flow(llm, tokenizer).save_pretrained(home/'tok')
     llm.save_pretrained(home/'llm'); tokenizer.save_pretrained(home/'llm')
     return home
@@ -27,8 +28,8 @@ def folder(tmp_path_factory):
 def task(folder): return small_task(folder)
 
 def small_task(folder):
-    return pa.make_task('digits', folder/'tok', folder/'llm', folder/'cache', compiled=False, dtype=torch.float32, steps=2, batch_size=8,
-                        examples=dict(train=digits('train')[:24], test=digits('test')[:11]))
+    return pa.make_task('digits', folder/'tok', folder/'llm', folder/'cache', compiled=False, dtype=torch.float32,
+                        steps=2, batch_size=8, examples=dict(train=digits('train')[:24], test=digits('test')[:11]))
 
 def table_and_codes():
     "Tokens in an ellipsoid away from zero, and codes that lie along its long axes"
@@ -48,7 +49,7 @@ def inside(x):
 
 def test_a_rotation_keeps_the_gram_matrix_and_each_seed_has_another():
     codes, one, two = from_mean('codebook'), from_mean('rotated'), from_mean('rotated', 1)
-    close(one @ one.T, codes @ codes.T, atol=1e-4, rtol=1e-4); close(two @ two.T, codes @ codes.T, atol=1e-4, rtol=1e-4)
+    for turned in (one, two): close(turned @ turned.T, codes @ codes.T, atol=1e-4, rtol=1e-4)
     assert F.cosine_similarity(one, codes).abs().mean() < 0.5 and F.cosine_similarity(one, two).abs().mean() < 0.5
     assert inside(one) > 10*inside(codes)                                  # it leaves the space that tokens live in
 
@@ -57,9 +58,10 @@ def test_a_rotation_within_the_covariance_stays_in_the_ellipsoid_and_loses_the_a
     assert inside(turned) < 2*inside(codes)
     assert F.cosine_similarity(turned, codes).mean() < 0.3
     close(turned.norm(dim=1), codes.norm(dim=1))
-    table, unit = table_and_codes()                                        # before the norm is set, whitened codes keep their Gram matrix
+    table, _ = table_and_codes()
     _, root, inverse = pa.covariance_roots(table)
-    close(root @ inverse, torch.eye(12, dtype=torch.float64), atol=1e-6, rtol=0); close(root @ root, torch.cov(table.double().T))
+    close(root @ inverse, torch.eye(12, dtype=torch.float64), atol=1e-6, rtol=0)
+    close(root @ root, torch.cov(table.double().T))
 
 def test_shuffles_keep_the_set():
     codes, shuffled = from_mean('codebook'), from_mean('shuffled', 3)
@@ -67,7 +69,8 @@ def test_shuffles_keep_the_set():
     close(shuffled[torch.cdist(codes, shuffled).argmin(1)], codes, atol=1e-5, rtol=1e-5)
     assert torch.cdist(codes, shuffled).argmin(1).unique().numel() == 60
     meaning = torch.randn(60, 12)
-    close(from_mean('semantic', meaning=meaning).sum(0), from_mean('semantic_shuffled', meaning=meaning).sum(0), atol=1e-3, rtol=1e-3)
+    own, other = (from_mean(s, meaning=meaning) for s in ('semantic', 'semantic_shuffled'))
+    close(own.sum(0), other.sum(0), atol=1e-3, rtol=1e-3); assert not torch.allclose(own, other)
 
 def test_a_code_means_the_tokens_it_goes_with():
     "Code i is in images of caption token i; tokens 10 and 11 are in all captions"
@@ -79,7 +82,8 @@ def test_a_code_means_the_tokens_it_goes_with():
     table, codes = table_and_codes()
     directions = weights @ (table[at] - table.mean(0)).double()
     rows = pa.starting_embeddings('semantic', codes[:6], table, 0, meaning=directions)
-    assert (F.cosine_similarity((rows - table.mean(0))[:4, None], (table[:12] - table.mean(0))[None], dim=-1).argmax(1) == torch.arange(4)).all()
+    near = F.cosine_similarity((rows - table.mean(0))[:4, None], (table[:12] - table.mean(0))[None], dim=-1)
+    assert (near.argmax(1) == torch.arange(4)).all()
     close(rows[5], table.mean(0))
 
 def test_gaussian_has_the_tables_mean_and_covariance():
@@ -108,7 +112,7 @@ def test_the_body_computes_what_transformers_and_peft_do(folder, task):
     llm, text = load_llm(folder/'llm')
     visual = add_visual_tokens(llm, text, V2Flow.from_pretrained(folder/'tok'))
     rows = pa.new_embeddings(task, 'codebook', 0)
-    close(llm.get_input_embeddings().weight[visual.first:-2], rows[:-2])    # begin and end: the library's mean has <s> in it
+    close(llm.get_input_embeddings().weight[visual.first:-2], rows[:-2])  # for begin and end it counts <s> too
     with torch.no_grad(): llm.get_input_embeddings().weight[visual.first:] = rows
     rows.requires_grad_()
     ids, captions = task.train[0][:5], [c[i] for i, c in enumerate(task.train[1][:5])]
@@ -116,9 +120,12 @@ def test_the_body_computes_what_transformers_and_peft_do(folder, task):
     mean = lambda **how: task.losses(rows, *task.batch(ids, captions), **how).mean()
     close(mean(), TargetLoss(llm)(**collate(sequences)).loss)
     low = task.body.adapters(0)
-    theirs = TargetLoss(get_peft_model(llm, LoraConfig(r=pa.rank, lora_alpha=pa.alpha, target_modules='all-linear', task_type='CAUSAL_LM')))
-    own = lambda n: [theirs.llm.get_submodule(f'base_model.model.model.layers.1.{n}.lora_{x}.default').weight for x in 'AB']
-    names = [('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'), ('self_attn.o_proj',), ('mlp.gate_proj', 'mlp.up_proj'), ('mlp.down_proj',)]
+    theirs = TargetLoss(get_peft_model(llm, LoraConfig(r=pa.rank, lora_alpha=pa.alpha, target_modules='all-linear',
+                                                       task_type='CAUSAL_LM')))
+    def own(n): return [theirs.llm.get_submodule(f'base_model.model.model.layers.1.{n}.lora_{x}.default').weight
+                        for x in 'AB']
+    names = [('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'), ('self_attn.o_proj',),
+             ('mlp.gate_proj', 'mlp.up_proj'), ('mlp.down_proj',)]
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for (a, bs), group in zip(low[1], names):
@@ -132,7 +139,8 @@ def test_the_body_computes_what_transformers_and_peft_do(folder, task):
             close(part, own(name)[0].grad, atol=1e-5, rtol=1e-3); close(b.grad, own(name)[1].grad, atol=1e-5, rtol=1e-3)
 
 def test_a_miniature_goes_all_the_way(folder, task, tmp_path, monkeypatch, capsys):
-    "Screening, the test, the table and the plot; what is there is not run again, and a run is the same in another process's task"
+    """Screening, the test, the table and the plot; what is there is not run again, and a run is the same after the model
+    was loaded anew"""
     results = tmp_path/'found.json'
     monkeypatch.setattr(pa, 'rates', dict(lora=[(1e-3, 4e-3), (1e-3, 1e-3)], rows=[(0., 4e-3)], all=[(1e-4, 1e-3)]))
     monkeypatch.setattr(pa, 'one_run', seen := Counted(pa.one_run))
@@ -143,7 +151,7 @@ def test_a_miniature_goes_all_the_way(folder, task, tmp_path, monkeypatch, capsy
     assert len(first['dev']) == len(first['report']) == 2 and first['report'][1] != first['report'][0]
     again = pa.one_run(small_task(folder), 'codebook', 'lora', 0, 1e-3, 4e-3)
     assert all(again[k] == first[k] for k in first if 'seconds' not in k)
-    with pytest.raises(ValueError, match='lora, semantic: 2 learning rates are not tried yet'): pa.test(task, results, 'lora')
+    with pytest.raises(ValueError, match='lora, semantic: 2 learning rates are not tried'): pa.test(task, results, 'lora')
     pa.screen(task, results, ['lora'], pa.starts[1:3] + pa.starts[-2:], 1)
     pa.test(task, results, 'lora', [10, 11])
     rows = [r for r in pa.summary(pa.read_results(results)) if r['phase'] == 'test']
@@ -158,7 +166,7 @@ class Counted:
 
 def test_sequences_saved_and_the_interval():
     curve = [4., 3., 2.5, 2.2]
-    assert pa.sequences_saved(curve, [4., 3.5, 3.2, 3.], 40, 32) == 32*20   # what the other has at 40, codebook has at 20
+    assert pa.sequences_saved(curve, [4., 3.5, 3.2, 3.], 40, 32) == 32*20  # what the other has at 40
     assert pa.sequences_saved([4., 3.5, 3.2, 3.], curve, 40, 32) == -32*20
     mean, half = pa.interval([1., 2., 3.])
     assert mean == 2 and half == pytest.approx(4.3027*1/3**.5, rel=1e-4)    # t of 2 degrees of freedom

@@ -457,6 +457,7 @@ def arguments(argv):
     p.add_argument('--modes', nargs='+', default=['lora', 'rows'], choices=list(rates))
     p.add_argument('--starts', nargs='+', default=list(starts), choices=starts)
     p.add_argument('--seeds', type=int, help='default: 3 to screen, 8 to test, 1 to run')
+    p.add_argument('--steps', type=int, default=40)
     p.add_argument('--lr', type=float, default=1e-3, help='of a single run')
     p.add_argument('--row-lr', type=float, default=4e-3, help='of a single run')
     p.add_argument('--results', default=str(here/'pretrained_alignment.json'))
@@ -471,7 +472,7 @@ def main(argv=None):
     if args.what == 'table': return print(table(read_results(args.results)))
     if args.what == 'plot': return plot(read_results(args.results), Path(args.results).with_suffix('.png'))
     task = make_task(args.data, args.tokenizer, args.llm, args.cache or f'runs/pretrained_alignment/{args.data}',
-                     args.copies, not args.no_compile)
+                     args.copies, not args.no_compile, steps=args.steps)
     if args.what == 'screen': return screen(task, args.results, args.modes, args.starts, args.seeds or 3)
     if args.what == 'test': return test(task, args.results, args.modes[0], test_seeds[:args.seeds or 8])
     for seed in range(args.seeds or 1):

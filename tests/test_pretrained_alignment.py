@@ -139,8 +139,8 @@ def test_the_body_computes_what_transformers_and_peft_do(folder, task):
             close(part, own(name)[0].grad, atol=1e-5, rtol=1e-3); close(b.grad, own(name)[1].grad, atol=1e-5, rtol=1e-3)
 
 def test_a_miniature_goes_all_the_way(folder, task, tmp_path, monkeypatch, capsys):
-    """Screening, the test, the table and the plot; what is there is not run again, and a run is the same after the model
-    was loaded anew"""
+    """Screening, the test, the table and the plot; what is there is not run again, and a run is the same after the
+    model was loaded anew"""
     results = tmp_path/'found.json'
     monkeypatch.setattr(pa, 'rates', dict(lora=[(1e-3, 4e-3), (1e-3, 1e-3)], rows=[(0., 4e-3)], all=[(1e-4, 1e-3)]))
     monkeypatch.setattr(pa, 'one_run', seen := Counted(pa.one_run))
@@ -151,7 +151,7 @@ def test_a_miniature_goes_all_the_way(folder, task, tmp_path, monkeypatch, capsy
     assert len(first['dev']) == len(first['report']) == 2 and first['report'][1] != first['report'][0]
     again = pa.one_run(small_task(folder), 'codebook', 'lora', 0, 1e-3, 4e-3)
     assert all(again[k] == first[k] for k in first if 'seconds' not in k)
-    with pytest.raises(ValueError, match='lora, semantic: 2 learning rates are not tried'): pa.test(task, results, 'lora')
+    with pytest.raises(ValueError, match='semantic: 2 learning rates are not tried'): pa.test(task, results, 'lora')
     pa.screen(task, results, ['lora'], pa.starts[1:3] + pa.starts[-2:], 1)
     pa.test(task, results, 'lora', [10, 11])
     rows = [r for r in pa.summary(pa.read_results(results)) if r['phase'] == 'test']

@@ -241,7 +241,8 @@ def test_a_field_of_the_data_becomes_coarse_tokens(whole, tmp_path):
                       f'image_tokenizer={whole}/tok/model', f'llm.pretrained={llm}', 'training.evaluate_every=0',
                       'training.trackers=[]', 'data.copies=0', 'training.steps=2', 'training.batch_size=4', *settings)
     ended(run('a', whole/'llama', 'llm.coarse=label', 'llm.train=lora', 'llm.store_base=false',
-              'llm.visual_softmax=true', 'llm.write_noise=0.3'))
+              'llm.visual_softmax=true', 'llm.write_noise=0.3', 'llm.own_texts=60', 'llm.text_share=0.3'))
+    assert len((tmp_path/'a/own_texts.txt').read_text().splitlines()) == 60
     trained = tmp_path/'a/model/llm'
     assert len(VisualTokens.of(load_llm(trained)[0]).coarse) == 10
     ended(v2flow('generate', 'a six', '--model', tmp_path/'a/model', '--out', tmp_path/'six.png'))
@@ -252,6 +253,8 @@ def test_a_field_of_the_data_becomes_coarse_tokens(whole, tmp_path):
     assert done.returncode == 2 and "llm.coarse='nothing': examples of this data have no such field" in done.stderr
     done = run('e', whole/'llama', 'llm.coarse=label', 'data.name=ids', f'data.folder={tmp_path}')
     assert done.returncode == 2 and "llm.coarse='label': a folder of ids keeps captions alone" in done.stderr
+    done = run('f', whole/'llama', 'llm.own_texts=60')
+    assert done.returncode == 2 and 'own_texts=60: needs at least 50, a text_share, and no texts' in done.stderr
 
 def test_layers_are_compiled_one_by_one_on_a_cpu():
     "And nothing around them; nothing is compiled before it is called"
@@ -259,3 +262,20 @@ def test_layers_are_compiled_one_by_one_on_a_cpu():
     llm, *_ = coarse_model()
     compile_parts(llm, torch.device('cpu'))
     assert llm._compiled_call_impl is None and all(l._compiled_call_impl for l in llm.model.layers)
+
+def test_layers_share_one_graph_in_training(monkeypatch):
+    "With a cache of keys and values, which `transformers` makes by default, every layer would have a graph of its own"
+    from torch._dynamo.testing import CompileCounter
+    from v2flow_nbdev.training.processes import compile_parts
+    torch._dynamo.reset()
+    llm, *_ = coarse_model()
+    count, plain = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: plain(self, backend=count))
+    compile_parts(llm.train(), torch.device('cpu'))
+    batch = collate([([0, 5], [6, 7]), ([0, 8], [9, 4])])
+    assert len(llm.model.layers) > 1
+    llm(**batch).loss.backward()
+    assert count.frame_count == 1
+    made = llm.eval().generate(torch.tensor([[0, 5]]), max_new_tokens=3, return_dict_in_generate=True)
+    assert made.past_key_values is not None
+    torch._dynamo.reset()

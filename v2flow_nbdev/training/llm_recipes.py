@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from torch.utils.data import ConcatDataset
+from ..base.files import write_atomically
 from ..base.gguf import llm_folder
 from .failures import running, say
 from ..base.images import image_grid
 from ..base.tables import table_checksum
 from ..base.text import text_ids
-from ..language.text_models import collate, count_targets, max_sequence_length, text_perplexity
+from ..language.text_models import (
+    collate, count_targets, max_sequence_length, own_texts, text_perplexity)
 from ..language.visual_tokens import VisualTokens, add_visual_tokens, starts
 from ..language.sequences import ImageTextSequences, check_packs, inverse_sqrt_frequency, pack
 from ..language.adapters import TargetLoss, choose_trained, interpolate_weights, ways
@@ -58,6 +60,7 @@ class LLMConfig:
     visual_softmax:bool=False  # softmax of a visual token over visual tokens alone
     interpolate_weights:float=0.  # fraction of the initial parameters mixed into the last ones; needs `train: all`
     text_share:float=0.        # fraction of plain text instead of images, so that the language is kept
+    own_texts:int=0            # of that text: so many texts that the language model writes itself before, `own_texts`
     texts:str=''               # file of that text, one a line; '': the captions; perplexity is measured on it too
     held_out_texts:str=''      # file of other text for the perplexity; '': held-out lines of `texts`
     pack:int=0                 # tokens of the sequences that short ones are packed into; 0: each one is padded
@@ -81,6 +84,8 @@ class LLMConfig:
             if getattr(self, name) <= 0: raise ValueError(f"{name}={getattr(self, name)}: needs to be above 0")
         if self.rank < 1: raise ValueError(f"rank={self.rank}: needs at least 1")
         if self.pack < 0: raise ValueError(f"pack={self.pack}: needs 0 or more")
+        if self.own_texts and (self.own_texts < 50 or self.texts or not self.text_share):
+            raise ValueError(f"own_texts={self.own_texts}: needs at least 50, a text_share, and no texts")
         check_sizes(self, 'grids')
         if self.interpolate_weights and self.train != 'all':
             raise ValueError(f"interpolate_weights={self.interpolate_weights} with train={self.train!r}: adapters "
@@ -197,14 +202,39 @@ def ids_of(
         return ConcatDataset([Subset(d, train) for d in found]), None, Subset(found[0], held_out), []
 
 # %% ../../nbs/training/48_llm_recipes.ipynb #758025e9
-def text_corpus(tuning, examples):
+def texts_of_its_own(tuning, llm, tokenizer, out):
+    "Texts that the language model writes before it is trained, once for a run: in every process the same"
+    file = out/'own_texts.txt'
+    if not tuning.own_texts: return []
+    if file.exists(): return file.read_text(encoding='utf-8').splitlines()
+    if is_main_process(): say(f'the language model writes {tuning.own_texts:,} texts')
+    texts = own_texts(llm, tokenizer, tuning.own_texts)
+    if is_main_process():
+        out.mkdir(parents=True, exist_ok=True)
+        with write_atomically(file) as new: new.write_text('\n'.join(texts) + '\n', encoding='utf-8')
+    return texts
+
+def text_corpus(tuning, examples, written=()):
     "(text to mix in, held-out text for the perplexity; where it is the captions, a sample of them)"
     if tuning.held_out_texts:
         texts, some = text_lines(tuning.held_out_texts)
-        return text_corpus(replace(tuning, held_out_texts=''), examples)[0], texts + some
+        return text_corpus(replace(tuning, held_out_texts=''), examples, written)[0], texts + some
+    if written: return [t for i,t in enumerate(written) if i % 50], written[::50]
     if tuning.texts: return text_lines(tuning.texts)
     texts = sorted({c for r in usable_sample(examples, 2000) for c in r['captions'] if c}) or ['an image']
     return texts, usable_sample(texts, 500)
+
+def language_kept(recipe, llm, tokenizer, examples, out, device):
+    "(text to mix in, language model → perplexity of held-out text, the same before the training)"
+    half = recipe.training.mixed_precision == 'bf16' and multiplies_bf16(device)
+    def as_trained(): return torch.autocast(device.type, torch.bfloat16, enabled=half)
+    with as_trained(): written = texts_of_its_own(recipe.llm, llm, tokenizer, out)
+    texts, held_out = text_corpus(recipe.llm, examples, written)
+    def perplexity(llm):
+        with as_trained(): return text_perplexity(llm, tokenizer, held_out)
+    before = perplexity(llm) if is_main_process() else 0.
+    if is_main_process(): say(f'perplexity of plain text before the training: {before:.3g}')
+    return texts, perplexity, before
 
 # %% ../../nbs/training/48_llm_recipes.ipynb #bc728c27
 def known_visual_tokens(llm, tok, grids, coarse=0):
@@ -294,17 +324,11 @@ def train_llm(
     device = join_processes(training)
     examples, often, held_out, sources = ids_of(source, tok.to(device), tuning.grids, out, tuning.rare, loaded)
     if values: examples = WithCoarse(examples, values)
-    texts, held_out_texts = text_corpus(tuning, examples)
+    if not training.fsdp: llm.to(device)
+    texts, perplexity, before = language_kept(recipe, unwrapped(llm), tokenizer, examples, out, device)
     sequences = ImageTextSequences(
         examples, tokenizer, visual, tuning.write_share, tuning.caption_dropout, tuning.id_noise, tuning.loss,
         texts, tuning.text_share, longest, tuning.write_noise, often)
-    if not training.fsdp: llm.to(device)
-    half = training.mixed_precision == 'bf16' and multiplies_bf16(device)
-    def perplexity(model):
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            return text_perplexity(model, tokenizer, held_out_texts)
-    before = perplexity(unwrapped(llm)) if is_main_process() else 0.
-    if is_main_process(): say(f'perplexity of plain text before the training: {before:.3g}')
     scores = llm_scores(pipe, held_out, room - n, tokenizer, perplexity, before, evaluate)
     joined = partial(pack, length=tuning.pack) if tuning.pack else collate
     count = partial(count_targets, first=visual.first, text_weight=tuning.text_weight, coarse=visual.coarse,

@@ -24,6 +24,10 @@ def rows_of(
     "The output embeddings in training, where `peft` may keep new rows beside the table"
     return head.get_merged_weights(head.active_adapters) if hasattr(head, 'get_merged_weights') else head.weight
 
+def may_choose(device):
+    "May one ask which positions count? Of a CPU, which then computes these alone; a GPU would have to be waited for"
+    return device.type == 'cpu'
+
 def among_visual(
     states,  # (N, E)
     labels,  # ids of new tokens, (N,)
@@ -50,21 +54,21 @@ def target_loss(
 ):                    # the weighted mean over targets
     "Cross-entropy on targets alone; a token that opens an image stands where text might be, so it is chosen among all"
     states, labels, c = states.flatten(0, 1), labels.flatten(), visual.coarse
-    on_cpu = labels.device.type == 'cpu'
-    if on_cpu: kept = labels >= 0; states, labels = states[kept], labels[kept]
+    choose = may_choose(labels.device)
+    if choose: kept = labels >= 0; states, labels = states[kept], labels[kept]
     own = (labels >= visual.first) & visual_softmax
     for begin in visual.begins: own = own & (labels != begin)
     def among_all(x, y): return F.cross_entropy(head(x).float(), y, reduction='none')
-    if on_cpu:
+    if choose:
         each = states.new_zeros(len(labels), dtype=torch.float32)
         for some, loss in ((own, partial(among_visual, head=head, visual=visual)), (~own, among_all)):
             at = some.nonzero()[:, 0]
             if len(at): each = each.index_put((at,), loss(states[at], labels[at]))
-    else:  # which positions count is not asked: a GPU would have to be waited for
+    else:
         each = among_all(states, labels)
         if visual_softmax: each = torch.where(own, among_visual(states, labels, head, visual), each)
-    inside = (labels >= c.start) & (labels < c.stop)
-    weight = torch.where(labels < visual.first, text_weight, torch.where(inside, coarse_weight, 1.))*(labels >= 0)
+    weight = torch.where(labels < visual.first, text_weight, 1.)*(labels >= 0)
+    if c: weight = weight.where((labels < c.start) | (labels >= c.stop), coarse_weight)
     return (weight*each).sum()/weight.sum()
 
 # %% ../../nbs/language/25_adapters.ipynb #f64c4642
@@ -109,7 +113,6 @@ class TargetLoss(torch.nn.Module):
         attention_mask:torch.Tensor|None=None,  # not needed: padding stands on the right, and no token looks there
         **batch,                 # position_ids of packed sequences
     )->CausalLMOutput:           # `.loss`: the weighted mean over targets
-        batch |= dict(use_cache=False)  # nothing is generated
         states = self.llm.get_decoder()(input_ids=input_ids, **batch).last_hidden_state[:, :-1]
         return CausalLMOutput(loss=target_loss(states, labels[:, 1:], self.llm.get_output_embeddings(), self.visual,
                                                self.text_weight, self.visual_softmax, self.coarse_weight))

@@ -56,7 +56,7 @@ texts = lambda: [collate([([0], [1, 2, 30, 31]), ([0, 3], [4])])]*2
 kinds = dict(  # how to make it, its batches, ceilings of operations by step: the first, one with codes, one with frozen codes
     tokenizer=(tokenizer, images(1, 8), {0: 1630, 3: 1370, 8: 1020}), decoder=(decoder, images(3, 16), {1: 1870}),
     autoencoder=(lambda: AutoencoderTraining(small_autoencoder(4, 8, halvings=2), 0.1), images(3, 16), {1: 500}),
-    llm=(llm, texts, {1: 1105}), target_loss=(lambda: llm(True), texts, {1: 1155}))
+    llm=(llm, texts, {1: 1105}), target_loss=(lambda: llm(True), texts, {1: 1170}))
 
 def trainer_of(make, **how):
     torch.manual_seed(0)

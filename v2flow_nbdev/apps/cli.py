@@ -129,10 +129,19 @@ def caption_command(image:ImageFile, model:Model=shipped_model, device:Device='a
     report(as_json, dict(image=str(image), caption=text), text)
 
 # %% ../../nbs/apps/85_cli.ipynb #1fcfa16b
+def class_of(
+    model,  # a folder, or anything else
+):
+    "The class that a model folder's config names; '' where it names none"
+    from v2flow_nbdev.base.files import read_json
+    path = Path(model or '')/'config.json'
+    return read_json(path).get('_class_name', '') if model and path.is_file() else ''
+
 @app.command('evaluate')
 def evaluate_command(
-    model:Annotated[Optional[str], typer.Option('--model', help='A pipeline folder, or a Hub id. Default: the one that '
-                                                                'is shipped for the data.')]=None,
+    model:Annotated[Optional[str], typer.Option('--model', help='A pipeline folder, or a Hub id; or the folder of a '
+                                                                'TokenFlow, whose reconstructions are scored. Default: '
+                                                                'the pipeline that is shipped for the data.')]=None,
     data:Annotated[Literal['digits', 'shapes', 'emoji'], typer.Option('--data', help='What to judge on.')]='digits',
     per_digit:Annotated[int, typer.Option(min=2, help='digits: images to generate of each.')]=100,
     n:Annotated[Optional[int], typer.Option('--n', min=2, help='shapes: images to generate of training compositions, '
@@ -141,6 +150,7 @@ def evaluate_command(
     seed:Seed=0, device:Device='auto', dtype:Dtype='auto', as_json:Json=False,
 ):
     "Measure all scores of a model. For data that have a judge."
+    if class_of(model) == 'TokenFlow': return evaluate_image_tokenizer(model, data, device, as_json)
     model = find_model(model or f'data/checkpoints/{data}')
     pipe = load_pipe(model, device, dtype)
     from v2flow_nbdev.apps.demos import check_data, measure
@@ -148,6 +158,13 @@ def evaluate_command(
     check_data(data, pipe, model)
     with running(): scores, targets = measure(data, pipe, model, per_digit, n, seed)
     print(json.dumps(scores) if as_json else score_table(scores, targets))
+
+def evaluate_image_tokenizer(model, data, device, as_json):
+    "The scores of a `TokenFlow`: there is no language model beside it"
+    from v2flow_nbdev.evaluation.metrics import score_table
+    from v2flow_nbdev.systems.tokenflow_recipes import evaluate_tokenflow
+    with running(): scores = evaluate_tokenflow(model, data, place(device)['device'])
+    print(json.dumps(scores) if as_json else score_table(scores))
 
 @app.command('app')
 def web_page(
@@ -223,6 +240,13 @@ def decoder_training():
     from v2flow_nbdev.evaluation.metrics import ssim
     from v2flow_nbdev.training.tokenizer_recipes import DecoderRecipe, train_decoder
     return DecoderRecipe, lambda *run: train_decoder(*run, mean_fidelity, ssim), plan_decoder
+
+@training_subcommand('train-tokenflow')
+def tokenflow_training():
+    """Train a TokenFlow with a frozen teacher. Two codebooks behind one index, over a pyramid of scales: an image
+    tokenizer to compare with."""
+    from v2flow_nbdev.systems.tokenflow_recipes import TokenFlowRecipe, tokenflow_plan, train_tokenflow
+    return TokenFlowRecipe, train_tokenflow, tokenflow_plan
 
 # %% ../../nbs/apps/85_cli.ipynb #70833134
 IdsFolder = Annotated[Path, typer.Option('--out', help='The folder for the ids; a run that was stopped goes on there.')]

@@ -274,5 +274,14 @@ def llm_training():
     def train(recipe, out, resume): return train_llm(counted(recipe), out, resume, scores_for(recipe.data.name))
     return LLMRecipe, train, lambda recipe: plan_llm(counted(recipe))
 
+# %% ../../nbs/apps/85_cli.ipynb #7ea0c402
+@training_subcommand('train-teacher')
+def teacher_training():
+    "Train an image tower against a frozen LLM. Other systems learn from it what an image means."
+    from v2flow_nbdev.systems.teacher import TeacherRecipe, emoji_teacher_scores, teacher_plan, train_teacher
+    def train(recipe, out, resume):
+        return train_teacher(recipe, out, resume, emoji_teacher_scores if recipe.data.name == 'emoji' else None)
+    return TeacherRecipe, train, teacher_plan
+
 # %% ../../nbs/apps/85_cli.ipynb #b008000c
 if __name__ == '__main__' and globals().get('__package__'): main()  # for launchers: torchrun -m v2flow_nbdev.apps.cli …

@@ -77,7 +77,7 @@ class _Encoders(nn.Module):
 
 # %% ../../nbs/systems/62_tokenflow.ipynb #9fe34a05
 class _TokenFlowParts(nn.Module):
-    "The parts, from a config, and a folder of them"
+    "The parts, from a config"
     def __init__(self, config, teacher):
         super().__init__()
         if teacher is not None: config = replace(config, tower=asdict(teacher.config))
@@ -91,6 +91,9 @@ class _TokenFlowParts(nn.Module):
     @property
     def device(self)->torch.device: return self.quantizer.centre.device
 
+# %% ../../nbs/systems/62_tokenflow.ipynb #f520c666
+class _TokenFlowFolder(_TokenFlowParts):
+    "Folders and the Hub"
     def save_pretrained(self,
         folder:str|Path,  # made if missing; a tokenizer that lies there is replaced
         dtype:torch.dtype|None=None,  # floats are stored as this, where that changes no id; None: as they are
@@ -129,7 +132,7 @@ class _TokenFlowParts(nn.Module):
         return push_to_hub(self, repo_id, **kwargs)
 
 # %% ../../nbs/systems/62_tokenflow.ipynb #79df0e21
-class TokenFlow(_TokenFlowParts):
+class TokenFlow(_TokenFlowFolder):
     """An image tokenizer with one index for what an image means and how it looks (TokenFlow, arXiv 2412.03069)"""
     def __init__(self,
         config:TokenFlowConfig,     # its shape
@@ -250,9 +253,9 @@ class TokenFlowOutput:
     discriminator_loss:torch.Tensor  # likewise
     ids:torch.Tensor|None            # (B, N); -1 where a scale was dropped
 
-# %% ../../nbs/systems/62_tokenflow.ipynb #0daaf959
-class TokenFlowTraining(nn.Module):
-    "A `TokenFlow` in training: the semantic decoder, the discriminator, and the losses. What remains is `tok`"
+# %% ../../nbs/systems/62_tokenflow.ipynb #a7d30b5a
+class _TokenFlowSchedule(nn.Module):
+    "What a training adds to a `TokenFlow`, and what changes while it runs"
     shares_draws = True  # every process drops the same scale and revives the same codes
     def __init__(self,
         tok:TokenFlow,    # trained in place
@@ -286,6 +289,9 @@ class TokenFlowTraining(nn.Module):
             vq.init_codebook()
         else: vq.update(taken=taken)
 
+# %% ../../nbs/systems/62_tokenflow.ipynb #0daaf959
+class TokenFlowTraining(_TokenFlowSchedule):
+    "A `TokenFlow` in training: the semantic decoder, the discriminator, and the losses. What remains is `tok`"
     def forward(self,
         images:torch.Tensor,  # (B, 3, H, W) in [-1, 1]
     )->TokenFlowOutput:

@@ -59,9 +59,9 @@ class Quantized(NamedTuple):
     codebook_loss:torch.Tensor    # codes to maps, scalar; 0 where codes follow by EMA
     commitment_loss:torch.Tensor  # maps to codes, scalar; neither has a weight yet
 
-# %% ../../nbs/systems/60_tokenflow_quantizer.ipynb #4a58b5fd
-class _Pyramid(Codebook):
-    "Map → ids of all scales → map; codes of two halves of norm 1"
+# %% ../../nbs/systems/60_tokenflow_quantizer.ipynb #f3d61adc
+class _TwoTables(Codebook):
+    "Codes of two halves of norm 1, and what belongs to them"
     def __init__(self, codebook_size, semantic_dim, pixel_dim, sides, pixel_weight, adapt, learned, decay,
                  threshold_dead_code):
         sides = tuple(sides)
@@ -92,6 +92,9 @@ class _Pyramid(Codebook):
         "The map as it is quantized: without the running mean, if that is kept"
         return h - self.centre[:, None, None] if self.adapt else h
 
+# %% ../../nbs/systems/60_tokenflow_quantizer.ipynb #4a58b5fd
+class _Pyramid(_TwoTables):
+    "Map → ids of all scales → map"
     def enlarge(self, x, side):
         "Vectors of a scale (B, side², S + P) → (B, S + P, H, H), directly to the last scale"
         x, last = rearrange(x, 'b (h w) e -> b e h w', h=side), self.sides[-1]

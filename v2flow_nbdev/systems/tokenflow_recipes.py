@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 import torch
-from ..base.files import read_json
 from ..base.folders import resolve_folder
 from ..base.images import image_grid, to_pil
 from ..base.tables import table_checksum
@@ -106,14 +105,7 @@ def train_tokenflow(
     finish(tok, Path(out), tok.save_pretrained, examples)
     return tok
 
-# %% ../../nbs/systems/63_tokenflow_recipes.ipynb #92f2ab76
-def is_tokenflow(
-    folder,  # any
-)->bool:
-    "Is this the folder of a `TokenFlow`?"
-    path = Path(folder)/'config.json'
-    return path.is_file() and read_json(path).get('_class_name') == 'TokenFlow'
-
+# %% ../../nbs/systems/63_tokenflow_recipes.ipynb #f9ee492c
 def evaluate_tokenflow(
     name:str|Path,  # a folder or a Hub id
     data:str,       # a data set of images in colour, such as emoji

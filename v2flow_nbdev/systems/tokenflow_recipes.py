@@ -30,7 +30,7 @@ def tokenflow_scores(
     tok:TokenFlow,
     images:torch.Tensor,        # to reconstruct, (B, 3, H, W) in [-1, 1]
     train_images:torch.Tensor,  # to count codes on, (M, 3, H, W)
-)->dict:  # `scale_scores`, psnr_db, ssim, psnr_db_first_… of the first ids, an image of ten; empty before there are codes
+)->dict:  # `scale_scores`, psnr_db, ssim, psnr_db_first_… of the first ids, an image of ten; empty without codes
     "Codes in use scale by scale, and held-out images from their ids"
     if not tok.quantizer.ready: return {}
     ids, counts = tok.encode(images), tok.config.counts_of_ids

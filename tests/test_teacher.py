@@ -72,6 +72,10 @@ def test_states_are_computed_once_and_a_killed_run_goes_on(tmp_path):
     tower, tower.layer = Counting(), 2                                             # other states: nothing is reused
     assert torch.equal(cached_states(tower, texts, tmp_path, chunk=4), found) and tower.asked == 10
 
+def test_our_own_llama_is_a_text_tower_too():
+    "Where no pretrained language model is at hand"
+    assert TextTower(root/'data/checkpoints/emoji/llm', 3)(captions).shape == (4, 256)
+
 # ---- the loss
 
 def test_loss_is_the_slow_one_and_other_matches_are_no_negatives():

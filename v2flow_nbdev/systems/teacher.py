@@ -214,7 +214,7 @@ def contrastive_loss(
     logits = (scale*image @ text.T).masked_fill(other, -torch.inf)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))/2
 
-# %% ../../nbs/systems/61_teacher.ipynb #23c50863
+# %% ../../nbs/systems/61_teacher.ipynb #20a199b9
 @contextmanager
 def evaluating(module):
     "Inside, a module is in `eval()`, whatever it is a part of; afterwards as it was"
@@ -263,7 +263,7 @@ class _Towers(nn.Module):
             captions = self.tower(captions)
         return self.text(captions.to(self.device))
 
-# %% ../../nbs/systems/61_teacher.ipynb #7c624613
+# %% ../../nbs/systems/61_teacher.ipynb #a805b7e8
 class Teacher(_Towers):
     """Images and captions in one space: `Teacher(config)`. `image` is the tower that others start from; `score` and
     `perceptual_distance` are what it measures with"""
@@ -310,7 +310,7 @@ class Teacher(_Towers):
             raise OSError(f"{folder}: not a whole teacher ({' '.join(str(e).split())[:200]}); copy it again") from None
         return teacher.eval().requires_grad_(False)
 
-# %% ../../nbs/systems/61_teacher.ipynb #2e4196c2
+# %% ../../nbs/systems/61_teacher.ipynb #c89dd3ac
 @dataclass
 class ContrastiveOutput:
     "What a training step gives"
@@ -344,7 +344,7 @@ class TeacherTraining(nn.Module):
             alignment = 1 - (image*text).sum(-1).mean()
         return ContrastiveOutput(alignment + self.contrast*contrast, contrast, alignment)
 
-# %% ../../nbs/systems/61_teacher.ipynb #29824018
+# %% ../../nbs/systems/61_teacher.ipynb #f6f6306f
 class CaptionedImages(ImageBatches):
     "Images to train on, each with the hidden state of one of its captions, drawn with torch's random numbers"
     def __init__(self,
@@ -371,7 +371,7 @@ class CaptionedImages(ImageBatches):
         matches = [[c in own for c in drawn] for own in (set(self.own[r['number']]) for r in examples)]
         return super().collate(examples) | dict(states=self.states[drawn].float(), matches=torch.tensor(matches))
 
-# %% ../../nbs/systems/61_teacher.ipynb #52062d00
+# %% ../../nbs/systems/61_teacher.ipynb #0be114eb
 def retrieval_by_teacher(
     teacher:Teacher,
     images:torch.Tensor,   # (M, 3, H, W) in [-1, 1]
@@ -408,7 +408,7 @@ def emoji_teacher_scores(
     return {f'compositions_{k}': v for k,v in kept.items()} | {
         f'keyword_{k}': found[k] for k in ('accuracy', 'se', 'chance')}
 
-# %% ../../nbs/systems/61_teacher.ipynb #0cbea45e
+# %% ../../nbs/systems/61_teacher.ipynb #eabfda30
 @dataclass
 class TeacherRecipe:
     "What `train_teacher` needs"

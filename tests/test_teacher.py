@@ -107,6 +107,9 @@ def test_captions_of_several_images_are_found(llama):
     labels = torch.tensor([r['label'] for r in examples] + [examples[0]['label']])
     assert torch.equal(batch['matches'], labels[:, None] == labels)
     assert batch['images'].shape == (13, 3, 8, 8) and batch['states'].shape == (13, 4)
+    weights = torch.tensor([0.]*11 + [1.])                                         # drawn by weight: the last one alone
+    rare = CaptionedImages(examples, known, torch.zeros(len(known), 4), 8, weights)
+    assert [rare[i]['number'] for i in range(3)] == [11]*3
     with pytest.raises(ValueError, match='1 of 2 images have no caption'):
         CaptionedImages([dict(captions=['']), dict(captions=['a'])], ['a'], torch.zeros(1, 4))
 

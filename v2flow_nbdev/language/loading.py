@@ -110,6 +110,26 @@ def read_index(
                       f"{', '.join(generation_defaults)}")
     return defaults
 
+# %% ../../nbs/language/26_loading.ipynb #26a0c013
+def write_pipeline(
+    pipe,        # a `PipelineFolder`
+    folder,      # made if missing; a pipeline that lies there is replaced
+    dtype=None,  # floats are stored as this, where that changes no id; None: as they are
+):
+    "Write `model_index.json`, `image_tokenizer/` and `llm/`; all or nothing"
+    with write_folder(folder, replaces=['image_tokenizer', 'llm']) as new:
+        pipe.image_tokenizer.save_pretrained(new/'image_tokenizer', dtype)
+        if pipe.base: save_adapter(pipe.llm, new/'llm', pipe.base, dtype)
+        else:
+            llm = merge(pipe.llm)  # what `peft` keeps beside the parameters goes into them
+            (copy.deepcopy(llm).to(dtype) if dtype else llm).save_pretrained(new/'llm')
+            pipe.tokenizer.save_pretrained(new/'llm')
+        write_json(new/'model_index.json', dict(
+            _class_name='V2FlowPipeline', format_version=pipe.format_version,
+            image_tokenizer=['v2flow_nbdev', 'V2Flow'],
+            llm=['transformers', type(getattr(pipe.llm, 'get_base_model', lambda: pipe.llm)()).__name__],
+            defaults=pipe.defaults))
+
 # %% ../../nbs/language/26_loading.ipynb #5b37c0a6
 class PipelineFolder:
     "What a pipeline needs to be loaded, moved, saved and shared"
@@ -160,18 +180,7 @@ class PipelineFolder:
         dtype:torch.dtype|None=None,  # floats are stored as this, where that changes no id; None: as they are
     )->None:
         "Write a pipeline folder that `from_pretrained` loads"
-        with write_folder(folder, replaces=['image_tokenizer', 'llm']) as new:
-            self.image_tokenizer.save_pretrained(new/'image_tokenizer', dtype)
-            if self.base: save_adapter(self.llm, new/'llm', self.base, dtype)
-            else:
-                llm = merge(self.llm)  # what `peft` keeps beside the parameters goes into them
-                (copy.deepcopy(llm).to(dtype) if dtype else llm).save_pretrained(new/'llm')
-                self.tokenizer.save_pretrained(new/'llm')
-            write_json(new/'model_index.json', dict(
-                _class_name='V2FlowPipeline', format_version=self.format_version,
-                image_tokenizer=['v2flow_nbdev', 'V2Flow'],
-                llm=['transformers', type(getattr(self.llm, 'get_base_model', lambda: self.llm)()).__name__],
-                defaults=self.defaults))
+        write_pipeline(self, folder, dtype)
 
     def push_to_hub(self, repo_id:str, **kwargs)->Any:
         "Upload what `save_pretrained` writes; see `push_to_hub`"

@@ -25,7 +25,7 @@ from ..base.text import text_ids
 from ..models.resampler import RegNetBlock
 from ..models.masked import Block, grid_positions
 from ..language.text_models import collate, first_id
-from ..language.pipeline import load_llm
+from ..language.loading import load_llm
 from ..data.sources import captions_of, emoji
 from ..data.batches import ImageBatches
 from ..training.failures import RunFailed, running
@@ -33,7 +33,7 @@ from ..training.config import TrainConfig
 from ..training.loop import train
 from ..training.recipes import (
     DataConfig, all_captions, check_run, finish, in_common, join_processes, load_data, usable_sample)
-from ..training.llm_recipes import image_weights
+from ..training.llm_data import image_weights
 from ..evaluation.judges import icon_views
 from ..evaluation.emoji import what_is_named
 from ..evaluation.alignment import principal_axes

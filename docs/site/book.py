@@ -30,8 +30,8 @@ class Name:
 
     @property
     def anchor(self):
-        "Of its cell; small letters and no underscore, as Sphinx would make it"
-        return re.sub('_+', '-', f"{'class' if isinstance(self.node, ast.ClassDef) else 'def'}-{self.name.strip('_')}").lower()
+        "Of its cell; as Sphinx would make it: small letters and no underscore"
+        return re.sub('_+', '-', f"{'class' if isinstance(self.node, ast.ClassDef) else 'def'}-{self.name}").lower()
 
 @dataclass
 class Chapter:
@@ -64,8 +64,7 @@ class Chapter:
         kind = dict(directive.findall(code)) if cell['cell_type'] == 'code' else {}
         if 'export' not in kind and 'exporti' not in kind: return []
         nodes = (n for n in ast.parse(code).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))
-        return [Name(n.name, n, code, 'export' in kind and not n.name.startswith('_'), self) for n in nodes
-                if not n.name.startswith('__')]
+        return [Name(n.name, n, code, 'export' in kind, self) for n in nodes if not n.name.startswith('_')]
 
     @cached_property
     def known(self):

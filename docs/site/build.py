@@ -1,6 +1,6 @@
 """Builds the site of the book from the notebooks as committed: nothing is executed, nothing is fetched.
 
-    python docs/site/build.py [FOLDER]    writes FOLDER/html (default `_docs`); any warning is an error"""
+    python docs/site/build.py [FOLDER]    writes FOLDER/html (default `_docs`), of which `source`, `doctrees` and `html` are made anew; any warning is an error"""
 import ast, json, os, re, shutil, sys, textwrap
 from html import escape
 from pathlib import Path
@@ -12,7 +12,7 @@ def rows(*lines): return '\n'.join(lines)
 class Stage:
     "The folder that Sphinx reads: pages whose links lead from page to page, and images beside them"
     def __init__(self, folder):
-        self.folder, self.written = Path(folder), set()
+        self.folder = Path(folder)
         self.chapters, self.guides = chapters(), guides()
         self.names = {n.name: n for c in self.chapters for n in c.names}
         self.pages = {c.path.relative_to(root).as_posix(): c.page + '.ipynb' for c in self.chapters}
@@ -20,17 +20,9 @@ class Stage:
         self.pages |= {'README.md': 'index.ipynb', 'nbs/index.ipynb': 'index.ipynb'}
 
     def put(self, name, content):
-        "Write a file where it differs: what stays as it was is not built again"
         path = self.folder/name
-        self.written.add(path)
-        content = content if isinstance(content, bytes) else content.encode()
-        if path.exists() and path.read_bytes() == content: return
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-
-    def sweep(self):
-        for path in self.folder.rglob('*'):
-            if path.is_file() and path not in self.written: path.unlink()
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
     def link(self, target, source, page):
         "A link of a file of the repository, as it has to read on its page"
@@ -188,7 +180,8 @@ def stage_front(stage):
     trees = [toctree(shelf, [f'{c.number} · {c.title} <{c.page}>' for c in found]) for shelf, found in shelves(stage).items()]
     data = [page for name, page in stage.guides.items() if name.startswith('data/')]
     trees += [toctree('guides', [page for page in stage.guides.values() if page not in data]),
-              toctree('data and checkpoints', data), toctree('reference', ['reference/index'])]
+              toctree('data and checkpoints', data), toctree('reference', ['All names <reference/index>',
+                *(f'{shelf} <reference/{shelf}>' for shelf in shelves(stage))])]
     body = list(staged_cells(stage, source, page, shown()))
     body.append(markdown('\n\n'.join(trees), 'toctrees'))
     stage.put('index.ipynb', notebook(body))
@@ -196,7 +189,7 @@ def stage_front(stage):
 def described(stage, node, code, name):
     "Docstring, remarks on arguments, and what is returned, as fields"
     def say(text):
-        text = re.sub(r"(?<![\w`])('[^'`]*')(?![\w`])", r'`\1`', text)  # a value is code, and no quotation
+        text = re.sub(r'''(?<![\w`])('[^'`]*'|"[^"`]*")(?![\w`])''', r'`\1`', text)  # a value is code, and no quotation
         return stage.prose(text, '', 'reference/', ({name.chapter.module}, set()))
     doc = textwrap.dedent(ast.get_docstring(node) or '')
     init = next((n for n in getattr(node, 'body', []) if getattr(n, 'name', '') == '__init__'), None)
@@ -247,8 +240,7 @@ def stage_reference(stage):
         stage.put(f'reference/{shelf}.md', '\n'.join(lines))
     stage.put('reference/index.md', rows('# Reference', '',
         'Every public name, with its docstring and the number of the chapter whose cell explains it. Where inline code in a chapter '
-        'is such a name, it leads here.', '', '```{toctree}', ':hidden:', '', *(f'{s} <{s}>' for s in shelves(stage)), '```', '',
-        '| name | what it is | chapter |', '|---|---|---|', *table, ''))
+        'is such a name, it leads here.', '', '| name | what it is | chapter |', '|---|---|---|', *table, ''))
 
 def math_font(stage):
     "STIX Two Math (SIL Open Font License), which the wheel `ziamath` carries, cut down to what equations use"
@@ -275,18 +267,18 @@ def stage_all(folder):
     for name in ('style.css', 'icon.svg'): stage.put(f'_static/{name}', (book.root/'docs/site'/name).read_bytes())
     for path in [*(c.path for c in stage.chapters), root/'nbs/index.ipynb']:
         stage.put(f'extra/notebooks/{path.name}', path.read_bytes())
-    stage.sweep()
     return stage
 
 def main(folder='_docs'):
     from sphinx.cmd.build import main as sphinx
     folder = root/folder
+    # all anew: a page that is not read again would keep its warnings to itself
+    for part in ('source', 'doctrees', 'html'): shutil.rmtree(folder/part, ignore_errors=True)
     stage_all(folder/'source')
     code = sphinx(['-b', 'html', '-q', '-W', '--keep-going', '-c', str(root/'docs/site'), '-d', str(folder/'doctrees'),
                    '-D', f'html_static_path={folder}/source/_static', '-D', f'html_extra_path={folder}/source/extra',
                    str(folder/'source'), str(folder/'html')])
-    if code: shutil.rmtree(folder/'doctrees', ignore_errors=True)  # or the next build would not warn of pages that stay as they are
-    else: print(f'the site is in {folder/"html"}: open {folder/"html"/"index.html"}')
+    if code == 0: print(f'the site is in {folder/"html"}: open {folder/"html"/"index.html"}')
     return code
 
 if __name__ == '__main__': sys.exit(main(*sys.argv[1:]))

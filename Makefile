@@ -1,4 +1,4 @@
-.PHONY: help setup smollm2 demo test test-all check golden bench lab execute readme
+.PHONY: help setup smollm2 demo test test-all check golden bench lab execute readme docs test-docs
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -42,6 +42,17 @@ execute: setup  ## Run notebooks in fresh kernels and keep their outputs: all, o
 
 readme: setup  ## Write README.md anew from nbs/index.ipynb
 	$(BIN)/python tests/check_notebooks.py --write-readme
+
+docs: .venv-docs/ready  ## The site of the book, from the notebooks as they are: writes _docs/html
+	.venv-docs/bin/python docs/site/build.py
+
+test-docs: .venv-docs/ready  ## Build the site, check every link, and read it in headless Chromium
+	.venv-docs/bin/python -m pytest -q --noconftest -m site tests/test_site.py
+
+.venv-docs/ready: constraints.txt docs/site/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install -qq --disable-pip-version-check --constraint constraints.txt --requirement docs/site/requirements.txt
+	touch $@
 
 lab: setup  ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

@@ -195,7 +195,7 @@ def test_links_lead_somewhere():
         if path.suffix != '.ipynb': return path.read_text(encoding='utf-8')
         cells = json.loads(path.read_text(encoding='utf-8'))['cells']
         return '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
-    pages = [p for p in root.rglob('*') if p.suffix in ('.md', '.ipynb') and not {'.venv', '.git', 'runs', 'outputs',
+    pages = [p for p in root.rglob('*') if p.suffix in ('.md', '.ipynb') and not {'.venv', '.venv-docs', '_docs', '.git', 'runs', 'outputs',
         '.ipynb_checkpoints'} & {*p.parts}]
     broken = []
     for page in pages:

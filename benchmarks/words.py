@@ -20,8 +20,9 @@ from v2flow_nbdev.base.images import to_tensor
 from v2flow_nbdev.base.precision import resolve_device
 from v2flow_nbdev.data.sources import emoji
 from v2flow_nbdev.evaluation.emoji import emoji_judge
+from v2flow_nbdev.evaluation.likelihood import heeding, naming_marks
 from v2flow_nbdev.evaluation.pretrained import (
-    KeywordExam, as_scores, bases_of, draw_keywords, heeding, keyword_sheet, load_keywords, naming_marks, retrieve_captions)
+    KeywordExam, as_scores, bases_of, draw_keywords, keyword_sheet, load_keywords, retrieve_captions)
 from v2flow_nbdev.language.pipeline import V2FlowPipeline, load_llm
 from v2flow_nbdev.language.visual_tokens import VisualTokens
 

@@ -215,7 +215,7 @@ def test_a_dry_run_counts_what_saving_takes(runs):
     "On disk, without the headers, which weigh in so small a model"
     from v2flow_nbdev.base.files import read_tensors
     from v2flow_nbdev.training.config import TrainConfig
-    from v2flow_nbdev.training.costs import checkpoint_sizes, saving_costs
+    from v2flow_nbdev.evaluation.costs import checkpoint_sizes, saving_costs
     def found(run): return sum(t.nbytes for p in (runs/run/'checkpoints/step-00000020').glob('*.safetensors')
                                for t in read_tensors(p).values())
     model = Net(torch.float32)

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest, torch
 from conftest import root, shipped, v2flow
 from v2flow_nbdev.training import checkpoints as saving, optimizers, processes
-from v2flow_nbdev.training.checkpoints import RunLog, checkpoints
+from v2flow_nbdev.training.checkpoints import checkpoints
+from v2flow_nbdev.training.log import RunLog
 from v2flow_nbdev.training.config import TrainConfig
 from v2flow_nbdev.training.loop import train
 from v2flow_nbdev.training.processes import make_loader

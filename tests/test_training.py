@@ -129,7 +129,7 @@ def test_the_paper_recipe_is_the_base_preset_and_is_planned_without_building():
     import yaml
     from v2flow_nbdev.models.tokenizer import V2FlowConfig
     from v2flow_nbdev.models.tokenizer_training import TokenizerTrainingConfig
-    from v2flow_nbdev.training.costs import costs
+    from v2flow_nbdev.evaluation.costs import costs
     from v2flow_nbdev.training.config import TrainConfig
     from v2flow_nbdev.base.folders import config_from_dict
     recipe = yaml.safe_load((root/'configs/imagenet-llama2.yaml').read_text())

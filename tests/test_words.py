@@ -6,9 +6,10 @@ import numpy as np, pyarrow.parquet as pq, pytest, torch
 from PIL import Image
 from benchmarks import words
 from conftest import root
+from v2flow_nbdev.evaluation.likelihood import heeding, naming_marks
 from v2flow_nbdev.evaluation.pretrained import (
-    KeywordExam, candidate_bases, caption_distances, exam_marks, heeding, in_frame, keyword_sheet,
-    load_keywords, mean_and_error, name_states, naming_marks, permuted_captions, retrieve_captions)
+    KeywordExam, candidate_bases, caption_distances, exam_marks, in_frame, keyword_sheet,
+    load_keywords, mean_and_error, name_states, permuted_captions, retrieve_captions)
 from v2flow_nbdev.language.pipeline import V2FlowPipeline
 from v2flow_nbdev.language.text_models import toy_llama, toy_v2flow
 from v2flow_nbdev.language.visual_tokens import VisualTokens, add_visual_tokens

@@ -202,7 +202,7 @@ def training_subcommand(
 @training_subcommand('pretrain-llm')
 def pretraining():
     "Train a small LLaMA on captions and other text."
-    from v2flow_nbdev.training.costs import llm_plan
+    from v2flow_nbdev.evaluation.costs import llm_plan
     from v2flow_nbdev.training.text_recipes import PretrainRecipe, pretrain_llm, pretraining_text
     def plan(recipe):
         model, _, examples, _, _ = pretraining_text(recipe)
@@ -214,7 +214,7 @@ def pretraining():
 def autoencoder_training():
     "Train a small autoencoder. For images that no pretrained one was made for."
     from v2flow_nbdev.apps.demos import mean_fidelity
-    from v2flow_nbdev.training.costs import autoencoder_plan
+    from v2flow_nbdev.evaluation.costs import autoencoder_plan
     from v2flow_nbdev.training.tokenizer_recipes import AutoencoderRecipe, autoencoder_model, train_autoencoder
     def plan(recipe):
         model, source = autoencoder_model(recipe), recipe.data
@@ -226,7 +226,7 @@ def autoencoder_training():
 def tokenizer_training():
     "Train the image tokenizer over an LLM's vocabulary."
     from v2flow_nbdev.evaluation.metrics import tokenizer_scores
-    from v2flow_nbdev.training.costs import tokenizer_plan
+    from v2flow_nbdev.evaluation.costs import tokenizer_plan
     from v2flow_nbdev.training.tokenizer_recipes import TokenizerRecipe, train_tokenizer
     def plan(recipe): return tokenizer_plan(recipe.tokenizer, recipe.training, recipe.vocabulary,
                                             recipe.tokenizer_training)
@@ -255,7 +255,7 @@ IdsFolder = Annotated[Path, typer.Option('--out', help='The folder for the ids; 
 def encode_dataset_command(config:Config, out:IdsFolder, overrides:Overrides=None, strict:Strict=False,
                            device:TrainingDevice='auto'):
     "Encode a data set's images once. train-llm is then run on data.name=ids."
-    from v2flow_nbdev.training.llm_recipes import EncodingRecipe, encode_images
+    from v2flow_nbdev.training.llm_data import EncodingRecipe, encode_images
     recipe = read_recipe(config, overrides, EncodingRecipe, strict)
     if out.exists() and not out.is_dir(): raise RunFailed(f"{out}: is a file; give a folder for the ids")
     place_training(device)

@@ -249,7 +249,7 @@ def plan_llm(recipe):
     "What train-llm would take: from the shapes of both models alone"
     from transformers import AutoConfig
     from v2flow_nbdev.language.text_models import max_sequence_length
-    from v2flow_nbdev.training.costs import llm_plan
+    from v2flow_nbdev.evaluation.costs import llm_plan
     tuning, shape = recipe.llm, tokenizer_config(recipe.image_tokenizer)
     with running():
         try: config = AutoConfig.from_pretrained(tuning.pretrained)

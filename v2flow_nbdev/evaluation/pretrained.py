@@ -15,8 +15,6 @@ from ..base.files import find_data, read_json
 from ..base.images import check_counts, image_grid, to_pil, to_tensor
 from ..base.text import text_ids
 from ..language.text_models import collate, first_id
-from ..language.visual_tokens import VisualTokens
-from ..language.sequences import text_to_image
 from ..language.pipeline import V2FlowPipeline
 from ..data.sources import emoji
 from .judges import ImageClassifier, blurred
@@ -281,77 +279,3 @@ def retrieve_captions(
     by_layer = [named(i)[1]['accuracy'] for i in layers]
     best = layers[int(np.argmax(by_layer))]
     return *named(best, 200), best, by_layer
-
-# %% ../../nbs/evaluation/56_pretrained.ipynb #f7f24294
-def target_states(
-    llm,             # a language model with visual tokens
-    sequences:list,  # (prompt, target), all targets of T tokens
-)->torch.Tensor:     # (B, T, E)
-    "The last hidden state before each token of a target"
-    ids, T = collate(sequences)['input_ids'].to(llm.device), len(sequences[0][1])
-    states = llm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    at = torch.tensor([len(p) - 1 for p,_ in sequences])[:, None] + torch.arange(T)
-    return states.gather(1, at[..., None].to(ids.device).expand(-1, -1, states.shape[-1]))
-
-def nats_among(
-    llm,                  # a language model with visual tokens
-    states:torch.Tensor,  # its last hidden states, (…, E)
-    kind:range,           # ids of new tokens
-)->torch.Tensor:          # (…, len(kind)) float32, on the CPU
-    "Minus log-probabilities of new tokens of one kind, among these: as when an image is generated"
-    head, some = llm.get_output_embeddings(), slice(kind.start, kind.stop)
-    bias = None if getattr(head, 'bias', None) is None else head.bias[some]
-    return -F.linear(states, head.weight[some].to(states.dtype), bias).float().log_softmax(-1).cpu()
-
-@torch.no_grad()
-def naming_marks(
-    llm,                  # a language model with a coarse token for each base, see `VisualTokens.coarse`
-    tokenizer,            # its text tokenizer
-    keywords:list[dict],  # K of `load_keywords`
-    bases:list[str],      # the values that its coarse tokens stand for, in their order: see `bases_of`
-    batch_size:int=64,    # keywords at once
-)->dict:                  # `exam_marks`; `ValueError` for a model without these tokens
-    "The exam without an image: which of the 51 bases' coarse tokens is the likeliest after the caption?"
-    visual, bos = VisualTokens.of(llm), first_id(tokenizer)
-    if len(visual.coarse) != len(bases):
-        raise ValueError(f"this language model has {len(visual.coarse)} coarse tokens, there are {len(bases):,} bases: "
-                         f"only one trained with `llm.coarse=base` can name them")
-    texts = text_ids(tokenizer, [in_frame(r['keyword']) for r in keywords])
-    asked = [([bos, *t, visual.begin(visual.grid)], [visual.coarse.start]) for t in texts]
-    nats = [nats_among(llm, target_states(llm, asked[k:k + batch_size]), visual.coarse)
-            for k in range(0, len(asked), batch_size)]
-    return exam_marks(torch.cat(nats), keywords, bases)
-
-# %% ../../nbs/evaluation/56_pretrained.ipynb #7b8b1c51
-@torch.no_grad()
-def heeding(
-    pipe,               # a `V2FlowPipeline`
-    examples:list,      # B images with captions and `base`, none of them trained on
-    bases:list[str],    # see `bases_of`; only a model with coarse tokens needs them
-    seed:int=0,         # chooses the captions
-    batch_size:int=16,  # images at once
-)->dict:  # nats an image: `own` and `other` caption, `heeding` their difference with its `se`; `coarse`: of that token
-    """What its own caption saves on the ids of an image, beside the caption of another base: 0 for a model that does
-    not heed captions, whatever its loss. Tokens are predicted among their kind"""
-    visual, bos, rng = VisualTokens.of(pipe.llm), first_id(pipe.tokenizer), np.random.default_rng(seed)
-    texts = text_ids(pipe.tokenizer, [r['captions'][rng.integers(len(r['captions']))] for r in examples])
-    others, lead = permuted_captions([r['base'] for r in examples], rng), int(len(visual.coarse) > 0)
-    number, codes = {b: i for i,b in enumerate(bases)}, range(visual.first, visual.first + visual.codebook_size)
-    def nats(some, said):                                                          # (len(some), tokens)
-        ids = pipe.image_tokenizer.encode(pipe.prepare([examples[i]['image'] for i in some]))
-        made = [text_to_image(visual, bos, texts[j], x, number[examples[i]['base']] if lead else None)
-                for i,j,x in zip(some, said, ids.cpu().unflatten(1, visual.grid))]
-        states = target_states(pipe.llm, [(p, t[:-1]) for p,t in made])            # the end is not the caption's
-        parts = [(states[:, :lead], visual.coarse), (states[:, lead:], codes)][1 - lead:]
-        target = torch.tensor([t[:-1] for _,t in made])
-        target[:, :lead] -= visual.coarse.start; target[:, lead:] -= codes.start
-        at = [target[:, :lead], target[:, lead:]][1 - lead:]
-        return torch.cat([nats_among(pipe.llm, s, kind).gather(2, t[..., None])[..., 0]
-                          for (s, kind), t in zip(parts, at)], 1)
-    batches = torch.arange(len(examples)).split(batch_size)
-    own, other = (torch.cat([nats(b.tolist(), [said[i] for i in b]) for b in batches]).double()
-                  for said in (range(len(examples)), others))
-    saved = (other - own).sum(1)
-    return dict(own=own.sum(1).mean().item(), other=other.sum(1).mean().item(), heeding=saved.mean().item(),
-                se=(saved.std()/len(saved)**.5).item()) | (
-        dict(coarse=(other - own)[:, 0].mean().item()) if lead else {})

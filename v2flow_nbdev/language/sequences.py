@@ -100,6 +100,23 @@ def inverse_sqrt_frequency(
     size = Counter(families)
     return torch.tensor([size[f]**-0.5 for f in families])
 
+def cumulative_weights(
+    often,  # sampling weights; None: equal ones
+    n:int,  # of how many examples
+):          # their running sum, (n,); None
+    "`ValueError` unless there is one for each example, and one above 0"
+    if often is None: return None
+    sums = torch.as_tensor(often, dtype=torch.float64).cumsum(0)
+    if len(sums) == n and sums[-1] > 0: return sums
+    raise ValueError(f"often: {len(sums)} weights, need {n}, one above 0 for each example")
+
+def drawn_index(
+    sums:torch.Tensor,  # see `cumulative_weights`
+)->int:
+    "The number of an example, drawn by its weight"
+    at = sums[-1]*torch.rand((), dtype=torch.float64)
+    return torch.searchsorted(sums, at, right=True).item()
+
 # %% ../../nbs/language/22_sequences.ipynb #b752731f
 def ids_by_shape(
     examples,     # a data set with "ids"
@@ -120,6 +137,15 @@ def confuse_ids(
     alike = (others == ids).flatten(1).sum(1)
     other = others[alike.masked_fill(alike == ids.numel(), -1).argmax()]
     return torch.where(torch.rand(ids.shape) < largest*torch.rand(()), other, ids)
+
+def confused_target(
+    visual,  # where the visual tokens are
+    target,  # of caption → image: a coarse token, where the model has any, and the image
+    ids,     # what is shown in place of the image's codes, see `confuse_ids`, (h, w)
+):           # as long as the target
+    "What a model is shown while it is to learn the target"
+    shown = image_tokens(visual, ids)[1:]
+    return target[:len(target) - len(shown)] + shown
 
 # %% ../../nbs/language/22_sequences.ipynb #e3b2648e
 class ImageTextSequences(torch.utils.data.Dataset):
@@ -146,9 +172,7 @@ class ImageTextSequences(torch.utils.data.Dataset):
         self.write_share, self.caption_dropout, self.text_share = write_share, caption_dropout, text_share
         self.id_noise, self.write_noise = (id_noise, write_noise) if loss == 'target' else (0., 0.)
         self.others = ids_by_shape(examples) if self.write_noise else {}
-        self.often = None if often is None else torch.as_tensor(often, dtype=torch.float64).cumsum(0)
-        if self.often is not None and not (len(self.often) == len(examples) and self.often[-1] > 0):
-            raise ValueError(f"often: {len(self.often)} weights, need {len(examples)}, one above 0 for each example")
+        self.often = cumulative_weights(often, len(examples))
 
     def __len__(self): return len(self.examples)
 
@@ -157,11 +181,6 @@ class ImageTextSequences(torch.utils.data.Dataset):
         prompt, target, *shown = self.sequence(self.examples[i])
         return (prompt, target, *shown) if self.loss == 'target' else (prompt[:1], prompt[1:] + target)
 
-    def often_chosen(self)->dict:
-        "An example by its sampling weight"
-        at = self.often[-1]*torch.rand((), dtype=torch.float64)
-        return self.examples[torch.searchsorted(self.often, at, right=True).item()]
-
     def sequence(self, example:dict)->tuple:  # prompt and target, and what is shown in place of a target
         "A sequence of this example, or what chance puts in its place"
         text, write, drop, which = torch.rand(4).tolist()
@@ -169,7 +188,7 @@ class ImageTextSequences(torch.utils.data.Dataset):
         if text < self.text_share:
             prompt, target = text_sequences(self.tokenizer, [self.texts[int(which*len(self.texts))]])[0]
             return prompt, target[:self.longest - 1]
-        if write < self.write_share and self.often is not None: example = self.often_chosen()
+        if write < self.write_share and self.often is not None: example = self.examples[drawn_index(self.often)]
         if 'parts' in example:
             return text_with_images(visual, bos, fit_parts(example['parts'], self.tokenizer, K, self.longest), self.eos)
         ids, captions = code_ids(example['ids'], K), example['captions'] or ['']
@@ -181,8 +200,7 @@ class ImageTextSequences(torch.utils.data.Dataset):
                                        example.get('coarse') if visual.coarse else None)
         if not self.write_noise: return prompt, target
         others = self.others.get(ids.shape, ids[None])  # a rare shape may have no other image
-        shown = image_tokens(visual, confuse_ids(ids, others, self.write_noise))[1:]
-        return prompt, target, target[:len(target) - len(shown)] + shown
+        return prompt, target, confused_target(visual, target, confuse_ids(ids, others, self.write_noise))
 
 # %% ../../nbs/language/22_sequences.ipynb #b75027c3
 def pack(

@@ -44,9 +44,38 @@ def check_token_ids(
         raise ValueError(f"the text tokenizer gives the id of a visual token, {vocab[clash]}, to {clash} too; it is "
                          f"another model's")
 
+# %% ../../nbs/language/21_visual_tokens.ipynb #21a0c001
+class _Entry:
+    "How the record is written into a config, and read back"
+    format_version = 1 # of what is written into config.json
+
+    def entry(self)->dict:  # `of` reads it
+        "What the model's config keeps"
+        return dict(asdict(self), version=self.format_version)
+
+    @classmethod
+    def from_entry(cls, entry:dict)->'VisualTokens':  # `KeyError`, `TypeError` or `ValueError` where it is damaged
+        "What `entry` wrote"
+        known = {k: v for k,v in entry.items() if k != 'version'}
+        return cls(**{**known, 'begins': tuple(entry['begins']), 'grids': tuple(map(tuple, entry['grids']))})
+
+    @classmethod
+    def of(cls, model:nn.Module)->'VisualTokens':
+        "Those of a model that `add_visual_tokens` has changed"
+        entry, damaged = read_entry(model.config, cls.format_version), "the language model's config.json is damaged"
+        try: visual = cls.from_entry(entry)
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{damaged}: its v2flow entry does not say where the visual tokens lie "
+                             f"({type(e).__name__}: {e}); copy the model again") from None
+        size = model.config.get_text_config().vocab_size
+        if visual.end >= size:
+            raise ValueError(f"{damaged}: its v2flow entry has visual tokens at {visual.first} to {visual.end}, but "
+                             f"the table has {size:,} rows")
+        return visual
+
 # %% ../../nbs/language/21_visual_tokens.ipynb #d77d552e
 @dataclass
-class VisualTokens:
+class VisualTokens(_Entry):
     "Where the visual tokens lie in a language model; kept in its `config.json` under `v2flow`"
     first:int          # id of the token for code 0; code i is token first + i
     codebook_size:int  # K
@@ -54,7 +83,6 @@ class VisualTokens:
     end:int            # id of the token that closes it; the last of the new tokens
     grids:tuple        # (h, w) of each: an image has h·w visual tokens. The first is the main one
     codebook:str       # checksum of the codebook that they stand for
-    format_version = 1 # of what is written into config.json
 
     def __post_init__(self):
         ids = (self.first, self.codebook_size, *self.begins, self.end)
@@ -94,30 +122,6 @@ class VisualTokens:
         "`ValueError` unless a text tokenizer gives every new token its id, and no other token has it"
         codes = range(self.first, self.first + self.codebook_size)
         check_token_ids(tokenizer, dict(zip(self.names(), [*codes, *self.coarse, *self.begins, self.end])))
-
-    def entry(self)->dict:  # `of` reads it
-        "What the model's config keeps"
-        return dict(asdict(self), version=self.format_version)
-
-    @classmethod
-    def from_entry(cls, entry:dict)->'VisualTokens':  # `KeyError`, `TypeError` or `ValueError` where it is damaged
-        "What `entry` wrote"
-        known = {k: v for k,v in entry.items() if k != 'version'}
-        return cls(**{**known, 'begins': tuple(entry['begins']), 'grids': tuple(map(tuple, entry['grids']))})
-
-    @classmethod
-    def of(cls, model:nn.Module)->'VisualTokens':
-        "Those of a model that `add_visual_tokens` has changed"
-        entry, damaged = read_entry(model.config, cls.format_version), "the language model's config.json is damaged"
-        try: visual = cls.from_entry(entry)
-        except (KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{damaged}: its v2flow entry does not say where the visual tokens lie "
-                             f"({type(e).__name__}: {e}); copy the model again") from None
-        size = model.config.get_text_config().vocab_size
-        if visual.end >= size:
-            raise ValueError(f"{damaged}: its v2flow entry has visual tokens at {visual.first} to {visual.end}, but "
-                             f"the table has {size:,} rows")
-        return visual
 
 # %% ../../nbs/language/21_visual_tokens.ipynb #70a580fa
 starts = ('codebook', 'rotated', 'mean', 'random')  # what the embeddings of new tokens may start as

@@ -28,7 +28,7 @@ from .masked import Block, MaskedTransformer, masked_flow_sample
 
 # %% ../../nbs/models/18_tokenizer.ipynb #c949417b
 class _Parts(nn.Module):
-    "The parts of an image tokenizer, and its codes"
+    "The parts of an image tokenizer"
     def __init__(self,
         config:V2FlowConfig,                # its shape
         vocabulary:Vocabulary|None=None,    # the frozen token embeddings; without them it can decode, not encode
@@ -62,6 +62,14 @@ class _Parts(nn.Module):
         "Of the decoder, which follows a cast; encoder, resampler and codebook stay float32"
         return self.masked.mask_token.dtype
 
+    def gradient_checkpointing_enable(self)->None:
+        "Activations of the transformer blocks are computed twice instead of kept"
+        for m in self.modules():
+            if isinstance(m, Block): m.recompute = True
+
+# %% ../../nbs/models/18_tokenizer.ipynb #18a0c002
+class _Codes(_Parts):
+    "The codes, and the vocabulary that they lie in"
     @property
     def codebook_checksum(self)->str:
         "Identifies the codes, also after they were stored as float16"
@@ -93,13 +101,8 @@ class _Parts(nn.Module):
             raise RuntimeError("this tokenizer was loaded without its vocabulary: it can decode ids, not encode images")
         return self.vocabulary
 
-    def gradient_checkpointing_enable(self)->None:
-        "Activations of the transformer blocks are computed twice instead of kept"
-        for m in self.modules():
-            if isinstance(m, Block): m.recompute = True
-
 # %% ../../nbs/models/18_tokenizer.ipynb #242961e2
-class _Encoder(_Parts):
+class _Encoder(_Codes):
     "Image → ids"
     def to_latents(self,
         images:torch.Tensor,  # (B, C, H, W) in [-1, 1]

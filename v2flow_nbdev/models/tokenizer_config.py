@@ -25,9 +25,37 @@ paper = dict(dc_ae_f32c32, image_size=(512, 512), image_channels=3, vocab_size=3
              resampler_width=512, resampler_depth=8,
              codebook_size=16_384, n_steps=20, guidance_scale=2.9)  # the published settings, where the sizes agree
 
+# %% ../../nbs/models/10_tokenizer_config.ipynb #10a0c001
+class _Sizes:
+    "What follows from the sizes in a config, and the three sizes that were published"
+    @property
+    def grid(self)->tuple[int, int]:
+        "Of the tokens"
+        return self.image_size[0]//(self.patch_size*self.pool), self.image_size[1]//(self.patch_size*self.pool)
+
+    @property
+    def latent_grid(self)->tuple[int, int]:
+        "Of the latents"
+        return self.image_size[0]//self.patch_size, self.image_size[1]//self.patch_size
+
+    @property
+    def channels(self)->int: return self.latent_channels or self.image_channels*self.patch_size**2
+
+    @classmethod
+    def base(cls, **changes)->'V2FlowConfig':
+        return cls(**{**paper, **dict(dim=768, depth=12, heads=12, velocity_width=1024, velocity_depth=6), **changes})
+
+    @classmethod
+    def large(cls, **changes)->'V2FlowConfig':
+        return cls(**{**paper, **dict(dim=1024, depth=16, heads=16, velocity_width=1280, velocity_depth=8), **changes})
+
+    @classmethod
+    def huge(cls, **changes)->'V2FlowConfig':
+        return cls(**{**paper, **dict(dim=1280, depth=20, heads=16, velocity_width=1536, velocity_depth=8), **changes})
+
 # %% ../../nbs/models/10_tokenizer_config.ipynb #decf9cb3
 @dataclass
-class V2FlowConfig:
+class V2FlowConfig(_Sizes):
     """What an image tokenizer is, and its defaults of decoding; saved as its `config.json`. How it is trained:
     `TokenizerTrainingConfig`"""
     format_version:ClassVar[int]=3 # of `config.json`; older folders are refused
@@ -70,31 +98,6 @@ class V2FlowConfig:
             raise ValueError(f"image_size={self.image_size}: needs two sides divisible by patch_size={self.patch_size}"
                              + f" times pool={self.pool}"*(self.pool != 1))
         if self.tau <= 0: raise ValueError(f"tau={self.tau}: a softmax temperature must be positive")
-
-    @property
-    def grid(self)->tuple[int, int]:
-        "Of the tokens"
-        return self.image_size[0]//(self.patch_size*self.pool), self.image_size[1]//(self.patch_size*self.pool)
-
-    @property
-    def latent_grid(self)->tuple[int, int]:
-        "Of the latents"
-        return self.image_size[0]//self.patch_size, self.image_size[1]//self.patch_size
-
-    @property
-    def channels(self)->int: return self.latent_channels or self.image_channels*self.patch_size**2
-
-    @classmethod
-    def base(cls, **changes)->'V2FlowConfig':
-        return cls(**{**paper, **dict(dim=768, depth=12, heads=12, velocity_width=1024, velocity_depth=6), **changes})
-
-    @classmethod
-    def large(cls, **changes)->'V2FlowConfig':
-        return cls(**{**paper, **dict(dim=1024, depth=16, heads=16, velocity_width=1280, velocity_depth=8), **changes})
-
-    @classmethod
-    def huge(cls, **changes)->'V2FlowConfig':
-        return cls(**{**paper, **dict(dim=1280, depth=20, heads=16, velocity_width=1536, velocity_depth=8), **changes})
 
 # %% ../../nbs/models/10_tokenizer_config.ipynb #54c83067
 def check_ids(

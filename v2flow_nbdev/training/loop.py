@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from torch import nn
 from ..base.random import over_processes
 from ..data.batches import Batches
-from .speed import Speed
+from .log import Speed
 from .config import due, lr_factor, TrainConfig
 from .processes import (
     deterministic_algorithms, Interrupted, interruptions, make_loader, start_loader, start_processes, wrap)

@@ -38,7 +38,7 @@ from ..evaluation.emoji import what_is_named
 from ..evaluation.alignment import principal_axes
 from ..evaluation.pretrained import bases_of, exam_marks, in_frame, load_keywords, nearest_of_base
 
-# %% ../../nbs/systems/61_teacher.ipynb #7c2f52a8
+# %% ../../nbs/systems/61_teacher.ipynb #ea63408c
 poolings = dict(name=lambda states: states.mean(0), last=lambda states: states[-1])  # states of a name's tokens, (n, E)
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def caption_states(
             found[i] = poolings[pooling](states[j, min(len(phrases[i]) + 1, end - 1):end].float()).half().cpu()
     return torch.stack(found)
 
-# %% ../../nbs/systems/61_teacher.ipynb #9cf3d9c7
+# %% ../../nbs/systems/61_teacher.ipynb #b1453032
 class TextTower:
     "A frozen language model: captions → hidden states"
     def __init__(self,
@@ -88,7 +88,7 @@ class TextTower:
 
     def __call__(self, captions): return caption_states(self.llm, self.tokenizer, captions, self.layer, self.pooling)
 
-# %% ../../nbs/systems/61_teacher.ipynb #2cf85830
+# %% ../../nbs/systems/61_teacher.ipynb #780d9550
 def cached_states(
     tower,               # a `TextTower`
     captions:list[str],  # N
@@ -110,7 +110,7 @@ def cached_states(
         together(lambda: process_of()[0] or [of(some) for some in parts])  # by the first process; the others read
         return torch.cat([of(some) for some in parts])
 
-# %% ../../nbs/systems/61_teacher.ipynb #7ecd4850
+# %% ../../nbs/systems/61_teacher.ipynb #52629be8
 @dataclass
 class TeacherConfig:
     "What a teacher is; saved as its `config.json`"
@@ -136,7 +136,7 @@ class TeacherConfig:
         if self.pooling not in poolings: raise ValueError(f"pooling={self.pooling!r}: use {' or '.join(poolings)}")
         if not self.llm: raise ValueError("llm='': needs a language model, such as smollm2")
 
-# %% ../../nbs/systems/61_teacher.ipynb #eb0008a2
+# %% ../../nbs/systems/61_teacher.ipynb #cdb7feaa
 class ImageTower(nn.Module):
     """A small vision transformer on a stem of convolutions (ViT, arXiv 2010.11929; early convolutions, arXiv
     2106.14881)"""
@@ -171,7 +171,7 @@ class ImageTower(nn.Module):
         tokens = rearrange(self.features(images)[-1], 'b d h w -> b (h w) d')
         return tokens, self.head(tokens.mean(1))
 
-# %% ../../nbs/systems/61_teacher.ipynb #4a7cf160
+# %% ../../nbs/systems/61_teacher.ipynb #f2e8e7df
 class Whitening(nn.Module):
     "Hidden states along the training captions' principal axes, each in units of its standard deviation; nothing is trained"
     def __init__(self,
@@ -196,7 +196,7 @@ class Whitening(nn.Module):
     )->torch.Tensor:          # unit vectors, (B, D)
         return F.normalize((states.float() - self.mean) @ self.whiten, dim=-1)
 
-# %% ../../nbs/systems/61_teacher.ipynb #1d0cf390
+# %% ../../nbs/systems/61_teacher.ipynb #35757596
 def contrastive_loss(
     image:torch.Tensor,    # unit vectors, (B, D)
     text:torch.Tensor,     # unit vectors, (B, D)
@@ -211,7 +211,7 @@ def contrastive_loss(
     logits = (scale*image @ text.T).masked_fill(other, -torch.inf)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))/2
 
-# %% ../../nbs/systems/61_teacher.ipynb #025bc2c9
+# %% ../../nbs/systems/61_teacher.ipynb #23c50863
 @contextmanager
 def evaluating(module):
     "Inside, a module is in `eval()`, whatever it is a part of; afterwards as it was"
@@ -259,7 +259,7 @@ class _Towers(nn.Module):
             captions = self.tower(captions)
         return self.text(captions.to(self.device))
 
-# %% ../../nbs/systems/61_teacher.ipynb #fba7d69e
+# %% ../../nbs/systems/61_teacher.ipynb #7c624613
 class Teacher(_Towers):
     """Images and captions in one space: `Teacher(config)`. `image` is the tower that others start from; `score` and
     `perceptual_distance` are what it measures with"""
@@ -306,7 +306,7 @@ class Teacher(_Towers):
             raise OSError(f"{folder}: not a whole teacher ({' '.join(str(e).split())[:200]}); copy it again") from None
         return teacher.eval().requires_grad_(False)
 
-# %% ../../nbs/systems/61_teacher.ipynb #60f537e3
+# %% ../../nbs/systems/61_teacher.ipynb #2e4196c2
 @dataclass
 class ContrastiveOutput:
     "What a training step gives"
@@ -340,7 +340,7 @@ class TeacherTraining(nn.Module):
             alignment = 1 - (image*text).sum(-1).mean()
         return ContrastiveOutput(alignment + self.contrast*contrast, contrast, alignment)
 
-# %% ../../nbs/systems/61_teacher.ipynb #51e810cc
+# %% ../../nbs/systems/61_teacher.ipynb #29824018
 class CaptionedImages(ImageBatches):
     "Images to train on, each with the hidden state of one of its captions, drawn with torch's random numbers"
     def __init__(self,
@@ -367,7 +367,7 @@ class CaptionedImages(ImageBatches):
         matches = [[c in own for c in drawn] for own in (set(self.own[r['number']]) for r in examples)]
         return super().collate(examples) | dict(states=self.states[drawn].float(), matches=torch.tensor(matches))
 
-# %% ../../nbs/systems/61_teacher.ipynb #f06779a1
+# %% ../../nbs/systems/61_teacher.ipynb #52062d00
 def retrieval_by_teacher(
     teacher:Teacher,
     images:torch.Tensor,   # (M, 3, H, W) in [-1, 1]
@@ -402,7 +402,7 @@ def emoji_teacher_scores(
     kept = retrieval_by_teacher(teacher, to_tensor([r['image'] for r in held_out], 3), [r['captions'][0] for r in held_out])
     return {f'compositions_{k}': v for k,v in kept.items()} | {f'keyword_{k}': found[k] for k in ('accuracy', 'se', 'chance')}
 
-# %% ../../nbs/systems/61_teacher.ipynb #08d6c8c2
+# %% ../../nbs/systems/61_teacher.ipynb #0cbea45e
 @dataclass
 class TeacherRecipe:
     "What `train_teacher` needs"

@@ -160,6 +160,7 @@ def evaluate_next_scale(pipe, model, data, n, seed, as_json):
     "The scores of a `TokenFlowPipeline`, by the judges of V²Flow's"
     from v2flow_nbdev.evaluation.metrics import score_table
     from v2flow_nbdev.systems.tokenflow_llm import tokenflow_pipeline_scores
+    if data == 'digits': raise ValueError('data=digits: a TokenFlow has images in colour; use emoji or shapes')
     with running(): scores, targets = tokenflow_pipeline_scores(pipe, data, model, n, seed, say)
     print(json.dumps(scores) if as_json else score_table(scores, targets))
 

@@ -18,6 +18,7 @@ from ..base.tables import table_checksum
 from ..base.text import text_ids
 from ..language.text_models import first_id, max_sequence_length
 from ..language.loading import load_llm
+from ..data.shapes import shapes
 from ..training.failures import RunFailed, running
 from ..training.config import TrainConfig, check_range
 from ..training.loop import train
@@ -28,7 +29,7 @@ from ..training.llm_data import image_weights, language_kept, text_corpus
 from ..evaluation.compositions import shape_captioning_scores, shape_generation_scores
 from ..evaluation.emoji import emoji_judge, emoji_scores, emoji_targets
 from .tokenflow import TokenFlow
-from .tokenflow_recipes import evaluate_tokenflow, tokenflow_scores
+from .tokenflow_recipes import tokenflow_scores
 from .understanding import (
     DirectionExamples, TokenFlowLLM, collate_directions, count_directions, sights)
 from .tokenflow_pipeline import TokenFlowPipeline, complete_scale_defaults
@@ -92,7 +93,7 @@ def open_models(
     if not tok.quantizer.ready: raise RunFailed(f"{recipe.image_tokenizer}: has no codes yet; train it further")
     torch.manual_seed(recipe.training.seed)
     model = TokenFlowLLM(llm, tok.quantizer, first_id(tokenizer), tuning.sees, tuning.text_weight)
-    needed = max(sum(model.counts), model.reader.length(tok.quantizer)) + 66     # an image, and a caption of 64 tokens
+    needed = max(sum(model.counts), model.reader.length(tok.quantizer)) + 258    # an image, and 256 tokens
     if (getattr(llm.config, 'rope_parameters', None) or {}).get('rope_type', 'default') == 'default':
         llm.config.max_position_embeddings = max(needed, llm.config.max_position_embeddings)
     elif needed > max_sequence_length(llm):
@@ -132,6 +133,7 @@ def direction_scores(
                     text_perplexity_before=before, generated=images)
     return scores
 
+# %% ../../nbs/systems/67_tokenflow_llm.ipynb #d058118e
 def train_tokenflow_llm(
     recipe:TokenFlowLLMRecipe,
     out:str|Path,        # the run's folder
@@ -202,7 +204,7 @@ def tokenflow_reconstruction_scores(
 def tokenflow_pipeline_scores(
     pipe:TokenFlowPipeline,
     data:str,               # emoji or shapes
-    folder:str|Path,        # the pipeline's, timed on emoji
+    folder:str|Path|None=None,  # the pipeline's, timed on emoji; None: not timed
     n:int|None=None,        # images to generate; None: 2,000 for emoji, 300 of each kind for shapes
     seed:int=0,             # of all that is random
     say:Callable=lambda text: None,  # told what is being measured
@@ -211,9 +213,9 @@ def tokenflow_pipeline_scores(
     if data == 'emoji':
         return emoji_scores(pipe, emoji_judge().to(pipe.device), n or 2000, seed, say, folder,
                             tokenflow_reconstruction_scores), tokenflow_targets
-    if data != 'shapes': raise ValueError(f"data={data}: a TokenFlow has images in colour; use emoji or shapes")
-    found, n = evaluate_tokenflow(Path(folder)/'image_tokenizer', data), n or 300
-    size = pipe.image_tokenizer.config.image_size
+    n, tok, size = n or 300, pipe.image_tokenizer, pipe.image_tokenizer.config.image_size
+    test, real = (to_tensor([r['image'] for r in shapes(split, n, size, seed)], 3) for split in ('test', 'train'))
+    found = {k: v for k,v in tokenflow_scores(tok, test, real).items() if k != 'reconstructions'}
     for kind, split in dict(train='test', held_out='compositions').items():
         say(f'images and captions of {kind} compositions')
         scores = shape_generation_scores(pipe, split, n, seed) | shape_captioning_scores(pipe, split, n, seed, size)

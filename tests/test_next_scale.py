@@ -114,6 +114,15 @@ def test_extra_passes_leave_what_later_scales_look_at_as_it_was():
     torch.testing.assert_close(seen[4], first, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(seen[5], first, atol=1e-3)                           # the second is shown more
 
+def test_what_a_scale_is_shown_when_it_is_written_again_is_the_same_in_training_and_generation():
+    m, seen, batch = model(NextScale), [], left_pad(texts)
+    hook = m.codes.register_forward_hook(lambda _, args, out: seen.append(out))
+    generate_scales(m, texts, temperature=0, passes=2)
+    hook.remove()
+    ids = torch.cat([x.argmax(-1) for x in seen[:2]], 1)                           # scale 0, and the first pass of scale 1
+    torch.testing.assert_close(m.code_logits(**batch, ids=ids, written=True)[:, 1:], seen[2], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(m.code_logits(**batch, ids=ids), torch.cat(seen[:2], 1), atol=1e-5, rtol=1e-4)  # any prefix
+
 def test_guidance_is_absent_at_the_first_scale_and_rises(monkeypatch):
     import v2flow_nbdev.systems.next_scale as module
     m, scales, real = model(NextScale), [], module.guide_logits
@@ -185,6 +194,20 @@ def test_captions_are_dropped_and_rare_images_are_written_more_often():
     kept = DirectionExamples(examples(), tokenizer, K, write_share=1., caption_dropout=0.)
     assert all(len(kept[i % 3][1]) > 1 for i in range(60))
 
+def test_a_fraction_of_batches_ends_with_a_scale_that_is_shown_itself():
+    data = DirectionExamples(examples(), tokenizer, K, write_share=1., rewrite_share=.4, counts=counts)
+    torch.manual_seed(0)
+    batches = [collate_directions([data[i % 3] for i in range(4)]) for _ in range(300)]
+    again = [b for b in batches if b['write_again']]
+    assert .3 < len(again)/300 < .5 and {b['write_ids'].shape[1] for b in again} == {5, 21}
+    assert all(torch.equal(b['write_ids'], b['write_shown']) for b in batches if not b['write_again'])
+    for b in again:
+        start = 1 if b['write_ids'].shape[1] == 5 else 5
+        assert torch.equal(b['write_ids'][:, :start], b['write_shown'][:, :start])
+    assert .15 < torch.cat([(b['write_ids'] != b['write_shown'])[:, -4:].flatten() for b in again]).float().mean() < .5
+    m = model()
+    assert m(**again[0]).loss.isfinite() and count_directions(again[0]) == again[0]['write_ids'].numel()
+
 def test_a_caption_sees_its_image_and_the_words_before():
     m, ids = model(), some_ids()
     text = torch.tensor([[5, 6, 7, 1], [8, 9, 1, 0]])
@@ -233,7 +256,7 @@ def call(capsys, *args):
 
 def training(parts, out, *more):
     return ['train-tokenflow-llm', '--config', root/'configs/tokenflow-emoji-llm.yaml', '--out', out, 'data={name: shapes, n: 12, size: 32}', f'image_tokenizer={parts/"tok"}',
-            f'llm={{pretrained: {parts/"llm"}, text_share: 0.2, write_noise: 0.3, save_dtype: float32}}', 'training.steps=4', 'training.batch_size=4', 'training.checkpoint_every=2', 'training.evaluate_every=0', 'training.trackers=[]', *more]
+            f'llm={{pretrained: {parts/"llm"}, text_share: 0.2, write_noise: 0.3, rewrite_share: 0.5, save_dtype: float32}}', 'training.steps=4', 'training.batch_size=4', 'training.checkpoint_every=2', 'training.evaluate_every=0', 'training.trackers=[]', *more]
 
 def test_the_commands_train_generate_caption_and_evaluate(parts, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')

@@ -73,9 +73,8 @@ def positions_behind(
     return (F.pad(attention_mask, (0, n), value=1).cumsum(1) - 1).clamp_min(0)
 
 # %% ../../nbs/systems/64_next_scale.ipynb #4b28d572
-class NextScale(nn.Module):
-    """A LLaMA that writes an image scale by scale (TokenFlow, arXiv 2412.03069; VAR, arXiv 2404.02905): its inputs are
-    features of what is written so far, its outputs the ids of a whole scale"""
+class _ScaleInputs(nn.Module):
+    "A language model and what stands around it: input embeddings of scales, and an output layer for codes"
     def __init__(self,
         llm:nn.Module,        # a `LlamaForCausalLM`, untrained or trained on text
         quantizer:nn.Module,  # of a `TokenFlow`; its codes stay as they are
@@ -94,18 +93,22 @@ class NextScale(nn.Module):
     def device(self)->torch.device: return self.first.device
 
     def inputs(self,
-        ids:torch.Tensor,     # of all scales before the last one that is asked for, (B, n); n = 0: of none
+        ids:torch.Tensor,     # of all scales before the last one that is asked for, (B, n); `written`: of it, too
         scales:range,         # which scales are asked for
-        written:bool=False,   # show a scale what has been written in itself, too: only where it is written again
+        written:bool=False,   # show the last of them what has been written in itself, too: where it is written again
     )->torch.Tensor:          # (B, ids of these scales, E)
         "Input embeddings of some scales"
         sums, dtype = self.quantizer.partial_sums(ids) if ids.shape[1] else [], self.first.dtype
         def of(k):
-            side, start, before = self.quantizer.sides[k], sum(self.counts[:k]), k - (not written)
+            side, start, before = self.quantizer.sides[k], sum(self.counts[:k]), k - (not written or k < scales[-1])
             x = self.project(at_side(sums[before], side).to(dtype)) if k else self.first.expand(len(ids), side**2, -1)
             return x + self.level.weight[k] + self.position.weight[start:start + side**2]
         return torch.cat([of(k) for k in scales], 1)
 
+# %% ../../nbs/systems/64_next_scale.ipynb #05df5617
+class NextScale(_ScaleInputs):
+    """A LLaMA that writes an image scale by scale (TokenFlow, arXiv 2412.03069; VAR, arXiv 2404.02905): its inputs are
+    features of what is written so far, its outputs the ids of a whole scale: `NextScale(llm, quantizer)`"""
     def states(self, text, images, mask, positions, cache=None):
         "One pass: text ids (B, L) and input embeddings of scales (B, n, E) → the last states of the scales, (B, n, E)"
         embeddings = self.llm.get_input_embeddings()(text)
@@ -116,11 +119,13 @@ class NextScale(nn.Module):
     def code_logits(self,
         input_ids:torch.Tensor,       # captions, padded on the left, (B, L)
         attention_mask:torch.Tensor,  # 1 where a token is, (B, L)
-        ids:torch.Tensor,             # that are shown, of all scales; the last scale's are not looked at, (B, N)
-    )->torch.Tensor:                  # (B, N, K): of each id, from the scales before its own
-        "All scales in one pass, for training"
-        images = self.inputs(ids[:, :-self.counts[-1]], range(len(self.counts)))
-        mask = block_causal_mask(attention_mask.bool(), self.counts, self.llm.dtype)
+        ids:torch.Tensor,             # that are shown, of all scales or the first ones, (B, n)
+        written:bool=False,           # are the last scale's shown in itself? Otherwise nobody looks at them
+    )->torch.Tensor:                  # (B, n, K): of each id, from the scales before its own
+        "Scales in one pass, for training"
+        k = [sum(self.counts[:k + 1]) for k in range(len(self.counts))].index(ids.shape[1])
+        images = self.inputs(ids if written else ids[:, :ids.shape[1] - self.counts[k]], range(k + 1), written)
+        mask = block_causal_mask(attention_mask.bool(), self.counts[:k + 1], self.llm.dtype)
         return self.codes(self.states(input_ids, images, mask, positions_behind(attention_mask, ids.shape[1])))
 
 # %% ../../nbs/systems/64_next_scale.ipynb #a2dced75

@@ -44,6 +44,7 @@ class TokenFlowLLMConfig:
     caption_dropout:float=0.1  # fraction of caption → image without its caption, for guidance
     id_noise:float=0.          # fraction of ids replaced at random in image → caption
     write_noise:float=0.       # largest fraction of shown ids replaced by a similar image's in caption → image
+    rewrite_share:float=0.     # fraction of batches in which a scale learns to be written again, for `passes` above 1
     rare:str=''                # field of the examples; rare values are generated more often
     text_weight:float=1.       # of a text token's loss beside an id's
     text_share:float=0.        # fraction of plain text instead of images, so that the language is kept
@@ -59,7 +60,8 @@ class TokenFlowLLMConfig:
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(filter(None, values))}")
-        check_range(self, 'write_share caption_dropout id_noise write_noise text_share', 0, 1, 'needs 0 to 1')
+        check_range(self, 'write_share caption_dropout id_noise write_noise rewrite_share text_share', 0, 1,
+                    'needs 0 to 1')
         if self.text_weight <= 0: raise ValueError(f"text_weight={self.text_weight}: needs to be above 0")
         if self.own_texts and (self.own_texts < 50 or self.texts or not self.text_share):
             raise ValueError(f"own_texts={self.own_texts}: needs at least 50, a text_share, and no texts")
@@ -157,7 +159,8 @@ def train_tokenflow_llm(
     texts, perplexity, before = language_kept(recipe, model.to(device).llm, tokenizer, pairs, out, device)
     longest = max_sequence_length(model.llm) - 2 - max(sum(model.counts), model.reader.length(tok.quantizer))
     data = DirectionExamples(pairs, tokenizer, tok.config.codebook_size, tuning.write_share, tuning.caption_dropout,
-                             tuning.id_noise, tuning.write_noise, texts, tuning.text_share, longest, often)
+                             tuning.id_noise, tuning.write_noise, texts, tuning.text_share, longest, often,
+                             tuning.rewrite_share, model.counts)
     def fits(caption): return len(text_ids(tokenizer, [caption])[0]) <= longest
     scores = direction_scores(pipe, held_out, fits, perplexity, before, evaluate)
     count = partial(count_directions, text_weight=tuning.text_weight)

@@ -100,6 +100,7 @@ class TokenFlowLLM(_Reading):
         write_there:torch.Tensor|None=None,  # 1 where a token is, (B, L)
         write_ids:torch.Tensor|None=None,    # of their images, (B, N)
         write_shown:torch.Tensor|None=None,  # what is shown in place of these, (B, N)
+        write_again:bool=False,              # is the last scale that is shown to be written again? Then n ids, not N
         read_ids:torch.Tensor|None=None,     # images to read, (C, N), with the next two:
         read_text:torch.Tensor|None=None,    # their captions, padded on the right, (C, T)
         read_labels:torch.Tensor|None=None,  # the same; -100: padding
@@ -110,7 +111,8 @@ class TokenFlowLLM(_Reading):
         image, text, n, m = 0., 0., 0, 0
         if write_ids is not None:
             n = write_ids.numel()
-            image = summed_loss(self.code_logits(write_text, write_there, write_shown), write_ids)
+            image = summed_loss(self.code_logits(write_text, write_there, write_shown, write_again),
+                                write_ids)
         if read_ids is not None:
             text, m = summed_loss(self.caption_logits(read_ids, read_text), read_labels), (read_labels >= 0).sum()
         if text_ids is not None:
@@ -122,6 +124,20 @@ class TokenFlowLLM(_Reading):
         return DirectionsOutput(whole, mean(image, n), mean(text, m))
 
 # %% ../../nbs/systems/65_understanding.ipynb #f7f8d21f
+def shown_again(
+    ids:torch.Tensor,    # (N,)
+    examples:Sequence,   # with "ids"
+    counts:Sequence,     # ids of each scale
+    share:float,         # probability that a scale is to be written again
+)->tuple|None:           # (first and last number of its ids, or 0 and 0; ids, in part of another image); None: share is 0
+    "What a scale is shown in itself when it learns to be written again"
+    if not share: return None
+    draw, which = torch.rand(2).tolist()
+    k = 1 + int(which*(len(counts) - 1)) if draw < share else 0
+    other = torch.as_tensor(examples[torch.randint(len(examples), ()).item()]['ids']).long()
+    own = torch.where(torch.rand(ids.shape) < torch.rand(()), other, ids)
+    return (sum(counts[:k]), sum(counts[:k + 1]), own) if k else (0, 0, own)
+
 class DirectionExamples(torch.utils.data.Dataset):
     "Ids and captions → examples for both directions, and plain text; kind and caption are drawn anew each time"
     def __init__(self,
@@ -136,6 +152,8 @@ class DirectionExamples(torch.utils.data.Dataset):
         text_share:float=0.,         # probability of plain text instead
         longest:int=2**31,           # tokens that a caption, or plain text, may have; longer ones are cut
         often:Sequence|None=None,    # sampling weights for caption → image, see `inverse_sqrt_frequency`; None: equal
+        rewrite_share:float=0.,      # fraction of batches in which a scale learns to be written again
+        counts:Sequence=(),          # ids of each scale, for that
     ):
         if text_share and not len(texts): raise ValueError(f"text_share={text_share}: needs texts")
         self.examples, self.tokenizer, self.codebook_size, self.texts = examples, tokenizer, codebook_size, texts
@@ -144,11 +162,12 @@ class DirectionExamples(torch.utils.data.Dataset):
         self.bos, self.eos = first_id(tokenizer), last_id(tokenizer)
         self.often = cumulative_weights(often, len(examples))
         self.others = next(iter(ids_by_shape(examples).values())) if write_noise else None
+        self.rewrite_share, self.counts = rewrite_share, counts
 
     def __len__(self): return len(self.examples)
 
     def __getitem__(self, i):
-        "('write', text, ids, ids that are shown), ('read', ids, caption), or ('text', prompt, target)"
+        "('write', text, ids, ids that are shown, `shown_again`), ('read', ids, caption), or ('text', prompt, target)"
         text, write, drop, which = torch.rand(4).tolist()
         if text < self.text_share:
             prompt, target = text_sequences(self.tokenizer, [self.texts[int(which*len(self.texts))]])[0]
@@ -159,7 +178,8 @@ class DirectionExamples(torch.utils.data.Dataset):
         caption = text_ids(self.tokenizer, [captions[int(which*len(captions))]])[0][:self.longest]
         if not writes: return 'read', noisy_ids(ids, self.id_noise, self.codebook_size), [*caption, self.eos]
         shown = confuse_ids(ids, self.others, self.write_noise) if self.write_noise else ids
-        return 'write', [self.bos, *(caption if drop >= self.caption_dropout else [])], ids, shown
+        return 'write', [self.bos, *(caption if drop >= self.caption_dropout else [])], ids, shown, shown_again(
+            ids, self.examples, self.counts, self.rewrite_share)
 
 # %% ../../nbs/systems/65_understanding.ipynb #4353398c
 def collate_directions(
@@ -168,10 +188,14 @@ def collate_directions(
     "A batch of all kinds; those that it lacks have no entry"
     batch, of = {}, {kind: [e[1:] for e in examples if e[0] == kind] for kind in ('write', 'read', 'text')}
     if of['write']:
-        prompts, ids, shown = zip(*of['write'])
-        text = left_pad([*prompts])
-        batch |= dict(write_text=text['input_ids'], write_there=text['attention_mask'], write_ids=torch.stack(ids),
-                      write_shown=torch.stack(shown))
+        prompts, ids, shown, again = zip(*of['write'])
+        text, ids, shown = left_pad([*prompts]), torch.stack(ids), torch.stack(shown)
+        start, end, _ = again[0] or (0, 0, None)                      # the first example decides for all
+        if end:
+            own = torch.stack([own for *_,own in again])
+            ids, shown = ids[:, :end], torch.cat([shown[:, :start], own[:, start:end]], 1)
+        batch |= dict(write_text=text['input_ids'], write_there=text['attention_mask'], write_ids=ids,
+                      write_shown=shown, write_again=end > 0)
     if of['read']:
         text = collate([([], caption) for _,caption in of['read']])
         batch |= dict(read_ids=torch.stack([ids for ids,_ in of['read']]), read_text=text['input_ids'],

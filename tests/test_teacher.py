@@ -4,6 +4,7 @@ import json, re
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from conftest import root, v2flow
+from v2flow_nbdev.base.gguf import cache_folder
 from v2flow_nbdev.base.files import read_json, read_tensors, write_json
 from v2flow_nbdev.base.images import to_tensor
 from v2flow_nbdev.base.text import text_ids
@@ -71,6 +72,10 @@ def test_states_are_computed_once_and_a_killed_run_goes_on(tmp_path):
     assert torch.equal(cached_states(tower, texts, tmp_path, chunk=4), found) and 6 < tower.asked <= 10
     tower, tower.layer = Counting(), 2                                             # other states: nothing is reused
     assert torch.equal(cached_states(tower, texts, tmp_path, chunk=4), found) and tower.asked == 10
+
+def test_our_own_llama_is_a_text_tower_too():
+    "Where no pretrained language model is at hand"
+    assert TextTower(root/'data/checkpoints/emoji/llm', 3)(captions).shape == (4, 256)
 
 # ---- the loss
 
@@ -232,3 +237,33 @@ def test_the_exam_marks_what_is_nearest(toy):
     images = oracle.embed_images(to_tensor([r['image'] for r in examples], 3))
     found = keyword_exam(oracle, examples=examples, keywords=keywords)
     assert found['accuracy'] > 0.9 and found['chance'] < 0.2 and found['similarity'].shape == (30, len(examples))
+
+# ---- the one that is shipped
+
+@pytest.fixture(scope='module')
+def shipped_teacher(): return Teacher.from_pretrained(root/'data/checkpoints/teacher')
+
+def test_the_shipped_teacher_is_small_and_ranks_changes(shipped_teacher):
+    "More blur is further, a larger shift is further, another image is furthest"
+    assert sum(p.stat().st_size for p in (root/'data/checkpoints/teacher').glob('*.safetensors')) < 3*2**20
+    x = to_tensor([r['image'] for r in emoji('held_out_bases')[::9]], 3)
+    def d(y): return shipped_teacher.perceptual_distance(x, y)
+    other = d(x.roll(1, 0))
+    for changed in ([blurred(x, s) for s in (0.5, 1., 2.)], [x.roll(n, -1) for n in (1, 2, 4)]):
+        ranks = torch.stack([*map(d, changed), other])
+        assert (ranks.mean(1).diff() > 0).all() and (ranks[:-1] < other).float().mean() > 0.9
+    torch.manual_seed(0)
+    untrained = Teacher(shipped_teacher.config)
+    def ratio(t): return (t.perceptual_distance(x, x.roll(4, -1)).mean()/t.perceptual_distance(x, x.roll(1, 0)).mean()).item()
+    assert ratio(shipped_teacher) < 0.7*ratio(untrained)                           # that is what it has been taught
+
+@pytest.mark.skipif(not (cache_folder()/'smollm2/config.json').is_file(), reason='make smollm2')
+def test_the_shipped_teacher_knows_its_captions_and_a_word_that_none_holds(shipped_teacher):
+    some = {r['base']: r for r in emoji('train')}
+    bases = ['hippopotamus', 'rocket', 'pizza', 'dog face']
+    images = to_tensor([some[b]['image'] for b in bases], 3)
+    own = shipped_teacher.score(images, [some[b]['captions'][0] for b in bases])
+    other = shipped_teacher.score(images, [some[b]['captions'][0] for b in bases[1:] + bases[:1]])
+    assert (own > other + 0.1).all()
+    words = shipped_teacher.embed_captions(['an emoji of a hippo', 'an emoji of a spaceship'])
+    assert (words @ shipped_teacher.embed_images(images).T).argmax(1).tolist() == [0, 1]

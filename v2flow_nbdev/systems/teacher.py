@@ -38,8 +38,9 @@ from ..evaluation.emoji import what_is_named
 from ..evaluation.alignment import principal_axes
 from ..evaluation.pretrained import bases_of, exam_marks, in_frame, load_keywords, nearest_of_base
 
-# %% ../../nbs/systems/61_teacher.ipynb #ea63408c
-poolings = dict(name=lambda states: states.mean(0), last=lambda states: states[-1])  # states of a name's tokens, (n, E)
+# %% ../../nbs/systems/61_teacher.ipynb #60b2abf4
+# of the states of a name's tokens, (n, E)
+poolings = dict(name=lambda states: states.mean(0), last=lambda states: states[-1])
 
 @torch.no_grad()
 def caption_states(
@@ -95,11 +96,11 @@ def cached_states(
     folder,              # of the cache; made if missing
     chunk:int=4096,      # captions in a file
 )->torch.Tensor:         # (N, E) float16
-    """The states of many captions, computed once and kept. A file's name is a hash of language model, layer,
-    pooling and captions: it is never stale; a damaged one is written anew, and a run that was killed goes on at the first missing"""
+    """The states of many captions, computed once and kept. A file's name is a hash of language model, layer, pooling
+    and captions: it is never stale. A damaged one is written anew, a killed run goes on at the first missing"""
     def of(some):
-        key = hashlib.sha256(json.dumps([tower.checksum, tower.layer, tower.pooling, some]).encode()).hexdigest()[:16]
-        path = Path(folder)/f'captions-{key}.safetensors'
+        key = json.dumps([tower.checksum, tower.layer, tower.pooling, some])
+        path = Path(folder)/f'captions-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors'
         try: return read_tensors(path, ['states'])['states']
         except OSError:
             states = tower(some)
@@ -131,7 +132,8 @@ class TeacherConfig:
         low = [n for n in ('width', 'dim', 'halvings', 'heads', 'embed_dim', 'text_dim')
                if getattr(self, n) < 1]
         if low: raise ValueError(f"{low[0]}={getattr(self, low[0])}: needs at least 1")
-        if self.dim % 16 or self.width % 16: raise ValueError(f"width={self.width}, dim={self.dim}: need multiples of 16")
+        if self.dim % 16 or self.width % 16:
+            raise ValueError(f"width={self.width}, dim={self.dim}: not both multiples of 16")
         if self.dim % self.heads: raise ValueError(f"heads={self.heads}: does not divide dim={self.dim}")
         if self.pooling not in poolings: raise ValueError(f"pooling={self.pooling!r}: use {' or '.join(poolings)}")
         if not self.llm: raise ValueError("llm='': needs a language model, such as smollm2")
@@ -171,9 +173,10 @@ class ImageTower(nn.Module):
         tokens = rearrange(self.features(images)[-1], 'b d h w -> b (h w) d')
         return tokens, self.head(tokens.mean(1))
 
-# %% ../../nbs/systems/61_teacher.ipynb #f2e8e7df
+# %% ../../nbs/systems/61_teacher.ipynb #08003a6c
 class Whitening(nn.Module):
-    "Hidden states along the training captions' principal axes, each in units of its standard deviation; nothing is trained"
+    """Hidden states along the training captions' principal axes, each in units of its standard deviation; nothing is
+    trained"""
     def __init__(self,
         text_dim:int,  # E
         axes:int,      # D, that are kept
@@ -211,7 +214,7 @@ def contrastive_loss(
     logits = (scale*image @ text.T).masked_fill(other, -torch.inf)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))/2
 
-# %% ../../nbs/systems/61_teacher.ipynb #23c50863
+# %% ../../nbs/systems/61_teacher.ipynb #20a199b9
 @contextmanager
 def evaluating(module):
     "Inside, a module is in `eval()`, whatever it is a part of; afterwards as it was"
@@ -228,7 +231,8 @@ class _Towers(nn.Module):
         super().__init__()
         self.config = config or TeacherConfig()
         # the language model is no part: it is neither trained nor stored
-        self.image, self.text, self.tower = ImageTower(self.config), Whitening(self.config.text_dim, self.config.embed_dim), None
+        self.image, self.tower = ImageTower(self.config), None
+        self.text = Whitening(self.config.text_dim, self.config.embed_dim)
 
     @property
     def device(self): return self.text.mean.device
@@ -259,7 +263,7 @@ class _Towers(nn.Module):
             captions = self.tower(captions)
         return self.text(captions.to(self.device))
 
-# %% ../../nbs/systems/61_teacher.ipynb #7c624613
+# %% ../../nbs/systems/61_teacher.ipynb #a805b7e8
 class Teacher(_Towers):
     """Images and captions in one space: `Teacher(config)`. `image` is the tower that others start from; `score` and
     `perceptual_distance` are what it measures with"""
@@ -275,9 +279,9 @@ class Teacher(_Towers):
         a:torch.Tensor,  # (B, 3, H, W) in [-1, 1]
         b:torch.Tensor,  # likewise
     )->torch.Tensor:     # (B,), 0 to 4; gradients flow to both images
-        """The squared distance of unit features, a mean over positions and levels (after LPIPS, arXiv 1801.03924; levels
-        weigh the same, nothing is fitted to human judgements)"""
-        if a.shape != b.shape: raise ValueError(f"images of {tuple(a.shape)} and {tuple(b.shape)}: need the same shape")
+        """The squared distance of unit features, a mean over positions and levels (after LPIPS, arXiv 1801.03924;
+        levels weigh the same, nothing is fitted to human judgements)"""
+        if a.shape != b.shape: raise ValueError(f"images {tuple(a.shape)} and {tuple(b.shape)}: need the same shape")
         with evaluating(self): both = zip(self.image.features(a), self.image.features(b))
         apart = [(F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean((1, 2)) for x,y in both]
         return torch.stack(apart).mean(0)
@@ -306,7 +310,7 @@ class Teacher(_Towers):
             raise OSError(f"{folder}: not a whole teacher ({' '.join(str(e).split())[:200]}); copy it again") from None
         return teacher.eval().requires_grad_(False)
 
-# %% ../../nbs/systems/61_teacher.ipynb #2e4196c2
+# %% ../../nbs/systems/61_teacher.ipynb #c89dd3ac
 @dataclass
 class ContrastiveOutput:
     "What a training step gives"
@@ -340,7 +344,7 @@ class TeacherTraining(nn.Module):
             alignment = 1 - (image*text).sum(-1).mean()
         return ContrastiveOutput(alignment + self.contrast*contrast, contrast, alignment)
 
-# %% ../../nbs/systems/61_teacher.ipynb #29824018
+# %% ../../nbs/systems/61_teacher.ipynb #f6f6306f
 class CaptionedImages(ImageBatches):
     "Images to train on, each with the hidden state of one of its captions, drawn with torch's random numbers"
     def __init__(self,
@@ -367,7 +371,7 @@ class CaptionedImages(ImageBatches):
         matches = [[c in own for c in drawn] for own in (set(self.own[r['number']]) for r in examples)]
         return super().collate(examples) | dict(states=self.states[drawn].float(), matches=torch.tensor(matches))
 
-# %% ../../nbs/systems/61_teacher.ipynb #52062d00
+# %% ../../nbs/systems/61_teacher.ipynb #0be114eb
 def retrieval_by_teacher(
     teacher:Teacher,
     images:torch.Tensor,   # (M, 3, H, W) in [-1, 1]
@@ -399,10 +403,12 @@ def emoji_teacher_scores(
 )->dict:
     "Held-out compositions and never-seen words, beside the held-out bases that every training scores"
     held_out, found = emoji('held_out_compositions'), keyword_exam(teacher)
-    kept = retrieval_by_teacher(teacher, to_tensor([r['image'] for r in held_out], 3), [r['captions'][0] for r in held_out])
-    return {f'compositions_{k}': v for k,v in kept.items()} | {f'keyword_{k}': found[k] for k in ('accuracy', 'se', 'chance')}
+    images = to_tensor([r['image'] for r in held_out], 3)
+    kept = retrieval_by_teacher(teacher, images, [r['captions'][0] for r in held_out])
+    return {f'compositions_{k}': v for k,v in kept.items()} | {
+        f'keyword_{k}': found[k] for k in ('accuracy', 'se', 'chance')}
 
-# %% ../../nbs/systems/61_teacher.ipynb #0cbea45e
+# %% ../../nbs/systems/61_teacher.ipynb #eabfda30
 @dataclass
 class TeacherRecipe:
     "What `train_teacher` needs"
@@ -411,7 +417,8 @@ class TeacherRecipe:
     training:TrainConfig
 
     def __post_init__(self):
-        if self.data.streaming: raise ValueError("data.streaming=true: captions' states are computed before the training")
+        if self.data.streaming:
+            raise ValueError("data.streaming=true: captions' states are computed before the training")
 
 def teacher_plan(recipe):
     "What a training would take: parameters and images"
@@ -427,23 +434,26 @@ def train_teacher(
     evaluate:Callable|None=None,  # teacher → more scores
 )->Teacher:                  # also in `out/model`
     "Train an image tower against a frozen language model"
-    source, training = recipe.data, recipe.training
+    source, shape, training = recipe.data, recipe.teacher, recipe.training
     check_run(out, resume or training.resume)
     device = join_processes(training)
     examples, held_out = load_data(source)
     with running():
-        tower, captions = TextTower(recipe.teacher.llm, recipe.teacher.layer, recipe.teacher.pooling, device), all_captions(examples)
+        tower, captions = TextTower(shape.llm, shape.layer, shape.pooling, device), all_captions(examples)
         if not captions: raise RunFailed("the data have no captions: a teacher is trained to tell them apart")
         states = cached_states(tower, captions, source.cache or Path(out)/'captions')
         data = CaptionedImages(examples, captions, states, source.size, crop=source.crop, flip=source.flip)
     shown = usable_sample(held_out, 300)
-    held_out_images, held_out_states = data.at([r['image'] for r in shown], data.sizes[0]), tower([r['captions'][0] for r in shown])
+    held_out_images = data.at([r['image'] for r in shown], data.sizes[0])
+    held_out_states = tower([r['captions'][0] for r in shown])
     torch.manual_seed(training.seed)
-    teacher = Teacher(replace(recipe.teacher, text_dim=states.shape[1], llm_checksum=tower.checksum,
-                              embed_dim=min(recipe.teacher.embed_dim, *states.shape)))
+    teacher = Teacher(replace(shape, text_dim=states.shape[1], llm_checksum=tower.checksum,
+                              embed_dim=min(shape.embed_dim, *states.shape)))
     teacher.text.fit(states)
     teacher.tower = tower
-    def scores(m): return retrieval_by_teacher(m.teacher, held_out_images, held_out_states) | (evaluate(m.teacher) if evaluate else {})
+    def scores(m):
+        found = retrieval_by_teacher(m.teacher, held_out_images, held_out_states)
+        return found | (evaluate(m.teacher) if evaluate else {})
     with running():
         teacher = train(TeacherTraining(teacher), data, training, data.collate, scores, out, resume,
                         settings=in_common(recipe, llm=tower.checksum)).teacher

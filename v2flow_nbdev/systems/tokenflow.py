@@ -124,7 +124,7 @@ class _TokenFlowFolder(_TokenFlowParts):
             model = cls(config_from_dict(TokenFlowConfig, content))
             model.load_state_dict(read_tensors(folder/'model.safetensors'))
         except (ValueError, RuntimeError) as e:
-            raise OSError(f"{folder}: not a whole TokenFlow ({' '.join(str(e).split())[:200]}); copy it again") from None
+            raise OSError(f"{folder}: no whole TokenFlow ({' '.join(str(e).split())[:200]}); copy it again") from None
         return model.eval().to(device=device, dtype=dtype)
 
     def push_to_hub(self, repo_id:str, **kwargs)->Any:
@@ -136,7 +136,7 @@ class TokenFlow(_TokenFlowFolder):
     """An image tokenizer with one index for what an image means and how it looks (TokenFlow, arXiv 2412.03069)"""
     def __init__(self,
         config:TokenFlowConfig,     # its shape
-        teacher:Teacher|None=None,  # the semantic encoder starts as its tower; None: from scratch, in the config's shape
+        teacher:Teacher|None=None,  # the semantic encoder starts as its tower; None: from scratch, in config's shape
     ):
         super().__init__(config, teacher)
 

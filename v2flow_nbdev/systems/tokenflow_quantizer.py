@@ -236,8 +236,8 @@ class _Decoding(_Updates):
 
 # %% ../../nbs/systems/60_tokenflow_quantizer.ipynb #9decfa13
 class MultiScaleQuantizer(_Decoding):
-    """Two codebooks behind one index, residual over scales (TokenFlow, arXiv 2412.03069). Until `init_codebook` has run,
-    maps pass through unquantized. `sides=(H,)` is the single-scale form"""
+    """Two codebooks behind one index, residual over scales (TokenFlow, arXiv 2412.03069). Until `init_codebook` has
+    run, maps pass through unquantized. `sides=(H,)` is the single-scale form"""
     def __init__(self,
         codebook_size:int,     # K, of both codebooks
         semantic_dim:int,      # S

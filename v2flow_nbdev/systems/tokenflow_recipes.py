@@ -19,7 +19,7 @@ from ..training.loop import train
 from ..training.recipes import (
     DataConfig, check_run, finish, in_common, join_processes, load_data, usable_sample)
 from ..training.tokenizer_recipes import image_data
-from ..evaluation.metrics import fidelity
+from ..evaluation.metrics import fidelity, psnr
 from .tokenflow_quantizer import scale_scores
 from .teacher import Teacher
 from .tokenflow import TokenFlow, TokenFlowConfig, TokenFlowTraining, TokenFlowTrainingConfig
@@ -30,17 +30,17 @@ def tokenflow_scores(
     tok:TokenFlow,
     images:torch.Tensor,        # to reconstruct, (B, 3, H, W) in [-1, 1]
     train_images:torch.Tensor,  # to count codes on, (M, 3, H, W)
-)->dict:  # `scale_scores`, psnr_db, ssim, psnr_db_first_… of the first ids, an image of ten; empty before there are codes
+)->dict:  # `scale_scores`, psnr_db, ssim, psnr_db_first_… of the first ids, an image of ten; empty without codes
     "Codes in use scale by scale, and held-out images from their ids"
     if not tok.quantizer.ready: return {}
     ids, counts = tok.encode(images), tok.config.counts_of_ids
-    ends = [sum(counts[:k + 1]) for k in range(len(counts))]
-    prefixes = {n: tok.decode(ids[:, :n]).cpu() for n in ends}
-    back = prefixes[ends[-1]]
+    back, few = tok.decode(ids).cpu(), images[:50]
+    ends = [sum(counts[:k + 1]) for k in range(len(counts) - 1)]
+    prefixes = {n: tok.decode(ids[:50, :n]).cpu() for n in ends}
     found = scale_scores(tok.encode(train_images).cpu(), tok.config.sides, tok.config.codebook_size)
     found |= {name: values.mean().item() for name, values in fidelity(back, images).items()}
-    found |= {f'psnr_db_first_{n}': fidelity(prefixes[n], images)['psnr_db'].mean().item() for n in ends[:-1]}
-    shown = [im for part in (images, *list(prefixes.values())[-3:]) for im in to_pil(part[:10])]
+    found |= {f'psnr_db_first_{n}': psnr(x, few).mean().item() for n,x in prefixes.items()}
+    shown = [im for part in (images, *list(prefixes.values())[-2:], back) for im in to_pil(part[:10])]
     return found | dict(reconstructions=image_grid(shown, columns=min(10, len(images)), side=max(48, images.shape[-1])))
 
 # %% ../../nbs/systems/63_tokenflow_recipes.ipynb #04572d59

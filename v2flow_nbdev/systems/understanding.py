@@ -129,7 +129,7 @@ def shown_again(
     examples:Sequence,   # with "ids"
     counts:Sequence,     # ids of each scale
     share:float,         # probability that a scale is to be written again
-)->tuple|None:           # (first and last number of its ids, or 0 and 0; ids, in part of another image); None: share is 0
+)->tuple|None:           # (where its ids begin and end, or 0 and 0; ids, in part of another image); None: share is 0
     "What a scale is shown in itself when it learns to be written again"
     if not share: return None
     draw, which = torch.rand(2).tolist()
@@ -138,6 +138,7 @@ def shown_again(
     own = torch.where(torch.rand(ids.shape) < torch.rand(()), other, ids)
     return (sum(counts[:k]), sum(counts[:k + 1]), own) if k else (0, 0, own)
 
+# %% ../../nbs/systems/65_understanding.ipynb #35590243
 class DirectionExamples(torch.utils.data.Dataset):
     "Ids and captions → examples for both directions, and plain text; kind and caption are drawn anew each time"
     def __init__(self,

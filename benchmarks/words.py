@@ -50,7 +50,7 @@ def say(text): print(text, file=sys.stderr, flush=True)
 
 def drawn(args, keywords):
     "What a pipeline draws, names and heeds: figures, and what the sheet shows"
-    pipe, found, shown = V2FlowPipeline.from_pretrained(args.model, device=resolve_device()), {}, None
+    pipe, found, shown = V2FlowPipeline.from_pretrained(args.model, dtype=None, device=resolve_device()), {}, None
     bases, _ = bases_of(examples := emoji('train'))
     if tuple(size := pipe.image_tokenizer.config.image_size) != (64, 64):
         raise ValueError(f"{args.model}: images of {size[0]}×{size[1]} pixels; the emoji have 64×64")

@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 from v2flow_nbdev.data.sources import digit_captions
 from v2flow_nbdev.language.visual_tokens import VisualTokens, add_visual_tokens
 from v2flow_nbdev.language.sequences import check_packs, pack, text_to_image
-from v2flow_nbdev.language.adapters import choose_trained, merge
+from v2flow_nbdev.base.files import read_json, write_json
+from v2flow_nbdev.language.adapters import choose_trained, merge, with_adapter
 from v2flow_nbdev.language.text_models import collate, train_text_tokenizer
 from v2flow_nbdev.language.generation import generate_captions, generate_image_ids
 from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
@@ -93,6 +94,14 @@ def test_adapters_train_merge_and_are_kept(name, tmp_path):
         with torch.no_grad():
             torch.testing.assert_close(PeftModel.from_pretrained(begun, tmp_path/how)(**batch).logits,
                                        student(**batch).logits, atol=1e-5, rtol=1e-4)
+        added = with_adapter(copy.deepcopy(model), tmp_path/how)                   # without peft: the same numbers
+        for n, p in added.named_parameters(): torch.testing.assert_close(p, whole.get_parameter(n), atol=1e-6, rtol=1e-6)
+    config = read_json(tmp_path/'lora/adapter_config.json')
+    write_json(tmp_path/'lora/adapter_config.json', config | dict(use_rslora=True))  # no plain one: alpha/√rank
+    with_peft = with_adapter(copy.deepcopy(model), tmp_path/'lora')
+    layer = next(n for n in moved if 'attn' in n)
+    by = [m.get_parameter(layer) - model.get_parameter(layer) for m in (with_peft, whole)]
+    torch.testing.assert_close(by[0], by[1]*2**0.5, atol=1e-5, rtol=1e-3)
 
 def test_rows_beyond_the_words_are_taken_for_new_ones():
     "A padded table is not made longer than it has to be"

@@ -279,3 +279,30 @@ def test_layers_share_one_graph_in_training(monkeypatch):
     made = llm.eval().generate(torch.tensor([[0, 5]]), max_new_tokens=3, return_dict_in_generate=True)
     assert made.past_key_values is not None
     torch._dynamo.reset()
+
+def test_coarse_tokens_keep_what_they_stand_for():
+    "A model is trained further on the same values alone: as many others would mix them up"
+    from v2flow_nbdev.training.llm_recipes import known_visual_tokens, values_checksum
+    model, tokenizer = toy_llama(captions*4)
+    tok, values = toy_v2flow(model, tokenizer), ['cat', 'dog']
+    visual = add_visual_tokens(model, tokenizer, tok, coarse=2)
+    assert known_visual_tokens(model, tok, (), ['boat', 'dog']) == visual          # nothing is known: trust it
+    model.config.v2flow = dict(model.config.v2flow, coarse_values=values_checksum(values))
+    assert known_visual_tokens(model, tok, (), values).coarse_values
+    for other in (['boat', 'dog'], ['cat'], []):
+        with pytest.raises(ValueError, match='for other values'): known_visual_tokens(model, tok, (), other)
+
+def test_a_base_in_bfloat16_is_loaded_so_where_that_is_fast(whole, tmp_path, monkeypatch):
+    "On a CPU without such instructions, and for models of one's own, it is float32 as ever"
+    from v2flow_nbdev.language import loading
+    model = whole/'run/model'
+    assert V2FlowPipeline.from_pretrained(model, dtype=None).dtype == torch.float32  # its base is
+    llm, tokenizer = load_llm(whole/'llama')
+    for part in (llm.bfloat16(), tokenizer): part.save_pretrained(tmp_path/'llama')
+    shutil.copytree(model, tmp_path/'model')
+    base = read_json(tmp_path/'model/llm/base.json')
+    write_json(tmp_path/'model/llm/base.json', base | dict(base=str(tmp_path/'llama')))
+    for fast in (True, False):
+        monkeypatch.setattr(loading, 'multiplies_bf16', lambda device: fast)
+        assert loading.own_dtype(tmp_path/'model', None) == (torch.bfloat16 if fast else torch.float32)
+        assert loading.own_dtype(shipped, None) == torch.float32

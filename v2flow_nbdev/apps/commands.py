@@ -18,9 +18,9 @@ Seed = Annotated[int, typer.Option(min=0, help='Of all random numbers: the same 
 Device = Annotated[str, typer.Option('--device', help='Where it computes: auto, cpu, cuda, cuda:N or mps; auto is cuda '
                                                       'where there is one, else mps, else cpu.')]
 Dtype = Annotated[Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'],
-                  typer.Option('--dtype', help='In which numbers; auto is bfloat16 on cuda, else float32. int8 is '
-                                               'for the language model’s layers on a CPU. The ids of an image do '
-                                               'not depend on it.')]
+                  typer.Option('--dtype', help='In which numbers; auto is bfloat16 on cuda, else float32, but for a '
+                                               'pretrained base that is stored in bfloat16. int8 is for the language '
+                                               'model’s layers on a CPU. The ids of an image do not depend on it.')]
 TrainingDevice = Annotated[Literal['auto', 'cpu', 'cuda'],
                            typer.Option('--device', help='Where it trains; auto is cuda where there is one, else cpu. '
                                                          'In which numbers: training.mixed_precision.')]
@@ -100,7 +100,7 @@ def place(
     if where.type == 'cuda':
         import torch
         torch.set_float32_matmul_precision('high')
-    return dict(device=where, dtype=resolve_dtype(dtype, where))
+    return dict(device=where, dtype=None if (dtype, where.type) == ('auto', 'cpu') else resolve_dtype(dtype, where))
 
 def place_training(
     device,  # auto, cpu or cuda
@@ -162,7 +162,7 @@ def open_tokenizer(model, device='auto', dtype='auto'):
     "The image tokenizer of the pipeline that `--model` names, or of a folder of its own"
     model, where = find_model(model, 'config.json'), place(device, dtype)
     from v2flow_nbdev.training.tokenizer_recipes import load_tokenizer
-    if not where['dtype'].is_floating_point: where['dtype'] = None                 # the language model's alone
+    if where['dtype'] and not where['dtype'].is_floating_point: where['dtype'] = None  # the LLM's alone
     if class_of(model) in ('TokenFlow', 'TokenFlowPipeline'):
         from v2flow_nbdev.systems.tokenflow import TokenFlow
         inner = 'image_tokenizer' if class_of(model) == 'TokenFlowPipeline' else None

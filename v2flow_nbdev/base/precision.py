@@ -86,3 +86,13 @@ def resolve_dtype(
 )->torch.dtype:
     "The dtype of this name; auto: bfloat16 on CUDA, else float32"
     return getattr(torch, ('bfloat16' if device.type == 'cuda' else 'float32') if name == 'auto' else name)
+
+# %% ../../nbs/base/01_precision.ipynb #f6871447
+def multiplies_bf16(
+    device,  # 'cpu', 'cuda', a `torch.device`
+)->bool:
+    "Are products of bfloat16 matrices fast here? On a CPU without instructions for them they are slower than float32"
+    if torch.device(device).type != 'cpu': return True
+    try: return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        # torch built without oneDNN, as for some Macs; nothing public tells
+    except (AttributeError, RuntimeError): return False

@@ -178,6 +178,54 @@ def save_adapter(
     write_tensors(folder/'adapter_model.safetensors', {n: t.to(dtype or t.dtype) for n,t in weights.items()})
     write_json(folder/'base.json', dict(base=base, checksum=table_checksum(rows), v2flow=visual.entry()))
 
+# %% ../../nbs/language/25_adapters.ipynb #c0a0d002
+# settings of an adapter that may be on
+plain = {'auto_mapping', 'base_model_name_or_path', 'bias', 'inference_mode', 'init_lora_weights', 'init_weights',
+         'lora_alpha', 'lora_dropout', 'megatron_core', 'peft_type', 'peft_version', 'qalora_group_size', 'r',
+         'revision', 'target_modules', 'task_type', 'token_indices', 'trainable_token_indices'}
+
+def is_plain(
+    model,    # the base
+    config,   # content of `adapter_config.json`
+    weights,  # of `adapter_model.safetensors`
+):            # bool
+    "Nothing but updates of `nn.Linear` layers and rows of tables? GPT-2's layers, say, keep their matrices transposed"
+    layers = [model.get_submodule(k.removeprefix('base_model.model.').split('.lora_A.')[0])
+              for k in weights if '.lora_A.' in k]
+    known = {k for k,v in config.items() if v} <= plain and config.get('bias', 'none') == 'none'
+    return known and all(type(l) is nn.Linear for l in layers)
+
+@torch.no_grad()
+def add_updates(
+    model,    # the base, with the new tokens; changed in place
+    config,   # content of `adapter_config.json`
+    weights,  # of `adapter_model.safetensors`
+):            # the model; `KeyError` where a matrix is missing
+    "Add plain LoRA updates to linear layers, and write the rows of tokens that were trained"
+    own, left = dict(model.named_parameters(remove_duplicate=False)), dict(weights)
+    for key in [k for k in weights if '.lora_A.' in k]:
+        a, b = (left.pop(k).float() for k in (key, key.replace('.lora_A.', '.lora_B.')))
+        p = own[key.removeprefix('base_model.model.').replace('.lora_A.', '.')]
+        p.copy_(p.float() + (b @ a)*(config['lora_alpha']/config['r']))
+    for key in [k for k in left if k.endswith('trainable_tokens_delta')]:
+        name = key.removeprefix('base_model.model.').removesuffix('.trainable_tokens_delta')
+        name = name.removesuffix('.token_adapter')
+        rows = (config.get('trainable_token_indices') or {name: config.get('token_indices')})[name]
+        own[f'{name}.weight'][rows] = left.pop(key).to(own[f'{name}.weight'])
+    if left: raise KeyError(next(iter(left)))
+    return model
+
+def with_adapter(
+    model,   # the base, with the new tokens; changed in place
+    folder,  # of the adapter
+):           # an ordinary model
+    "Base and adapter in one set of parameters, by `peft` where the adapter is no plain one"
+    config, weights = read_json(folder/'adapter_config.json', ['peft_type']), read_tensors(
+        folder/'adapter_model.safetensors')
+    if is_plain(model, config, weights): return add_updates(model, config, weights)
+    from peft import PeftModel
+    return PeftModel.from_pretrained(model, folder).merge_and_unload()
+
 # %% ../../nbs/language/25_adapters.ipynb #5e7351f0
 def add_adapter(
     model:nn.Module,  # the base, without visual tokens; changed in place
@@ -186,7 +234,6 @@ def add_adapter(
     folder:Path,      # that `save_adapter` wrote
 )->tuple:             # (an ordinary model with visual tokens, its text tokenizer); `OSError` for another base
     "Base and adapter make one model"
-    from peft import PeftModel
     entry = read_json(folder/'base.json', ['base', 'checksum', 'v2flow'])
     try:
         found = VisualTokens.from_entry(entry['v2flow'])
@@ -201,7 +248,7 @@ def add_adapter(
         raise OSError(f"{folder}: does not fit its base {entry['base']} ({e})") from None
     if settings := model.generation_config:  # text generation never chooses them
         settings.suppress_tokens = sorted({*(settings.suppress_tokens or ()), *visual.new})
-    try: return PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True), tokenizer
+    try: return with_adapter(model, folder).requires_grad_(True), tokenizer
     except Exception as e:
         raise OSError(f"{folder}: not an adapter of {entry['base']} ({type(e).__name__}: "
                       f"{' '.join(str(e).split())[:200]})") from None

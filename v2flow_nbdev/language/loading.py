@@ -10,6 +10,7 @@ import copy
 from pathlib import Path
 from typing import Any
 import torch
+from ..base.precision import multiplies_bf16
 from ..base.files import open_tensors, read_json, write_folder, write_json
 from ..base.folders import push_to_hub, resolve_folder, tensor_files, weights_variant
 from ..base.gguf import llm_folder
@@ -81,6 +82,17 @@ def complete_defaults(
     return defaults
 
 # %% ../../nbs/language/26_loading.ipynb #7d735df4
+def own_dtype(
+    folder,  # of a pipeline
+    device,  # where it will be
+)->torch.dtype:
+    """bfloat16 on CUDA, and on a CPU that multiplies it where the language model is an adapter of a model stored so:
+    that one was pretrained elsewhere, and is large"""
+    if torch.device(device or 'cpu').type == 'cuda': return torch.bfloat16
+    if not (folder/'llm/base.json').is_file() or not multiplies_bf16(device or 'cpu'): return torch.float32
+    config = read_json(llm_folder(read_json(folder/'llm/base.json', ['base'])['base'])/'config.json')
+    return torch.bfloat16 if 'bfloat16' in (config.get('dtype'), config.get('torch_dtype')) else torch.float32
+
 def move_llm(
     llm,     # a causal language model; changed in place
     device,  # None: where it is
@@ -144,17 +156,20 @@ class PipelineFolder:
     def from_pretrained(cls,
         name:str|Path,           # a pipeline folder or a Hub id
         revision:str|None=None,  # branch, tag or commit, for a Hub id
-        dtype:torch.dtype=torch.float32,    # of its parameters, see `decoding` for int8; an image's ids do not follow
+        # of its parameters, see `decoding` for int8; an image's ids do not follow. None: the language model's as
+        # `own_dtype` says
+        dtype:torch.dtype|None=torch.float32,
         device:str|torch.device|None=None,  # where to put it; None: the CPU
         attn_implementation:str|None=None,  # of the language model: eager, sdpa, flash_attention_2; None: its own
     )->'V2FlowPipeline':
         "Load `model_index.json`, `image_tokenizer/` and `llm/`, whatever dtype their parameters are stored in"
         int8, dtype = dtype == torch.int8, torch.float32 if dtype == torch.int8 else dtype
-        check_attention(attn_implementation, dtype, device)
         folder = resolve_folder(name, revision=revision)
+        own = dtype or own_dtype(folder, device)
+        check_attention(attn_implementation, own, device)
         defaults = read_index(folder/'model_index.json', cls.format_version)
-        image_tokenizer = V2Flow.from_pretrained(folder, 'image_tokenizer', dtype=dtype, device=device)
-        llm, tokenizer = load_llm(resolve_folder(folder, 'llm'), dtype, attn_implementation)
+        image_tokenizer = V2Flow.from_pretrained(folder, 'image_tokenizer', dtype=dtype or torch.float32, device=device)
+        llm, tokenizer = load_llm(resolve_folder(folder, 'llm'), own, attn_implementation)
         pipe = cls(image_tokenizer, llm.to(device).eval(), tokenizer, defaults)
         if int8 and (why := unsupported(pipe.llm, int8)): raise ValueError(f"dtype=torch.int8: {why}")
         pipe.int8 = int8

@@ -39,7 +39,8 @@ def check_token_ids(
     if wrong:
         raise ValueError(f"the text tokenizer does not know the language model's visual tokens: {wrong} is "
                          f"{vocab.get(wrong)} there, {ids[wrong]} here; it is another model's")
-    clash = next((n for n,i in vocab.items() if n not in ids and i in {*ids.values()}), None)
+    taken = {*ids.values()}
+    clash = next((n for n,i in vocab.items() if n not in ids and i in taken), None)
     if clash:
         raise ValueError(f"the text tokenizer gives the id of a visual token, {vocab[clash]}, to {clash} too; it is "
                          f"another model's")
@@ -83,6 +84,7 @@ class VisualTokens(_Entry):
     end:int            # id of the token that closes it; the last of the new tokens
     grids:tuple        # (h, w) of each: an image has h·w visual tokens. The first is the main one
     codebook:str       # checksum of the codebook that they stand for
+    coarse_values:str='' # checksum of what the coarse tokens stand for, in their order; '': unknown, or there are none
 
     def __post_init__(self):
         ids = (self.first, self.codebook_size, *self.begins, self.end)

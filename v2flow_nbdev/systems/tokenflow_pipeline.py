@@ -86,11 +86,12 @@ class _NextScaleFolder:
     def from_pretrained(cls,
         name:str|Path,           # a pipeline folder or a Hub id
         revision:str|None=None,  # branch, tag or commit, for a Hub id
-        dtype:torch.dtype=torch.float32,    # of its parameters; an image's ids do not follow
+        dtype:torch.dtype|None=torch.float32,  # of its parameters; an image's ids do not follow. None: the same
         device:str|torch.device|None=None,  # where to put it; None: the CPU
         attn_implementation:str|None=None,  # of the language model: eager or sdpa; None: its own
     )->'TokenFlowPipeline':
         "Load what `save_pretrained` wrote"
+        dtype = dtype or torch.float32
         if dtype == torch.int8: raise ValueError("dtype=torch.int8: not of a TokenFlow; use float32 or bfloat16")
         if attn_implementation == 'flash_attention_2':
             raise ValueError("attention 'flash_attention_2': takes no mask with blocks; use sdpa")

@@ -10,6 +10,7 @@ import torch
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from torch.utils.data import ConcatDataset
+from ..base.precision import multiplies_bf16
 from ..base.files import write_atomically
 from ..language.text_models import own_texts, text_perplexity
 from ..language.visual_tokens import starts
@@ -20,7 +21,6 @@ from ..data.sources import Subset
 from ..data.cache import EncodedImages, encode_dataset
 from .failures import running, say
 from .config import TrainConfig, check_range
-from .optimizers import multiplies_bf16
 from v2flow_nbdev.training.recipes import (
     DataConfig, check_sizes, is_main_process, join_processes, load_data, split_of, stored_dtypes, tell_report,
     text_lines, usable_sample)

@@ -6,8 +6,10 @@
 __all__ = ['train_llm']
 
 # %% ../../nbs/training/48_llm_recipes.ipynb #06f761ae
+import hashlib
 from typing import Callable
 import torch
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from ..base.gguf import llm_folder
@@ -29,13 +31,19 @@ from .llm_data import (
     LLMConfig, LLMRecipe, WithCoarse, check_fields, field_values, ids_of, language_kept, text_corpus)
 
 # %% ../../nbs/training/48_llm_recipes.ipynb #bc728c27
-def known_visual_tokens(llm, tok, grids, coarse=0):
+def values_checksum(
+    values,  # what coarse tokens stand for, sorted
+):           # 16 hexadecimal digits
+    "The start of the SHA-256 of some texts"
+    return hashlib.sha256('\n'.join(values).encode()).hexdigest()[:16]
+
+def known_visual_tokens(llm, tok, grids, coarse=()):
     "The visual tokens of a language model that is trained further on these codes; None if it has none, or others"
     if (getattr(llm.config, 'v2flow', None) or {}).get('codebook') != tok.codebook_checksum: return None
     visual = VisualTokens.of(llm)
-    if coarse != len(visual.coarse):
-        raise ValueError(f"llm.coarse: this language model has {len(visual.coarse)} coarse tokens already, but "
-                         f"{coarse} values of the data are to have one")
+    if len(coarse) != len(visual.coarse) or visual.coarse_values not in ('', values_checksum(coarse)):
+        raise ValueError(f"llm.coarse: this language model has {len(visual.coarse)} coarse tokens already, for other "
+                         f"values than the {len(coarse)} of these data")
     if {tuple(g) for g in grids} - set(visual.grids):
         raise ValueError(f"llm.grids={list(grids)}: this language model has visual tokens already, for "
                          f"{', '.join(f'{h}×{w}' for h,w in visual.grids)}")
@@ -43,7 +51,7 @@ def known_visual_tokens(llm, tok, grids, coarse=0):
 
 def load_models(
     recipe:LLMRecipe,
-    coarse:int=0,  # how many coarse tokens it is to have
+    coarse:list=(),  # the values that are to have a coarse token, sorted
 ):  # (image tokenizer, language model, text tokenizer, its visual tokens, settings that a resumed run must share)
     "Both models, the language model with the visual tokens of the image tokenizer"
     tuning = recipe.llm
@@ -56,7 +64,9 @@ def load_models(
     with running():
         if tuning.attention: llm.set_attn_implementation(tuning.attention)
         visual = known_visual_tokens(llm, tok, tuning.grids, coarse) or add_visual_tokens(
-            llm, tokenizer, tok, tuning.start, tuning.head_start or None, tuning.grids, recipe.training.seed, coarse)
+            llm, tokenizer, tok, tuning.start, tuning.head_start or None, tuning.grids, recipe.training.seed,
+            len(coarse))
+        if coarse: visual = replace(visual, coarse_values=values_checksum(coarse)); llm.config.v2flow = visual.entry()
         if tuning.pack: check_packs(llm)
     return tok, llm, tokenizer, visual, settings
 
@@ -103,7 +113,7 @@ def train_llm(
     check_fields(source, tuning)
     loaded = load_data(source) if tuning.coarse else None
     values = field_values(loaded[0], tuning.coarse, 'coarse') if loaded else []
-    tok, llm, tokenizer, visual, settings = load_models(recipe, len({*values} - {None}))
+    tok, llm, tokenizer, visual, settings = load_models(recipe, sorted({*values} - {None}))
     def pipe(model): return V2FlowPipeline(tok.to(model.device), model, tokenizer, recipe.generation)
     pipe(llm)  # wrong defaults are found now, not at the end
     room, n = max_sequence_length(llm), max(h*w for h,w in visual.grids) + 4 + bool(visual.coarse)

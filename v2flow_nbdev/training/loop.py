@@ -15,13 +15,14 @@ import torch, torch.distributed as dist
 from tqdm.auto import tqdm
 from torch import nn
 from ..base.random import over_processes
+from ..base.precision import multiplies_bf16
 from ..data.batches import Batches
 from .log import Speed
 from .config import due, lr_factor, TrainConfig
 from .processes import (
     deterministic_algorithms, Interrupted, interruptions, make_loader, start_loader, start_processes, wrap)
 from .optimizers import (
-    EMAModel, full_tensor, make_optimizer, multiplies_bf16, step_on_device, step_unless)
+    EMAModel, full_tensor, make_optimizer, step_on_device, step_unless)
 from .checkpoints import check_settings, last_checkpoint, Record
 from .shards import own_tensors, read_either, restore_own, save_own
 

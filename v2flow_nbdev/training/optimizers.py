@@ -9,6 +9,7 @@ __all__ = ['EMAModel', 'Muon']
 from typing import Iterable
 import torch
 from torch import nn
+from ..base.precision import multiplies_bf16
 from .config import TrainConfig
 
 # %% ../../nbs/training/41_optimizers.ipynb #2d281764
@@ -93,16 +94,6 @@ def parameter_groups(
         groups[1]['params'] = [p for p in groups[1]['params'] if id(p) not in tables]
         groups.append(dict(params=own, weight_decay=0., lr_factor=config.embedding_lr))
     return groups, [p for p in model.parameters() if id(p) in matrices]
-
-# %% ../../nbs/training/41_optimizers.ipynb #f6871447
-def multiplies_bf16(
-    device,  # 'cpu', 'cuda', a `torch.device`
-)->bool:
-    "Are products of bfloat16 matrices fast here? On a CPU without instructions for them they are slower than float32"
-    if torch.device(device).type != 'cpu': return True
-    try: return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        # torch built without oneDNN, as for some Macs; nothing public tells
-    except (AttributeError, RuntimeError): return False
 
 # %% ../../nbs/training/41_optimizers.ipynb #9e04a1c5
 def orthogonal(

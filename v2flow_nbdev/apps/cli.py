@@ -14,8 +14,8 @@ from ..training.failures import RunFailed, leave, running, say
 from .commands import (
     Config, Device, DryRun, Dtype, ImageFile, Json, Model, Out, Overrides, Resume, RunFolder, Seed, Strict,
     TrainingDevice, check_image_path, class_of, escape_what_streams_lack, find_model, generator, ids_of_file,
-    open_tokenizer, load_pipe, place, place_training, plan_decoder, plan_llm, quiet, read_recipe, report, run_command, run_folder,
-    save_image, sheet, shipped_model)
+    open_tokenizer, load_pipe, place, place_training, plan_decoder, plan_llm, quiet, read_recipe, report, run_command,
+    run_folder, save_image, sheet, shipped_model)
 
 # %% ../../nbs/apps/85_cli.ipynb #183b2bf4
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,

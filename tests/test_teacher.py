@@ -1,6 +1,6 @@
 """The teacher: a frozen language model's states, computed once; which captions are negatives; what it measures with; a
 training that is resumed to the bit"""
-import json, re
+import json, re, shutil
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from conftest import root, v2flow
@@ -107,6 +107,9 @@ def test_captions_of_several_images_are_found(llama):
     labels = torch.tensor([r['label'] for r in examples] + [examples[0]['label']])
     assert torch.equal(batch['matches'], labels[:, None] == labels)
     assert batch['images'].shape == (13, 3, 8, 8) and batch['states'].shape == (13, 4)
+    weights = torch.tensor([0.]*11 + [1.])                                         # drawn by weight: the last one alone
+    rare = CaptionedImages(examples, known, torch.zeros(len(known), 4), 8, weights)
+    assert [rare[i]['number'] for i in range(3)] == [11]*3
     with pytest.raises(ValueError, match='1 of 2 images have no caption'):
         CaptionedImages([dict(captions=['']), dict(captions=['a'])], ['a'], torch.zeros(1, 4))
 
@@ -207,8 +210,8 @@ def test_eight_images_are_told_apart():
 
 def test_the_command_trains_and_resumes_to_the_bit(llama, tmp_path):
     def trained(out, *more):
-        done = v2flow('train-teacher', '--config', 'configs/teacher-emoji.yaml', '--out', tmp_path/out, 'data.name=shapes',
-                      'data.n=40', 'data.size=16', f'data.cache={tmp_path}/captions', f'teacher.llm={llama}', 'teacher.layer=1',
+        done = v2flow('train-teacher', '--config', 'configs/teacher-emoji.yaml', '--out', tmp_path/out, 'data.name=digits',
+                      'data.size=8', f'data.cache={tmp_path}/captions', f'teacher.llm={llama}', 'teacher.layer=1',
                       'teacher.width=16', 'teacher.dim=32', 'teacher.halvings=2', 'teacher.depth=1', 'training.batch_size=8',
                       'training.trackers=[]', 'training.checkpoint_every=2', 'training.evaluate_every=0', *more)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -216,7 +219,6 @@ def test_the_command_trains_and_resumes_to_the_bit(llama, tmp_path):
     whole = trained('whole', 'training.steps=4')
     log = [json.loads(l) for l in (tmp_path/'whole/log.jsonl').read_text().splitlines()]
     assert {'image_to_text_top1', 'text_to_image_top5'} <= {*log[-1]} and 'keyword_accuracy' not in log[-1]
-    import shutil
     shutil.copytree(tmp_path/'whole', tmp_path/'half')
     last = max((tmp_path/'half/checkpoints').iterdir(), key=lambda p: p.name)
     shutil.rmtree(last); shutil.rmtree(tmp_path/'half/model')                      # killed after step 2
@@ -224,7 +226,9 @@ def test_the_command_trains_and_resumes_to_the_bit(llama, tmp_path):
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[n], resumed[n]) for n in whole)
     teacher = Teacher.from_pretrained(tmp_path/'whole/model')
     assert teacher.config.llm == str(llama) and teacher.config.text_dim == 64
-    assert teacher.score(random_images(2, 16), captions[:2]).shape == (2,)
+    assert teacher.score(random_images(2, 8), captions[:2]).shape == (2,)
+    plan = v2flow('train-teacher', '--config', 'configs/teacher-emoji.yaml', '--dry-run')
+    assert plan.returncode == 0 and '0.78 M parameters' in plan.stdout and 'smollm2' in plan.stdout, plan.stderr
 
 def test_the_exam_marks_what_is_nearest(toy):
     "A teacher whose captions lie on an image of their base is always right, whatever the tower"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/systems/61_teacher.ipynb #6f25d446
+# %% ../../nbs/systems/61_teacher.ipynb #4f5c1dd1
 import hashlib, json, math
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +25,7 @@ from ..base.text import text_ids
 from ..models.resampler import RegNetBlock
 from ..models.masked import Block, grid_positions
 from ..language.text_models import collate, first_id
-from ..language.pipeline import load_llm
+from ..language.loading import load_llm
 from ..data.sources import captions_of, emoji
 from ..data.batches import ImageBatches
 from ..training.failures import RunFailed, running
@@ -33,12 +33,13 @@ from ..training.config import TrainConfig
 from ..training.loop import train
 from ..training.recipes import (
     DataConfig, all_captions, check_run, finish, in_common, join_processes, load_data, usable_sample)
+from ..training.llm_data import image_weights
 from ..evaluation.judges import icon_views
 from ..evaluation.emoji import what_is_named
 from ..evaluation.alignment import principal_axes
 from ..evaluation.pretrained import bases_of, exam_marks, in_frame, load_keywords, nearest_of_base
 
-# %% ../../nbs/systems/61_teacher.ipynb #60b2abf4
+# %% ../../nbs/systems/61_teacher.ipynb #a79e561a
 # of the states of a name's tokens, (n, E)
 poolings = dict(name=lambda states: states.mean(0), last=lambda states: states[-1])
 
@@ -67,7 +68,7 @@ def caption_states(
             found[i] = poolings[pooling](states[j, min(len(phrases[i]) + 1, end - 1):end].float()).half().cpu()
     return torch.stack(found)
 
-# %% ../../nbs/systems/61_teacher.ipynb #b1453032
+# %% ../../nbs/systems/61_teacher.ipynb #43961d6a
 class TextTower:
     "A frozen language model: captions → hidden states"
     def __init__(self,
@@ -89,7 +90,7 @@ class TextTower:
 
     def __call__(self, captions): return caption_states(self.llm, self.tokenizer, captions, self.layer, self.pooling)
 
-# %% ../../nbs/systems/61_teacher.ipynb #780d9550
+# %% ../../nbs/systems/61_teacher.ipynb #9faf69c3
 def cached_states(
     tower,               # a `TextTower`
     captions:list[str],  # N
@@ -111,7 +112,7 @@ def cached_states(
         together(lambda: process_of()[0] or [of(some) for some in parts])  # by the first process; the others read
         return torch.cat([of(some) for some in parts])
 
-# %% ../../nbs/systems/61_teacher.ipynb #52629be8
+# %% ../../nbs/systems/61_teacher.ipynb #6989f0ce
 @dataclass
 class TeacherConfig:
     "What a teacher is; saved as its `config.json`"
@@ -138,7 +139,7 @@ class TeacherConfig:
         if self.pooling not in poolings: raise ValueError(f"pooling={self.pooling!r}: use {' or '.join(poolings)}")
         if not self.llm: raise ValueError("llm='': needs a language model, such as smollm2")
 
-# %% ../../nbs/systems/61_teacher.ipynb #cdb7feaa
+# %% ../../nbs/systems/61_teacher.ipynb #ab9e23d1
 class ImageTower(nn.Module):
     """A small vision transformer on a stem of convolutions (ViT, arXiv 2010.11929; early convolutions, arXiv
     2106.14881)"""
@@ -173,7 +174,7 @@ class ImageTower(nn.Module):
         tokens = rearrange(self.features(images)[-1], 'b d h w -> b (h w) d')
         return tokens, self.head(tokens.mean(1))
 
-# %% ../../nbs/systems/61_teacher.ipynb #08003a6c
+# %% ../../nbs/systems/61_teacher.ipynb #a7d0062c
 class Whitening(nn.Module):
     """Hidden states along the training captions' principal axes, each in units of its standard deviation; nothing is
     trained"""
@@ -199,7 +200,7 @@ class Whitening(nn.Module):
     )->torch.Tensor:          # unit vectors, (B, D)
         return F.normalize((states.float() - self.mean) @ self.whiten, dim=-1)
 
-# %% ../../nbs/systems/61_teacher.ipynb #35757596
+# %% ../../nbs/systems/61_teacher.ipynb #c109961e
 def contrastive_loss(
     image:torch.Tensor,    # unit vectors, (B, D)
     text:torch.Tensor,     # unit vectors, (B, D)
@@ -214,7 +215,7 @@ def contrastive_loss(
     logits = (scale*image @ text.T).masked_fill(other, -torch.inf)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))/2
 
-# %% ../../nbs/systems/61_teacher.ipynb #20a199b9
+# %% ../../nbs/systems/61_teacher.ipynb #16c934a8
 @contextmanager
 def evaluating(module):
     "Inside, a module is in `eval()`, whatever it is a part of; afterwards as it was"
@@ -263,7 +264,7 @@ class _Towers(nn.Module):
             captions = self.tower(captions)
         return self.text(captions.to(self.device))
 
-# %% ../../nbs/systems/61_teacher.ipynb #a805b7e8
+# %% ../../nbs/systems/61_teacher.ipynb #d57aebb2
 class Teacher(_Towers):
     """Images and captions in one space: `Teacher(config)`. `image` is the tower that others start from; `score` and
     `perceptual_distance` are what it measures with"""
@@ -310,7 +311,7 @@ class Teacher(_Towers):
             raise OSError(f"{folder}: not a whole teacher ({' '.join(str(e).split())[:200]}); copy it again") from None
         return teacher.eval().requires_grad_(False)
 
-# %% ../../nbs/systems/61_teacher.ipynb #c89dd3ac
+# %% ../../nbs/systems/61_teacher.ipynb #d0584178
 @dataclass
 class ContrastiveOutput:
     "What a training step gives"
@@ -344,7 +345,7 @@ class TeacherTraining(nn.Module):
             alignment = 1 - (image*text).sum(-1).mean()
         return ContrastiveOutput(alignment + self.contrast*contrast, contrast, alignment)
 
-# %% ../../nbs/systems/61_teacher.ipynb #f6f6306f
+# %% ../../nbs/systems/61_teacher.ipynb #918b0f0d
 class CaptionedImages(ImageBatches):
     "Images to train on, each with the hidden state of one of its captions, drawn with torch's random numbers"
     def __init__(self,
@@ -352,15 +353,20 @@ class CaptionedImages(ImageBatches):
         captions:list[str],    # all of theirs, each once
         states:torch.Tensor,   # of these, (N, E)
         size:int=64,           # pixels a side
+        often=None,            # sampling weights of the images; None: each comes up once an epoch
         **views,               # `crop` and `flip` of `ImageBatches`
     ):
         super().__init__(examples, 3, [(size, size)], **views)
         number = {c: i for i,c in enumerate(captions)}
+        self.often = None if often is None else often.double().cumsum(0)
         self.states, self.own = states, [[number[c] for c in some if c] for some in captions_of(examples)]
         if bare := sum(not some for some in self.own):
             raise ValueError(f"{bare} of {len(self.own)} images have no caption: a teacher needs one of each")
 
     def __getitem__(self, i):
+        if self.often is not None:
+            at = self.often[-1]*torch.rand((), dtype=torch.float64)
+            i = torch.searchsorted(self.often, at, right=True).item()
         own = self.own[i]
         return self.prepare(self.examples[i]) | dict(number=i, caption=own[torch.randint(len(own), ()).item()])
 
@@ -371,7 +377,7 @@ class CaptionedImages(ImageBatches):
         matches = [[c in own for c in drawn] for own in (set(self.own[r['number']]) for r in examples)]
         return super().collate(examples) | dict(states=self.states[drawn].float(), matches=torch.tensor(matches))
 
-# %% ../../nbs/systems/61_teacher.ipynb #0be114eb
+# %% ../../nbs/systems/61_teacher.ipynb #52e8b63f
 def retrieval_by_teacher(
     teacher:Teacher,
     images:torch.Tensor,   # (M, 3, H, W) in [-1, 1]
@@ -408,13 +414,14 @@ def emoji_teacher_scores(
     return {f'compositions_{k}': v for k,v in kept.items()} | {
         f'keyword_{k}': found[k] for k in ('accuracy', 'se', 'chance')}
 
-# %% ../../nbs/systems/61_teacher.ipynb #eabfda30
+# %% ../../nbs/systems/61_teacher.ipynb #47ab4e0a
 @dataclass
 class TeacherRecipe:
     "What `train_teacher` needs"
     data:DataConfig        # `size`: pixels a side; `cache`: a folder for the captions' states, '': in the run's
     teacher:TeacherConfig
     training:TrainConfig
+    rare:str=''            # field of the examples whose rare values come up more often, see `image_weights`; '': none
 
     def __post_init__(self):
         if self.data.streaming:
@@ -438,11 +445,12 @@ def train_teacher(
     check_run(out, resume or training.resume)
     device = join_processes(training)
     examples, held_out = load_data(source)
+    often = image_weights(examples, recipe.rare) if recipe.rare else None
     with running():
         tower, captions = TextTower(shape.llm, shape.layer, shape.pooling, device), all_captions(examples)
         if not captions: raise RunFailed("the data have no captions: a teacher is trained to tell them apart")
         states = cached_states(tower, captions, source.cache or Path(out)/'captions')
-        data = CaptionedImages(examples, captions, states, source.size, crop=source.crop, flip=source.flip)
+        data = CaptionedImages(examples, captions, states, source.size, often, crop=source.crop, flip=source.flip)
     shown = usable_sample(held_out, 300)
     held_out_images = data.at([r['image'] for r in shown], data.sizes[0])
     held_out_states = tower([r['captions'][0] for r in shown])

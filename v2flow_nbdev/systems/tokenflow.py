@@ -117,7 +117,7 @@ class _TokenFlowFolder(_TokenFlowParts):
     )->'TokenFlow':               # in `eval()`
         "Load what `save_pretrained` wrote; `OSError` of one line for whatever cannot be used"
         folder = resolve_folder(name, subfolder, revision, ['config.json', 'model.safetensors'])
-        content = read_json(folder/'config.json', ['sides', 'tower'])
+        content = read_json(folder/'config.json')
         if (kind := content.pop('_class_name', None)) != 'TokenFlow':
             raise OSError(f"{folder/'config.json'}: of a {kind or 'model without a class'}, not of a TokenFlow")
         try:

@@ -13,9 +13,9 @@ import typer
 from ..training.failures import RunFailed, leave, running, say
 from .commands import (
     Config, Device, DryRun, Dtype, ImageFile, Json, Model, Out, Overrides, Resume, RunFolder, Seed, Strict,
-    TrainingDevice, check_image_path, escape_what_streams_lack, find_model, generator, ids_of_file, open_tokenizer,
-    load_pipe, place, place_training, plan_decoder, plan_llm, quiet, read_recipe, report, run_command, run_folder,
-    save_image, sheet, shipped_model)
+    TrainingDevice, check_image_path, class_of, escape_what_streams_lack, find_model, generator, ids_of_file,
+    open_tokenizer, load_pipe, place, place_training, plan_decoder, plan_llm, quiet, read_recipe, report, run_command,
+    run_folder, save_image, sheet, shipped_model)
 
 # %% ../../nbs/apps/85_cli.ipynb #183b2bf4
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -41,6 +41,8 @@ def demo_command(out:Out=Path('outputs/demo.png'), seed:Seed=0, model:Model=ship
     import time
     began = time.time()
     pipe = load_pipe(model, device, dtype)
+    if not hasattr(pipe, 'grid_of'):
+        raise ValueError(f"{model}: the demo shows V²Flow; use v2flow generate, caption, reconstruct or evaluate")
     out.parent.mkdir(parents=True, exist_ok=True)
     check_image_path(out)
     from v2flow_nbdev.apps.demos import demo
@@ -101,7 +103,8 @@ def encode_command(image:ImageFile, model:Model=shipped_model, device:Device='au
     "Image → ids of its visual tokens, as JSON on stdout."
     from v2flow_nbdev.base.images import load_image, to_tensor
     opened, tok = load_image(image), open_tokenizer(model, device, 'float32')
-    print(json.dumps(tok.encode(to_tensor([opened], tok.config.image_channels, tok.config.image_size))[0].tolist()))
+    print(json.dumps(tok.encode(to_tensor([opened], getattr(tok.config, 'image_channels', 3),
+                                          tok.config.image_size))[0].tolist()))
 
 @app.command('decode')
 def decode_command(
@@ -114,7 +117,8 @@ def decode_command(
     import torch
     from v2flow_nbdev.base.images import to_pil
     tok = open_tokenizer(model, device, dtype)
-    try: image = tok.decode(torch.tensor([content], dtype=torch.int64), generator=generator(seed))
+    chance = {} if type(tok).__name__ == 'TokenFlow' else dict(generator=generator(seed))   # in it nothing is random
+    try: image = tok.decode(torch.tensor([content], dtype=torch.int64), **chance)
     except (ValueError, OverflowError, RuntimeError) as e: raise RunFailed(f"{ids}: {e}") from None
     save_image(to_pil(image)[0], out)
     print(out)
@@ -129,14 +133,6 @@ def caption_command(image:ImageFile, model:Model=shipped_model, device:Device='a
     report(as_json, dict(image=str(image), caption=text), text)
 
 # %% ../../nbs/apps/85_cli.ipynb #1fcfa16b
-def class_of(
-    model,  # a folder, or anything else
-):
-    "The class that a model folder's config names; '' where it names none"
-    from v2flow_nbdev.base.files import read_json
-    path = Path(model or '')/'config.json'
-    return read_json(path).get('_class_name', '') if model and path.is_file() else ''
-
 @app.command('evaluate')
 def evaluate_command(
     model:Annotated[Optional[str], typer.Option('--model', help='A pipeline folder, or a Hub id; or the folder of a '
@@ -153,10 +149,19 @@ def evaluate_command(
     if class_of(model) == 'TokenFlow': return evaluate_image_tokenizer(model, data, device, as_json)
     model = find_model(model or f'data/checkpoints/{data}')
     pipe = load_pipe(model, device, dtype)
+    if class_of(model) == 'TokenFlowPipeline': return evaluate_next_scale(pipe, model, data, n, seed, as_json)
     from v2flow_nbdev.apps.demos import check_data, measure
     from v2flow_nbdev.evaluation.metrics import score_table
     check_data(data, pipe, model)
     with running(): scores, targets = measure(data, pipe, model, per_digit, n, seed)
+    print(json.dumps(scores) if as_json else score_table(scores, targets))
+
+def evaluate_next_scale(pipe, model, data, n, seed, as_json):
+    "The scores of a `TokenFlowPipeline`, by the judges of V²Flow's"
+    from v2flow_nbdev.evaluation.metrics import score_table
+    from v2flow_nbdev.systems.tokenflow_llm import tokenflow_pipeline_scores
+    if data == 'digits': raise ValueError('data=digits: a TokenFlow has images in colour; use emoji or shapes')
+    with running(): scores, targets = tokenflow_pipeline_scores(pipe, data, model, n, seed, say)
     print(json.dumps(scores) if as_json else score_table(scores, targets))
 
 def evaluate_image_tokenizer(model, data, device, as_json):
@@ -247,6 +252,16 @@ def tokenflow_training():
     tokenizer to compare with."""
     from v2flow_nbdev.systems.tokenflow_recipes import TokenFlowRecipe, tokenflow_plan, train_tokenflow
     return TokenFlowRecipe, train_tokenflow, tokenflow_plan
+
+@training_subcommand('train-tokenflow-llm')
+def tokenflow_llm_training():
+    """Fine-tune an LLM to write images scale by scale. And to caption them; the ids are those of a TokenFlow."""
+    from v2flow_nbdev.apps.demos import scores_for
+    from v2flow_nbdev.systems.tokenflow_llm import TokenFlowLLMRecipe, tokenflow_llm_plan, train_tokenflow_llm
+    def train(recipe, out, resume):
+        judged = recipe.data.name in ('shapes', 'emoji')
+        return train_tokenflow_llm(recipe, out, resume, scores_for(recipe.data.name) if judged else None)
+    return TokenFlowLLMRecipe, train, tokenflow_llm_plan
 
 # %% ../../nbs/apps/85_cli.ipynb #70833134
 IdsFolder = Annotated[Path, typer.Option('--out', help='The folder for the ids; a run that was stopped goes on there.')]

@@ -132,6 +132,14 @@ def find_model(
     from v2flow_nbdev.base.files import find_data
     with running(): return find_data(str(model).removeprefix('data/'))
 
+def class_of(
+    model,  # a folder, or anything else
+):
+    "The class that a model folder's index or config names; '' where it names none"
+    from v2flow_nbdev.base.files import read_json
+    found = [p for n in ('model_index.json', 'config.json') if model and (p := Path(model)/n).is_file()]
+    return read_json(found[0]).get('_class_name', '') if found else ''
+
 def quiet():
     "No progress bars or advice from transformers on our stderr"
     import transformers
@@ -139,17 +147,26 @@ def quiet():
     transformers.utils.logging.disable_progress_bar()
 
 def load_pipe(model, device='auto', dtype='auto'):
-    "The pipeline that `--model` names, on `--device` and in `--dtype`"
+    "The pipeline that `--model` names, of the class that its folder names, on `--device` and in `--dtype`"
     model, where = find_model(model), place(device, dtype)
-    from v2flow_nbdev.language.pipeline import V2FlowPipeline
+    from v2flow_nbdev.base.folders import resolve_folder
     quiet()
-    with running(): return V2FlowPipeline.from_pretrained(model, **where)
+    with running():
+        folder = resolve_folder(model)
+        if class_of(folder) == 'TokenFlowPipeline':
+            from v2flow_nbdev.systems.tokenflow_pipeline import TokenFlowPipeline as pipeline
+        else: from v2flow_nbdev.language.pipeline import V2FlowPipeline as pipeline
+        return pipeline.from_pretrained(folder, **where)
 
 def open_tokenizer(model, device='auto', dtype='auto'):
     "The image tokenizer of the pipeline that `--model` names, or of a folder of its own"
     model, where = find_model(model, 'config.json'), place(device, dtype)
     from v2flow_nbdev.training.tokenizer_recipes import load_tokenizer
     if where['dtype'] and not where['dtype'].is_floating_point: where['dtype'] = None  # the LLM's alone
+    if class_of(model) in ('TokenFlow', 'TokenFlowPipeline'):
+        from v2flow_nbdev.systems.tokenflow import TokenFlow
+        inner = 'image_tokenizer' if class_of(model) == 'TokenFlowPipeline' else None
+        with running(): return TokenFlow.from_pretrained(model, inner).to(**where)
     return load_tokenizer(model).to(**where)
 
 # %% ../../nbs/apps/84_commands.ipynb #156cee4f

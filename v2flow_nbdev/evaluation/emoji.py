@@ -191,13 +191,14 @@ def emoji_scores(
     seed:int=0,               # of all that is random
     say:Callable=lambda text: None,  # told what is being measured
     folder:str|Path|None=None, # the pipeline's, to be timed; None: not timed
+    reconstruction:Callable=emoji_reconstruction_scores,  # (image tokenizer, examples, seed) → scores of its own
 )->dict:                      # the table; keys as in `emoji_targets`, and the number of examples of each fraction
     "Every score of a pipeline for emoji (ours)"
     examples = emoji_examples()
     real, compositions = to_tensor([r['image'] for r in examples], 3), [r for r in examples
         if r['split'] == 'held_out_compositions']
     say('reconstructing held-out images')
-    scores, made, held_out = emoji_reconstruction_scores(pipe.image_tokenizer, examples, seed), [], min(n//2,
+    scores, made, held_out = reconstruction(pipe.image_tokenizer, examples, seed), [], min(n//2,
         len(compositions))
     for kind, split, m in (('train', 'train', n - held_out), ('held_out', 'held_out_compositions', held_out)):
         say(f'generating {m:,} images, {split}')
@@ -210,7 +211,8 @@ def emoji_scores(
     scores |= emoji_captioning_scores(pipe, compositions, examples) | dict(caption_n=len(compositions))
     if folder:
         say('timing')
-        scores |= time_and_memory(folder, 'a woman artist with medium skin tone', device=pipe.device, dtype=pipe.dtype)
+        scores |= time_and_memory(folder, 'a woman artist with medium skin tone', device=pipe.device, dtype=pipe.dtype,
+                                  kind=type(pipe))
     return scores
 
 # %% ../../nbs/evaluation/54_emoji.ipynb #3cdc24a4

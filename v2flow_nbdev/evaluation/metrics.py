@@ -196,9 +196,9 @@ def tokenizer_scores(
 _timed = """
 import json, sys, time, psutil, torch
 from statistics import median
-from v2flow_nbdev.language.pipeline import V2FlowPipeline
-folder, caption, times, device, dtype = sys.argv[1:]
-pipe = V2FlowPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), device=device)
+from importlib import import_module
+module, kind, folder, caption, times, device, dtype = sys.argv[1:]
+pipe = getattr(import_module(module), kind).from_pretrained(folder, dtype=getattr(torch, dtype), device=device)
 def took(n):
     began = time.time(); pipe(caption, num_images_per_prompt=n); return time.time() - began
 took(1); one = median(took(1) for _ in range(int(times)))
@@ -212,9 +212,11 @@ def time_and_memory(
     times:int=5,      # single images, whose median is taken after one more
     device='cpu',     # where
     dtype=torch.float32,  # of the parameters
+    kind:type|None=None,  # the pipeline's class; None: `V2FlowPipeline`
 )->dict:  # seconds for one image and for sixteen at once; memory of the process after the first (of the GPU), GB
     "Seconds and memory of a pipeline, in a process of its own"
-    settings = [str(folder), caption, str(times), str(device), str(dtype).removeprefix('torch.')]
+    of = (kind.__module__, kind.__name__) if kind else ('v2flow_nbdev.language.pipeline', 'V2FlowPipeline')
+    settings = [*of, str(folder), caption, str(times), str(device), str(dtype).removeprefix('torch.')]
     done = subprocess.run([sys.executable, '-c', _timed, *settings], capture_output=True, text=True)
     if done.returncode: raise OSError(f"{folder}: could not be timed ({done.stderr.strip().splitlines()[-1]})")
     return json.loads(done.stdout.strip().splitlines()[-1])

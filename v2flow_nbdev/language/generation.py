@@ -36,22 +36,22 @@ def guide_logits(
 
 # %% ../../nbs/language/24_generation.ipynb #202e6729
 def sample_codes(
-    logits,       # (B, K)
+    logits,       # (..., K), such as (B, K)
     temperature,  # 0 = the most likely
     top_k,        # only the k most likely tokens; None: all
     top_p,        # only the most likely tokens that hold this probability; None: all
-    generator,    # or a list with one for each row
-):                # (B, 1)
+    generator,    # or a list with one for each of the first axis
+):                # (..., 1)
     "One code per row: the argmax, or by Gumbel-max a sample of the softmax"
     if temperature == 0: return logits.argmax(-1, keepdim=True)
     if temperature != 1: logits = logits/temperature
     if top_k is not None:
-        smallest = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+        smallest = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if top_p is not None:
         ranked, order = logits.softmax(-1).sort(-1, descending=True)
         beyond = ranked.cumsum(-1) - ranked >= top_p  # the probability was reached before this token
-        logits = logits.masked_fill(torch.empty_like(beyond).scatter(1, order, beyond), -torch.inf)
+        logits = logits.masked_fill(torch.empty_like(beyond).scatter(-1, order, beyond), -torch.inf)
     return (logits + gumbel(logits.shape, generator, logits.device)).argmax(-1, keepdim=True)
 
 def check_sampling(guidance_scale, temperature, top_k, top_p, min_p):

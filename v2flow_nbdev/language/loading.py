@@ -109,17 +109,20 @@ def move_llm(
 def read_index(
     path,    # of `model_index.json`
     newest,  # format that this library can read
+    kind='V2FlowPipeline',      # its class
+    known=generation_defaults,  # names of defaults
 )->dict:     # the defaults
-    "`OSError` for an index that is damaged, newer, or has defaults nobody knows"
+    "`OSError` for an index that is damaged, newer, of another class, or has defaults nobody knows"
     index = read_json(path, ['defaults'])
     defaults, version = index['defaults'], index.get('format_version', 1)
     if not isinstance(version, int) or version > newest:
         raise OSError(f"{path}: written by a newer version of this library (format {version}, this one reads up to "
                       f"{newest}): update it")
-    unknown = set(defaults if isinstance(defaults, dict) else ['defaults']) - set(generation_defaults)
+    if (there := index.get('_class_name', kind)) != kind: raise OSError(f"{path}: of a {there}, not of a {kind}")
+    unknown = set(defaults if isinstance(defaults, dict) else ['defaults']) - set(known)
     if unknown:
         raise OSError(f"{path}: unknown defaults {', '.join(sorted(unknown))}; there are "
-                      f"{', '.join(generation_defaults)}")
+                      f"{', '.join(known)}")
     return defaults
 
 # %% ../../nbs/language/26_loading.ipynb #26a0c013

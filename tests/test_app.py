@@ -20,7 +20,7 @@ follow = app.follow
 def held(work, sign):
     def wait(tell, output):
         tell(output)
-        while 'round 2 of 16' in output[0]: time.sleep(0.1); tell(output)
+        while 'round 2 of 16' in output[0]: time.sleep(0.2); tell(output)
     return follow(lambda tell: work(lambda output: wait(tell, output)), sign)
 app.follow = held
 main()

@@ -155,8 +155,10 @@ def wire(gr, start, stop, call, runs, inputs, outputs):
         told = start(None, js=waiting, outputs=outputs[0], **quick)
         return told.then(run, inputs, outputs, show_progress='hidden', concurrency_limit=at_once,
                          concurrency_id='model', api_visibility='private')
-    def stopped(request:gr.Request): runs.stop(request.session_hash); return note('Stopped.')
-    stop.click(stopped, None, outputs[0], cancels=[joined(s) for s in start], **quick)
+    def stopped(request:gr.Request): runs.stop(request.session_hash, patience=60); return note('Stopped.')
+    calls = [joined(s) for s in start]
+    # a call that runs says itself that it was stopped, after all else it said; only then is what waits taken away
+    stop.click(stopped, None, outputs[0], **quick).then(None, cancels=calls)
 
 # %% ../../nbs/apps/82_app.ipynb #f91dbb99
 picker = '''<label class="v2-drop"><input type="file" accept="image/*" aria-label="an image">${value

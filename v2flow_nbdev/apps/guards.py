@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/apps/80_guards.ipynb #b102b25f
-import base64, io, os, signal, socket, sys, tempfile, threading, traceback
+import base64, io, os, signal, socket, sys, tempfile, threading, time, traceback
 from collections import defaultdict
 from contextlib import contextmanager
 from queue import Queue
@@ -115,9 +115,12 @@ class Runs:
             sign.set(); self.signs[who].discard(sign)
             if not self.signs[who]: self.signs.pop(who, None)
 
-    def stop(self, who=None):
-        "All calls of a session, or of everyone"
-        for sign in [s for w, signs in list(self.signs.items()) if who in (None, w) for s in list(signs)]: sign.set()
+    def stop(self, who=None, patience=0.):
+        "All calls of a session, or of everyone; with patience (seconds), come back when they have ended"
+        def going(): return {s for w, signs in list(self.signs.items()) if who in (None, w) for s in list(signs)}
+        told, until = going(), time.monotonic() + patience
+        for sign in told: sign.set()
+        while time.monotonic() < until and told & going(): time.sleep(0.02)
 
 # %% ../../nbs/apps/80_guards.ipynb #2319711f
 class Guard:

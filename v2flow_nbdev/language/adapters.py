@@ -192,7 +192,9 @@ def is_plain(
     "Nothing but updates of `nn.Linear` layers and rows of tables? GPT-2's layers, say, keep their matrices transposed"
     layers = [model.get_submodule(k.removeprefix('base_model.model.').split('.lora_A.')[0])
               for k in weights if '.lora_A.' in k]
-    known = {k for k,v in config.items() if v} <= plain and config.get('bias', 'none') == 'none'
+    # another start, such as PiSSA's, changes the base
+    usual = config.get('bias', 'none') == 'none' and config.get('init_lora_weights', True) is True
+    known = {k for k,v in config.items() if v} <= plain and usual
     return known and all(type(l) is nn.Linear for l in layers)
 
 @torch.no_grad()

@@ -56,6 +56,15 @@ def shared_shell():
 def v2flow(*args, cwd=root): return shared_shell()(*args, cwd=cwd)
 
 @pytest.fixture(scope='session')
+def dist(tmp_path_factory):
+    "A folder with the source archive of this clone, and the wheel that is built out of it"
+    place = tmp_path_factory.mktemp('dist')
+    build = [sys.executable, '-m', 'build', '--no-isolation', '--outdir', place, root]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    return place
+
+@pytest.fixture(scope='session')
 def pipe():
     from v2flow_nbdev.language.pipeline import V2FlowPipeline
     return V2FlowPipeline.from_pretrained(shipped)

@@ -78,13 +78,11 @@ def test_help_imports_nothing_heavy(args):
                                    ).splitlines()[-1] == 'heavy: set()', done.stderr
 
 @pytest.fixture(scope='module')
-def site(tmp_path_factory):
+def site(dist, tmp_path_factory):
     "A fresh environment that holds the wheel, and sees the packages that are installed here, but not this clone"
     import site as here
     place = tmp_path_factory.mktemp('wheel')
-    build = [sys.executable, '-m', 'build', '--wheel', '--no-isolation', '--outdir', place, root]
-    done = subprocess.run(build, capture_output=True, text=True); assert done.returncode == 0, done.stderr[-2000:]
-    wheel, = place.glob('*.whl')
+    wheel, = dist.glob('*.whl')
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', place/'env'], check=True)
     python = place/'env'/('Scripts' if os.name == 'nt' else 'bin')/'python'
     own = Path(subprocess.run([python, '-c', 'import site; print(site.getsitepackages()[0])'], capture_output=True,

@@ -1,7 +1,7 @@
 """V²Flow (arXiv 2503.07493): an image tokenizer whose tokens live in a language model's embedding space.
 
 The names below are what most programs need; each is imported with its module when it is first used."""
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _modules = {
     'V2Flow': 'models.tokenizer', 'V2FlowConfig': 'models.tokenizer_config',

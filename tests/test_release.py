@@ -1,0 +1,65 @@
+"A release: one version everywhere, archives that build, metadata, and workflows and pages that fit them"
+import datetime, email, re, tarfile, tomllib, zipfile
+from configparser import ConfigParser
+from email import policy
+import pytest, yaml
+from conftest import root
+
+config = ConfigParser(delimiters=['='])
+config.read(root/'settings.ini', encoding='utf-8')
+settings = config['DEFAULT']
+version, pythons = settings['version'], ['3.11', '3.12', '3.13', '3.14']
+
+def text_of(name): return (root/name).read_text(encoding='utf-8')
+
+def test_one_version_stands_everywhere():
+    released = re.findall(r'^## (\d\S*)(?: \((\S+)\))?$', text_of('CHANGELOG.md'), re.M)
+    citation = yaml.safe_load(text_of('CITATION.cff'))
+    assert f'__version__ = "{version}"\n' in text_of('v2flow_nbdev/__init__.py')
+    assert released[0] == (version, citation['date-released'].isoformat()) and citation['version'] == version
+    assert datetime.date.fromisoformat(released[0][1]) >= datetime.date(2026, 11, 28)
+    assert text_of('CHANGELOG.md').index('\n## Unreleased\n') < text_of('CHANGELOG.md').index(f'\n## {version} ')
+    assert citation['title'] == settings['title'] and citation['license'] == 'Apache-2.0'
+    assert citation['repository-code'] == settings['git_url']
+
+@pytest.fixture(scope='module')
+def wheel(dist): return zipfile.ZipFile(next(dist.glob('*.whl')))
+
+@pytest.fixture(scope='module')
+def metadata(wheel):
+    text = wheel.read(f'v2flow_nbdev-{version}.dist-info/METADATA').decode('utf-8')
+    return email.message_from_string(text, policy=policy.EmailPolicy(utf8=True))
+
+def test_the_wheel_is_small_and_holds_the_library_alone(dist, wheel):
+    path, = dist.glob('*.whl')
+    assert path.name == f'v2flow_nbdev-{version}-py3-none-any.whl' and path.stat().st_size < 2**20
+    inside = {n for n in wheel.namelist() if '.dist-info/' not in n}
+    assert inside == {p.relative_to(root).as_posix() for p in (root/'v2flow_nbdev').rglob('*.py')}
+    licences = {n.rsplit('/', 1)[1] for n in wheel.namelist() if '/licenses/' in n}
+    assert licences == {'LICENSE', 'NOTICE'}
+
+def test_the_source_archive_holds_what_a_wheel_is_made_of(dist):
+    "The wheel of the fixture is built out of it, as `python -m build` does"
+    path, = dist.glob('*.tar.gz')
+    with tarfile.open(path) as archive: inside = {n.partition('/')[2] for n in archive.getnames()}
+    assert path.stat().st_size < 2**20
+    assert {'settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'CHANGELOG.md', 'CITATION.cff', 'LICENSE', 'NOTICE'} <= inside
+    assert not [n for n in inside if n.startswith(('data/', 'tests/', 'nbs/'))]
+
+def test_metadata_are_complete(metadata):
+    for name in ('Summary', 'Keywords', 'Author', 'Author-email', 'Requires-Python'): assert metadata[name], name
+    assert metadata['License-Expression'] == 'Apache-2.0' and metadata['Requires-Python'] == f">={settings['min_python']}"
+    assert metadata['Description-Content-Type'] == 'text/markdown'
+    kinds = metadata.get_all('Classifier')
+    assert {f'Programming Language :: Python :: {v}' for v in pythons} <= set(kinds)
+    urls = dict(u.split(', ', 1) for u in metadata.get_all('Project-URL'))
+    assert {'Homepage', 'Documentation', 'Source', 'Issues', 'Changelog', 'Paper'} <= set(urls)
+    assert all(u.startswith('https://') for u in urls.values())
+
+def test_links_of_the_description_lead_out_of_the_index(metadata):
+    "An index shows the README without the files beside it: every link names a host, and an image its bytes"
+    found = re.findall(r'(!?)\[[^]]*\]\(([^)\s]+)\)', metadata.get_content())
+    assert len(found) > 50 and all(target.startswith(('https://', '#')) for _, target in found)
+    images = [target for image, target in found if image]
+    assert images and all(t.startswith('https://raw.') and f'/v{version}/' in t for t in images)
+    for target in (t for _, t in found if f'/v{version}/' in t): assert (root/target.split(f'/v{version}/')[1]).exists(), target

@@ -63,3 +63,8 @@ def test_links_of_the_description_lead_out_of_the_index(metadata):
     images = [target for image, target in found if image]
     assert images and all(t.startswith('https://raw.') and f'/v{version}/' in t for t in images)
     for target in (t for _, t in found if f'/v{version}/' in t): assert (root/target.split(f'/v{version}/')[1]).exists(), target
+
+def test_missing_data_say_where_they_are_to_be_had():
+    from v2flow_nbdev.base.files import find_data, repository
+    assert repository == settings['git_url']
+    with pytest.raises(FileNotFoundError, match=f"git clone {re.escape(settings['git_url'])}` and run inside that clone"): find_data('no/such')

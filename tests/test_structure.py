@@ -112,7 +112,7 @@ def test_the_command_of_a_wheel_finds_the_models_of_a_clone_and_says_where_there
                             'data/checkpoints/digits')
     assert inside.returncode == 0 and len(json.loads(inside.stdout)) == 16, inside.stderr
     outside = in_environment(site, code, tmp_path, 'encode', str(tmp_path/'x.png'))
-    assert outside.returncode == 1 and 'run inside a clone' in outside.stderr and outside.stderr.count(
+    assert outside.returncode == 1 and 'run inside that clone' in outside.stderr and outside.stderr.count(
         '\n') == 1, outside.stderr
 
 def test_data_are_found_from_anywhere(tmp_path):

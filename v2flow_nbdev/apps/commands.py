@@ -204,7 +204,8 @@ def read_yaml(path):
     "The content of a config file"
     import yaml
     try: return yaml.safe_load(path.read_text(encoding='utf-8'))
-    except OSError as e: raise RunFailed(f"{path}: cannot be read ({e.strerror}); see configs/ for examples") from None
+    except OSError as e:
+        raise RunFailed(f"{path}: cannot be read ({e.strerror}); examples are in configs/ of a clone") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         mark, why = getattr(e, 'problem_mark', None), getattr(e, 'problem', None) or e
         raise RunFailed(f"{path}: not YAML ({f'line {mark.line + 1}: ' if mark else ''}{why})") from None

@@ -143,6 +143,8 @@ def write_tensors(
         save_file({n: t.detach().cpu().contiguous().clone() for n,t in tensors.items()}, tmp)
 
 # %% ../../nbs/base/02_files.ipynb #538add9a
+repository = 'https://github.com/v2flow-nbdev/v2flow-nbdev'  # `git_url` of settings.ini
+
 def find_data(
     name:str,  # below `data` of the project: 'emoji', 'checkpoints/digits'
 )->Path:       # where it lies; `FileNotFoundError` where there is no clone
@@ -150,8 +152,8 @@ def find_data(
     places = [Path.cwd()/'_', Path(globals().get('__file__', '_')).resolve()]
     found = [top/'data'/name for place in places for top in place.parents if (top/'data'/name).exists()]
     if not found:
-        raise FileNotFoundError(f"data/{name} is not here: the package comes without data; run inside a clone of the "
-                                f"repository, or name a folder of your own")
+        raise FileNotFoundError(f"data/{name} is not here: the package comes without data; get them with `git clone "
+                                f"{repository}` and run inside that clone, or name a folder of your own")
     return found[0]
 
 # %% ../../nbs/base/02_files.ipynb #72dabf88

@@ -53,7 +53,9 @@ def shared_shell():
     atexit.register(shell.close)
     return shell
 
-def v2flow(*args, cwd=root): return shared_shell()(*args, cwd=cwd)
+def v2flow(*args, cwd=root):
+    "As quick as the system allows: Windows cannot fork"
+    return (shared_shell() if hasattr(os, 'fork') else fresh_v2flow)(*args, cwd=cwd)
 
 @pytest.fixture(scope='session')
 def dist(tmp_path_factory):

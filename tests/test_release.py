@@ -68,3 +68,25 @@ def test_missing_data_say_where_they_are_to_be_had():
     from v2flow_nbdev.base.files import find_data, repository
     assert repository == settings['git_url']
     with pytest.raises(FileNotFoundError, match=f"git clone {re.escape(settings['git_url'])}` and run inside that clone"): find_data('no/such')
+
+def test_workflows_run_every_python_on_every_system():
+    "Each version of the metadata, everywhere; the whole suite on Linux. actionlint reads the files in the workflow itself"
+    jobs = yaml.safe_load(text_of('.github/workflows/test.yaml'))['jobs']
+    grid = jobs['installed']['strategy']['matrix']
+    assert jobs['everything']['strategy']['matrix']['python'] == grid['python'] == settings['pythons'].split() == pythons
+    assert [name.split('-')[0] for name in grid['os']] == ['ubuntu', 'macos', 'windows']
+    steps = '\n'.join(str(s.get('run')) for s in jobs['installed']['steps'])
+    named = re.findall(r'tests/\w+\.py', steps)
+    assert 'tests/try_installed.py' in named and len(named) > 4 and all((root/n).is_file() for n in named)
+    for name in named:  # Windows has none of these
+        assert not re.search(r'os\.fork|SIGKILL', text_of(name)), name
+
+def test_issues_have_forms():
+    folder = root/'.github/ISSUE_TEMPLATE'
+    for path in folder.glob('*.yaml'):
+        form = yaml.safe_load(path.read_text(encoding='utf-8'))
+        assert form['name'] and form['description'] and any(f.get('validations', {}).get('required') for f in form['body']), path
+        assert len({f['id'] for f in form['body']}) == len(form['body']), path
+    links = yaml.safe_load((folder/'config.yml').read_text(encoding='utf-8'))['contact_links']
+    ours = [l['url'].partition('/blob/main/')[2] for l in links if l['url'].startswith(settings['git_url'])]
+    assert ours and all((root/name).is_file() for name in ours)

@@ -77,9 +77,9 @@ def test_workflows_run_every_python_on_every_system():
     assert [name.split('-')[0] for name in grid['os']] == ['ubuntu', 'macos', 'windows']
     steps = '\n'.join(str(s.get('run')) for s in jobs['installed']['steps'])
     named = re.findall(r'tests/\w+\.py', steps)
-    assert 'tests/try_installed.py' in named and len(named) > 4 and all((root/n).is_file() for n in named)
+    assert 'tests/try_installed.py' in named and len(named) > 3 and all((root/n).is_file() for n in named)
     for name in named:  # Windows has none of these
-        assert not re.search(r'os\.fork|SIGKILL', text_of(name)), name
+        assert not re.search(r'os\.fork|SIGKILL|symlink_to|fsencode', text_of(name)), name
 
 def test_issues_have_forms():
     folder = root/'.github/ISSUE_TEMPLATE'

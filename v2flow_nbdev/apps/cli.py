@@ -179,7 +179,7 @@ def web_page(
     port:Annotated[int, typer.Option(min=0, max=65535, help='0: any that is free.')]=7860,
     device:Device='auto', dtype:Dtype='auto',
 ):
-    "A page in the browser: caption → image, image → tokens."
+    "A page: caption → image, image → tokens."
     model, where = find_model(model), place(device, dtype)
     from v2flow_nbdev.apps.app import serve
     quiet()

@@ -143,8 +143,8 @@ class TokenFlow(_TokenFlowFolder):
     def encode(self,
         images:torch.Tensor,  # (B, 3, H, W) in [-1, 1], of the config's size
     )->torch.Tensor:          # ids, (B, N) int64, scale by scale, each row by row; deterministic
-        """Image → ids, in float32 whatever the cast and under autocast. `ValueError` for another size, `RuntimeError` before
-        there are codes"""
+        """Image → ids, in float32 whatever the cast and under autocast. `ValueError` for another size,
+        `RuntimeError` before there are codes"""
         check_images(images, 3)
         if tuple(images.shape[2:]) != tuple(self.config.image_size):
             raise ValueError(f"images of {tuple(images.shape[2:])} pixels: this tokenizer takes "
@@ -158,8 +158,8 @@ class TokenFlow(_TokenFlowFolder):
     def decode(self,
         ids:torch.Tensor,  # (B, n) integers: of all scales, or of the first ones
     )->torch.Tensor:       # (B, 3, H, W) in [-1, 1]
-        """Ids → image; those of the first scales alone give a rough one. Nothing is random. `ValueError` for a number of ids
-        at which no scale ends, or an id that no code has"""
+        """Ids → image; those of the first scales alone give a rough one. Nothing is random. `ValueError` for a number
+        of ids at which no scale ends, or an id that no code has"""
         return torch.cat([self.draw(self.quantizer.codes_to_map(part)) for part in ids.split(64)]).clamp(-1, 1)
 
     def draw(self,

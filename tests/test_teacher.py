@@ -12,10 +12,11 @@ from v2flow_nbdev.data.sources import digits, emoji
 from v2flow_nbdev.evaluation.judges import blurred
 from v2flow_nbdev.evaluation.pretrained import load_keywords
 from v2flow_nbdev.language.text_models import first_id, toy_llama
-from v2flow_nbdev.systems import teacher as chapter
-from v2flow_nbdev.systems.teacher import (
-    CaptionedImages, Teacher, TeacherConfig, TeacherRecipe, TeacherTraining, TextTower, cached_states, contrastive_loss,
-    keyword_exam, retrieval_by_teacher)
+from v2flow_nbdev.systems import teacher_recipes as chapter
+from v2flow_nbdev.systems.text_tower import TextTower, cached_states
+from v2flow_nbdev.systems.teacher import Teacher, TeacherConfig
+from v2flow_nbdev.systems.teacher_recipes import (
+    CaptionedImages, TeacherRecipe, TeacherTraining, contrastive_loss, keyword_exam, retrieval_by_teacher)
 from v2flow_nbdev.training.recipes import all_captions, load_data, recipe_from_dict
 
 captions = ['a red heart', 'a small picture of a woman firefighter with dark skin tone', 'a dog', 'the digit 3']

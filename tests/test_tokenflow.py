@@ -4,9 +4,10 @@ import pytest, torch, torch.nn.functional as F
 from conftest import root, shipped, v2flow
 from v2flow_nbdev.models.quantizer import nearest
 from v2flow_nbdev.systems.teacher import Teacher, TeacherConfig
-from v2flow_nbdev.systems.tokenflow import (
-    TokenFlow, TokenFlowConfig, TokenFlowTraining, TokenFlowTrainingConfig, adversarial_losses, patch_discriminator)
+from v2flow_nbdev.systems.tokenflow import TokenFlow, TokenFlowConfig
 from v2flow_nbdev.systems.tokenflow_quantizer import MultiScaleQuantizer, scale_scores, shared_index, unit_halves
+from v2flow_nbdev.systems.tokenflow_training import (
+    TokenFlowTraining, TokenFlowTrainingConfig, adversarial_losses, patch_discriminator)
 
 S, P, K, sides = 5, 3, 24, (1, 2, 4)
 

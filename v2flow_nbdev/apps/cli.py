@@ -179,7 +179,7 @@ def web_page(
     port:Annotated[int, typer.Option(min=0, max=65535, help='0: any that is free.')]=7860,
     device:Device='auto', dtype:Dtype='auto',
 ):
-    "A page in the browser: caption → image, image → tokens."
+    "A page: caption → image, image → tokens."
     model, where = find_model(model), place(device, dtype)
     from v2flow_nbdev.apps.app import serve
     quiet()
@@ -293,7 +293,7 @@ def llm_training():
 @training_subcommand('train-teacher')
 def teacher_training():
     "Train an image tower against a frozen LLM. Other systems learn from it what an image means."
-    from v2flow_nbdev.systems.teacher import TeacherRecipe, emoji_teacher_scores, teacher_plan, train_teacher
+    from v2flow_nbdev.systems.teacher_recipes import TeacherRecipe, emoji_teacher_scores, teacher_plan, train_teacher
     def train(recipe, out, resume):
         return train_teacher(recipe, out, resume, emoji_teacher_scores if recipe.data.name == 'emoji' else None)
     return TeacherRecipe, train, teacher_plan

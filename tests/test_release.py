@@ -64,10 +64,15 @@ def test_links_of_the_description_lead_out_of_the_index(metadata):
     assert images and all(t.startswith('https://raw.') and f'/v{version}/' in t for t in images)
     for target in (t for _, t in found if f'/v{version}/' in t): assert (root/target.split(f'/v{version}/')[1]).exists(), target
 
-def test_missing_data_say_where_they_are_to_be_had():
-    from v2flow_nbdev.base.files import find_data, repository
-    assert repository == settings['git_url']
-    with pytest.raises(FileNotFoundError, match=f"git clone {re.escape(settings['git_url'])}` and run inside that clone"): find_data('no/such')
+def test_missing_data_say_where_they_are_to_be_had(tmp_path, monkeypatch):
+    "Inside a clone: what it has in place of a name mistyped; elsewhere: the address of a clone"
+    from v2flow_nbdev.base import files
+    with pytest.raises(FileNotFoundError, match='is not in this clone; data/checkpoints has digits, emoji'):
+        files.find_data('checkpoints/emojis')
+    assert files.repository == settings['git_url']
+    monkeypatch.chdir(tmp_path); monkeypatch.setattr(files, '__file__', str(tmp_path/'files.py'))
+    with pytest.raises(FileNotFoundError, match=f"git clone {re.escape(settings['git_url'])}` and run inside that clone"):
+        files.find_data('no/such')
 
 def test_workflows_run_every_python_on_every_system():
     "Each version of the metadata, everywhere; the whole suite on Linux. actionlint reads the files in the workflow itself"

@@ -147,10 +147,16 @@ repository = 'https://github.com/v2flow-nbdev/v2flow-nbdev'  # `git_url` of sett
 
 def find_data(
     name:str,  # below `data` of the project: 'emoji', 'checkpoints/digits'
-)->Path:       # where it lies; `FileNotFoundError` where there is no clone
+)->Path:       # where it lies; `FileNotFoundError` where there is no clone, or a clone without it
     "Data of a clone of this project: of the clone around the working directory, else of the one the library lies in"
     places = [Path.cwd()/'_', Path(globals().get('__file__', '_')).resolve()]
-    found = [top/'data'/name for place in places for top in place.parents if (top/'data'/name).exists()]
+    tops = [top for place in places for top in place.parents]
+    found = [top/'data'/name for top in tops if (top/'data'/name).exists()]
+    clone = next((top/'data' for top in tops if (top/'data/checkpoints').is_dir()), None)
+    if not found and clone:
+        beside = (clone/name).parent if (clone/name).parent.is_dir() else clone
+        raise FileNotFoundError(f"data/{name} is not in this clone; {beside.relative_to(clone.parent)} has "
+                                f"{', '.join(sorted(p.name for p in beside.iterdir() if p.is_dir()))}")
     if not found:
         raise FileNotFoundError(f"data/{name} is not here: the package comes without data; get them with `git clone "
                                 f"{repository}` and run inside that clone, or name a folder of your own")

@@ -48,16 +48,24 @@ def write_row(path, row):
 
 def say(text): print(text, file=sys.stderr, flush=True)
 
+def values_of(visual, examples):
+    "What the coarse tokens of a model stand for: the fields of the emoji that have as many values, in the model's order"
+    known = {f: sorted({r[f] for r in examples}) for f in ('base', 'tone', 'sex')}
+    return {f: v for n in visual.coarse_sizes for f, v in known.items() if len(v) == n}
+
 def drawn(args, keywords):
     "What a pipeline draws, names and heeds: figures, and what the sheet shows"
     pipe, found, shown = V2FlowPipeline.from_pretrained(args.model, dtype=None, device=resolve_device()), {}, None
     bases, _ = bases_of(examples := emoji('train'))
+    visual = VisualTokens.of(pipe.llm)
     if tuple(size := pipe.image_tokenizer.config.image_size) != (64, 64):
         raise ValueError(f"{args.model}: images of {size[0]}×{size[1]} pixels; the emoji have 64×64")
-    if args.naming or len(VisualTokens.of(pipe.llm).coarse) == len(bases):
+    if args.naming or visual.coarse_sizes[:1] == (len(bases),):
         marks = dict(naming=naming_marks(pipe.llm, pipe.tokenizer, keywords, bases))
         found |= as_scores(marks) | dict(naming_n=len(keywords))
-    if args.heeding: found |= {k if k == 'heeding' else f'heeding_{k}': v for k, v in heeding(pipe, emoji('held_out_compositions'), bases).items()}
+    if args.heeding:
+        told = heeding(pipe, emoji('held_out_compositions'), values_of(visual, examples))
+        found |= {k if k == 'heeding' else f'heeding_{k}': v for k, v in told.items()}
     if not (args.naming or args.heeding) or args.split == 'test':
         images = draw_keywords(pipe, keywords, args.images, args.seed, args.batch_size, say)
         exam = KeywordExam(emoji_judge(), examples)

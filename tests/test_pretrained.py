@@ -306,3 +306,130 @@ def test_a_base_in_bfloat16_is_loaded_so_where_that_is_fast(whole, tmp_path, mon
         monkeypatch.setattr(loading, 'multiplies_bf16', lambda device: fast)
         assert loading.own_dtype(tmp_path/'model', None) == (torch.bfloat16 if fast else torch.float32)
         assert loading.own_dtype(shipped, None) == torch.float32
+
+def fields_model():
+    "The same with two coarse fields, of four and of three values"
+    llm, tokenizer = toy_llama(captions*4)
+    return llm.eval(), tokenizer, add_visual_tokens(llm, tokenizer, toy_v2flow(llm, tokenizer), coarse=[4, 3])
+
+def test_each_field_has_a_range_of_coarse_tokens(tmp_path):
+    "Side by side between codes and begins; a saved folder and an old entry tell the same"
+    llm, tokenizer, visual = fields_model()
+    start = visual.first + 32
+    assert visual.coarse == range(start, start + 7) and visual.coarse_sizes == (4, 3)
+    assert visual.coarse_fields == (range(start, start + 4), range(start + 4, start + 7))
+    assert visual.names()[32:39] == [f'<|c{i}|>' for i in range(7)]; visual.check(tokenizer)
+    for part in (llm, tokenizer): part.save_pretrained(tmp_path/'whole')
+    saved = read_json(tmp_path/'whole/config.json')
+    assert saved['v2flow']['coarse_sizes'] == [4, 3] and VisualTokens.of(load_llm(tmp_path/'whole')[0]) == visual
+    for old in (lambda e: e.pop('coarse_sizes'), lambda e: e.update(coarse_sizes=[])):
+        entry = dict(saved['v2flow']); old(entry)
+        assert VisualTokens.from_entry(entry).coarse_fields == (visual.coarse,)    # one field, before there were more
+        none = entry | dict(begins=[start], end=start + 1)
+        assert VisualTokens.from_entry(none).coarse_fields == VisualTokens.from_entry(none).coarse_sizes == ()
+    for wrong in ([4, 4], [4], [7, 0], [8, -1], [3.5, 3.5], 7):
+        llm.config.v2flow = saved['v2flow'] | dict(coarse_sizes=wrong)
+        with pytest.raises(ValueError, match='config.json is damaged'): VisualTokens.of(llm)
+    llm, tokenizer = toy_llama(captions*4)                                         # a place for each: it takes 128
+    tok = toy_v2flow(llm, tokenizer)
+    with pytest.raises(ValueError, match='too long'): add_visual_tokens(llm, tokenizer, tok, grids=[(4, 4), (1, 123)], coarse=[4, 3])
+    with pytest.raises(ValueError, match='coarse_sizes'): add_visual_tokens(llm, tokenizer, tok, coarse=[4, 0])
+    assert len(tokenizer) == len(toy_llama(captions*4)[1])                         # left as it was
+    assert add_visual_tokens(llm, tokenizer, tok, grids=[(4, 4), (1, 122)], coarse=[4, 3]).coarse_sizes == (4, 3)
+
+def test_an_adapter_keeps_the_coarse_fields(tmp_path):
+    from v2flow_nbdev.language.adapters import choose_trained, save_adapter
+    for part in toy_llama(captions*4): part.save_pretrained(tmp_path/'base')
+    llm, tokenizer = load_llm(tmp_path/'base')
+    visual = add_visual_tokens(llm, tokenizer, toy_v2flow(llm, tokenizer), coarse=[4, 3])
+    save_adapter(choose_trained(llm, 'lora', rank=2), tmp_path/'adapter', str(tmp_path/'base'))
+    assert VisualTokens.of(load_llm(tmp_path/'adapter')[0]) == visual
+
+def test_coarse_tokens_stand_in_the_order_of_their_fields():
+    from v2flow_nbdev.language.sequences import ImageTextSequences, text_to_image
+    (llm, tokenizer, visual), ids = fields_model(), torch.arange(16).view(4, 4)
+    prompt, target = text_to_image(visual, 0, [5, 6], ids, coarse=[3, 2])
+    base, tone = visual.coarse_fields
+    assert prompt == [0, 5, 6, visual.begin((4, 4))] and target == [base[3], tone[2], *range(visual.first, visual.first + 16), visual.end]
+    assert text_to_image(visual, 0, [5, 6], ids)[1] == target[2:]
+    for wrong in ([3], 3, [3, 2, 0], [4, 0], [0, 3], [-1, 0], [3, None]):
+        with pytest.raises(ValueError, match='coarse='): text_to_image(visual, 0, [5], ids, coarse=wrong)
+    one = coarse_model()[2]
+    assert text_to_image(one, 0, [5], ids, coarse=7) == text_to_image(one, 0, [5], ids, coarse=[7])
+    cut = ImageTextSequences([dict(ids=ids, captions=['a handwritten seven']*2, coarse=[1, 1])], tokenizer, visual, write_share=1.,
+                             caption_dropout=0., longest=24, write_noise=.5)[0]
+    assert len(cut[0]) + len(cut[1]) == 23 and cut[1][:2] == cut[2][:2] == [base[1], tone[1]]
+
+def test_values_of_several_fields_get_numbers():
+    "In each field's order; nothing is a value beside others, and an image of which nothing is known has no token"
+    from v2flow_nbdev.training.llm_data import WithCoarse
+    ids = [dict(ids=i) for i in range(4)]
+    told = WithCoarse(ids, ['cat', 'dog', None, 'ant'], ['dark', None, None, 'light'])
+    assert [told[i]['coarse'] for i in range(4)] == [[1, 1], [2, 0], None, [0, 2]]
+    assert [WithCoarse(ids, ['b', None, 'a', 'b'])[i]['coarse'] for i in range(4)] == [[1], None, [0], [1]]
+
+def test_the_loss_of_a_coarse_token_is_over_its_own_field():
+    "By hand, and where no position may be left out, as on a GPU"
+    from v2flow_nbdev.language import adapters
+    from v2flow_nbdev.language.sequences import text_to_image
+    llm, tokenizer, visual = fields_model()
+    prompt, target = text_to_image(visual, 0, [5, 6], torch.arange(16).view(4, 4), coarse=[3, 2])
+    batch, first = collate([(prompt, target)]), visual.first
+    losses = []
+    with torch.no_grad():
+        logits = llm(batch['input_ids']).logits[0, len(prompt) - 1:-1].double()
+        def kind(i): return next((f for f,r in enumerate(visual.coarse_fields) if i in r), None)
+        each = [l[[i for i in range(first, len(l)) if kind(i) == kind(t)]].logsumexp(-1) - l[t] for l,t in zip(logits, target)]
+        for choose in (True, False):
+            with pytest.MonkeyPatch.context() as m:
+                m.setattr(adapters, 'may_choose', lambda device: choose)
+                losses.append(adapters.TargetLoss(llm, coarse_weight=8)(**batch).loss)
+    for loss in losses: torch.testing.assert_close(loss.double(), (8*sum(each[:2]) + sum(each[2:]))/(16 + 17), atol=1e-5, rtol=1e-5)
+    assert count_targets(batch, first, coarse=visual.coarse, coarse_weight=8) == 33
+
+@pytest.mark.parametrize('guidance, temperature', [(1., 0.), (1.5, 0.), (1.5, 1.)])
+def test_each_coarse_token_is_chosen_among_its_own_field(guidance, temperature):
+    "In both loops, which agree; the caller sees ids alone"
+    from v2flow_nbdev.language.generation import VisualTokenProcessor, generate_image_ids
+    (llm, tokenizer, visual), chosen = fields_model(), []
+    llm.get_output_embeddings().weight.data[visual.first:visual.coarse[0]] *= 3    # no range is likely by itself
+    with pytest.MonkeyPatch.context() as m:
+        choose = VisualTokenProcessor.choose
+        def noted(self, scores, done):
+            chosen.append((done, out := choose(self, scores, done))); return out
+        m.setattr(VisualTokenProcessor, 'choose', noted)
+        seen, made = [], []
+        for how in ({}, dict(static_cache=True)):
+            made.append(generate_image_ids(llm, tokenizer, captions, guidance_scale=guidance, temperature=temperature,
+                                           generator=torch.Generator().manual_seed(0), callback=lambda ids: seen.append(ids.shape[1]), **how))
+    assert torch.equal(*made) and made[0].shape == (3, 16) and 0 <= made[0].min() <= made[0].max() < 32
+    assert seen == [*range(1, 17)]*2 and [done for done, _ in chosen] == [*range(18)]*2
+    ranges = [*visual.coarse_fields] + [range(visual.first, visual.first + 32)]*16
+    assert all(visual.first + i in ranges[done] for done, out in chosen for i in out.flatten().tolist())
+
+def test_several_fields_of_the_data_become_coarse_tokens(whole, tmp_path, monkeypatch):
+    "By the recipe; the fields are kept, and a run or a model with others is refused"
+    from v2flow_nbdev.training import llm_recipes
+    from v2flow_nbdev.training.config import TrainConfig
+    from v2flow_nbdev.training.failures import RunFailed
+    from v2flow_nbdev.training.recipes import DataConfig
+    load = llm_recipes.load_data
+    def told(source): return tuple([{**r, 'size': ('small', '')[i % 2], 'odd': r['label'] % 2} for i,r in enumerate(part)] for part in load(source))
+    monkeypatch.setattr(llm_recipes, 'load_data', told)
+    def run(out, coarse, llm=whole/'llama', **more):
+        training = TrainConfig(steps=2, batch_size=4, evaluate_every=0, trackers=())
+        tuning = llm_recipes.LLMConfig(str(llm), train='lora', rank=2, store_base=False, coarse=coarse)
+        recipe = llm_recipes.LLMRecipe(DataConfig('digits', copies=0), str(whole/'tok/model'), tuning, training)
+        return llm_recipes.train_llm(recipe, tmp_path/out, **more)
+    pipe = run('a', 'label size')
+    assert VisualTokens.of(pipe.llm).coarse_sizes == (10, 2)
+    trained = V2FlowPipeline.from_pretrained(tmp_path/'a/model')
+    visual = VisualTokens.of(trained.llm)
+    assert visual.coarse_sizes == (10, 2) and visual.coarse_values
+    trained('a six', generator=torch.Generator().manual_seed(0))
+    with pytest.raises(RunFailed, match="llm.*label odd"): run('a', 'label odd', resume=True)
+    for other in ('label', 'label odd', 'size label', 'label size odd'):
+        with pytest.raises(RunFailed, match=r'has 10 \+ 2 coarse tokens already, for other values'): run('b', other, tmp_path/'a/model/llm')
+    run('c', 'label size', tmp_path/'a/model/llm')
+    with pytest.raises(ValueError, match="llm.coarse='nothing': examples of this data have no such field"): run('d', 'label nothing')
+    with pytest.raises(ValueError, match="coarse='label label'"): run('d', 'label label')

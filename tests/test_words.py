@@ -153,6 +153,35 @@ def test_heeding_is_the_difference_of_two_losses(toy):
     assert found['own'] == pytest.approx(own, rel=1e-4)
     assert found['heeding'] == pytest.approx(found['other'] - found['own']) and found['se'] > 0 and abs(found['coarse']) < 1
 
+def test_naming_and_heeding_with_several_fields():
+    "Naming asks the first field's tokens; heeding counts each coarse token among its own field's"
+    llm, tokenizer = toy_llama([f'an emoji of a {n}' for n in names]*4)
+    tok, rng = toy_v2flow(llm, tokenizer), np.random.default_rng(3)
+    visual = add_visual_tokens(llm, tokenizer, tok, coarse=[60, 3])
+    pipe = V2FlowPipeline(tok, llm.eval(), tokenizer)
+    examples = [dict(image=Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)), base=n, tone=t, sex='',
+                     captions=[f'an emoji of a {n}']) for n, t in zip(names, ['', 'dark', 'light']*20)]
+    assert words.values_of(visual, examples) == (values := dict(base=names, tone=['', 'dark', 'light']))
+    keywords = [dict(keyword=n, base=n) for n in names]
+    assert naming_marks(llm, tokenizer, keywords, names)['accuracy'] < 0.15
+    with pytest.raises(ValueError, match='60 coarse tokens, there are 59 bases'): naming_marks(llm, tokenizer, keywords, names[:59])
+    found = heeding(pipe, examples[:10], values, batch_size=4)
+    def losses(caption, example):
+        ids = tok.encode(pipe.prepare(example['image']))[0]
+        prompt = [tokenizer.bos_token_id, *tokenizer(caption, add_special_tokens=False).input_ids, visual.begin(visual.grid)]
+        coarse = [f[v.index(example[k])] for f, (k, v) in zip(visual.coarse_fields, values.items())]
+        row = torch.tensor([[*prompt, *coarse, *(visual.first + ids).tolist()]])
+        with torch.no_grad(): logits = llm(row).logits[0, len(prompt) - 1:-1].double()
+        kinds = [*visual.coarse_fields] + [range(visual.first, visual.first + 32)]*16
+        return [-(l[k.start:k.stop].log_softmax(-1)[t - k.start]).item() for l, k, t in zip(logits, kinds, row[0, len(prompt):].tolist())]
+    own = np.array([losses(r['captions'][0], r) for r in examples[:10]])
+    said = permuted_captions(names[:10], (again := np.random.default_rng(0), [again.integers(1) for _ in range(10)])[0])
+    other = np.array([losses(examples[j]['captions'][0], r) for j, r in zip(said, examples)])
+    assert found['own'] == pytest.approx(own.sum(1).mean(), rel=1e-4) and found['other'] == pytest.approx(other.sum(1).mean(), rel=1e-4)
+    assert found['coarse'] == pytest.approx((other - own)[:, :2].sum(1).mean(), abs=1e-4)
+    for wrong in (names, dict(tone=values['tone'], base=names), {}):
+        with pytest.raises(ValueError, match='60 [+] 3 coarse tokens'): heeding(pipe, examples[:10], wrong)
+
 def run(monkeypatch, *args):
     monkeypatch.setattr(sys, 'argv', ['words', *map(str, args)])
     with pytest.raises(SystemExit) as e: words.main()

@@ -36,53 +36,69 @@ def nats_among(
 
 @torch.no_grad()
 def naming_marks(
-    llm,                  # a language model with a coarse token for each base, see `VisualTokens.coarse`
+    llm,                  # a language model whose first coarse field is the base, see `VisualTokens.coarse_fields`
     tokenizer,            # its text tokenizer
     keywords:list[dict],  # K of `load_keywords`
-    bases:list[str],      # the values that its coarse tokens stand for, in their order: see `bases_of`
+    bases:list[str],      # the values that this field's tokens stand for, in their order: see `bases_of`
     batch_size:int=64,    # keywords at once
 )->dict:                  # `exam_marks`; `ValueError` for a model without these tokens
     "The exam without an image: which of the 51 bases' coarse tokens is the likeliest after the caption?"
     visual, bos = VisualTokens.of(llm), first_id(tokenizer)
-    if len(visual.coarse) != len(bases):
-        raise ValueError(f"this language model has {len(visual.coarse)} coarse tokens, there are {len(bases):,} bases: "
-                         f"only one trained with `llm.coarse=base` can name them")
+    own = visual.coarse_fields[0] if visual.coarse else range(0)
+    if len(own) != len(bases):
+        raise ValueError(f"the first field of this language model has {len(own)} coarse tokens, there are "
+                         f"{len(bases):,} bases: only one trained with `llm.coarse=base` can name them")
     texts = text_ids(tokenizer, [in_frame(r['keyword']) for r in keywords])
-    asked = [([bos, *t, visual.begin(visual.grid)], [visual.coarse.start]) for t in texts]
-    nats = [nats_among(llm, target_states(llm, asked[k:k + batch_size]), visual.coarse)
+    asked = [([bos, *t, visual.begin(visual.grid)], [own.start]) for t in texts]
+    nats = [nats_among(llm, target_states(llm, asked[k:k + batch_size]), own)
             for k in range(0, len(asked), batch_size)]
     return exam_marks(torch.cat(nats), keywords, bases)
 
 # %% ../../nbs/evaluation/57_likelihood.ipynb #7b8b1c51
+def coarse_numbers(
+    visual,    # where the coarse tokens are
+    examples,  # images with the fields that these stand for
+    values,    # field → its values; or those of `base`
+):             # numbers for each example, one a field, see `text_to_image`
+    "`ValueError` for other fields than the language model's"
+    values = values if isinstance(values, dict) else dict(base=values)
+    sizes, plus = visual.coarse_sizes, lambda sizes: ' + '.join(map(str, sizes)) or '0'
+    if sizes and sizes != tuple(map(len, values.values())):
+        raise ValueError(f"this language model has {plus(sizes)} coarse tokens, there are "
+                         f"{plus(map(len, values.values()))} values of {' and '.join(values) or 'no field'}: name its "
+                         f"fields in its order")
+    number = {f: {v: i for i,v in enumerate(own)} for f, own in values.items()}
+    return [[n[r[f]] for f,n in number.items()] for r in examples] if sizes else []
+
 @torch.no_grad()
 def heeding(
     pipe,               # a `V2FlowPipeline`
     examples:list,      # B images with captions and `base`, none of them trained on
-    bases:list[str],    # see `bases_of`; only a model with coarse tokens needs them
+    # what coarse tokens stand for, if the model has any: field → its values, in the model's order; or `bases_of` alone
+    values:dict|list,
     seed:int=0,         # chooses the captions
     batch_size:int=16,  # images at once
-)->dict:  # nats an image: `own` and `other` caption, `heeding` their difference with its `se`; `coarse`: of that token
+)->dict:  # nats an image: `own` and `other` caption, `heeding` the difference with its `se`; `coarse`: of those tokens
     """What its own caption saves on the ids of an image, beside the caption of another base: 0 for a model that does
     not heed captions, whatever its loss. Tokens are predicted among their kind"""
     visual, bos, rng = VisualTokens.of(pipe.llm), first_id(pipe.tokenizer), np.random.default_rng(seed)
     texts = text_ids(pipe.tokenizer, [r['captions'][rng.integers(len(r['captions']))] for r in examples])
-    others, lead = permuted_captions([r['base'] for r in examples], rng), int(len(visual.coarse) > 0)
-    number, codes = {b: i for i,b in enumerate(bases)}, range(visual.first, visual.first + visual.codebook_size)
+    others = permuted_captions([r['base'] for r in examples], rng)
+    numbers, lead = coarse_numbers(visual, examples, values), len(visual.coarse_fields)
+    codes = range(visual.first, visual.first + visual.codebook_size)
     def nats(some, said):                                                          # (len(some), tokens)
         ids = pipe.image_tokenizer.encode(pipe.prepare([examples[i]['image'] for i in some]))
-        made = [text_to_image(visual, bos, texts[j], x, number[examples[i]['base']] if lead else None)
+        made = [text_to_image(visual, bos, texts[j], x, numbers[i] if lead else None)
                 for i,j,x in zip(some, said, ids.cpu().unflatten(1, visual.grid))]
         states = target_states(pipe.llm, [(p, t[:-1]) for p,t in made])            # the end is not the caption's
-        parts = [(states[:, :lead], visual.coarse), (states[:, lead:], codes)][1 - lead:]
-        target = torch.tensor([t[:-1] for _,t in made])
-        target[:, :lead] -= visual.coarse.start; target[:, lead:] -= codes.start
-        at = [target[:, :lead], target[:, lead:]][1 - lead:]
-        return torch.cat([nats_among(pipe.llm, s, kind).gather(2, t[..., None])[..., 0]
-                          for (s, kind), t in zip(parts, at)], 1)
+        target, sizes = torch.tensor([t[:-1] for _,t in made]), [1]*lead + [states.shape[1] - lead]
+        parts = zip([*visual.coarse_fields, codes], states.split(sizes, 1), target.split(sizes, 1))
+        return torch.cat([nats_among(pipe.llm, s, kind).gather(2, t[..., None] - kind.start)[..., 0]
+                          for kind, s, t in parts], 1)
     batches = torch.arange(len(examples)).split(batch_size)
     own, other = (torch.cat([nats(b.tolist(), [said[i] for i in b]) for b in batches]).double()
                   for said in (range(len(examples)), others))
     saved = (other - own).sum(1)
     return dict(own=own.sum(1).mean().item(), other=other.sum(1).mean().item(), heeding=saved.mean().item(),
                 se=(saved.std()/len(saved)**.5).item()) | (
-        dict(coarse=(other - own)[:, 0].mean().item()) if lead else {})
+        dict(coarse=(other - own)[:, :lead].sum(1).mean().item()) if lead else {})

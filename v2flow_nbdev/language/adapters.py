@@ -34,14 +34,15 @@ def among_visual(
     head,    # the output embeddings
     visual,  # where the visual tokens are
 ):           # (N,)
-    "Cross-entropy of visual tokens among visual tokens, and of coarse ones among coarse ones; no text token is scored"
-    first, c, bias = visual.first, visual.coarse, getattr(head, 'bias', None)
+    "Cross-entropy of visual tokens among visual tokens, of coarse ones among their field's; no text token is scored"
+    first, bias = visual.first, getattr(head, 'bias', None)
     logits = F.linear(states, rows_of(head)[first:].to(states.dtype), None if bias is None else bias[first:]).float()
-    if c:
-        token = torch.arange(first, first + logits.shape[-1], device=labels.device)
-        def is_coarse(i): return (i >= c.start) & (i < c.stop)
-        logits = logits.masked_fill(is_coarse(labels)[:, None] != is_coarse(token), -torch.inf)
-    return F.cross_entropy(logits, (labels - first).clamp(min=0), reduction='none')
+    labels = (labels - first).clamp(min=0)
+    if visual.coarse:
+        field = torch.zeros(logits.shape[-1], dtype=torch.long, device=labels.device)  # 0: of none
+        for k, f in enumerate(visual.coarse_fields, 1): field[f.start - first:f.stop - first] = k
+        logits = logits.masked_fill(field[labels][:, None] != field, -torch.inf)
+    return F.cross_entropy(logits, labels, reduction='none')
 
 def target_loss(
     states,           # last hidden states, each at the position before its label, (B, L, E)
@@ -49,7 +50,7 @@ def target_loss(
     head,             # the output embeddings, a linear layer
     visual,           # where the visual tokens are
     text_weight,      # how much a text token counts beside a visual one
-    visual_softmax,   # visual tokens are chosen among visual tokens, coarse ones among coarse ones
+    visual_softmax,   # visual tokens are chosen among visual tokens, coarse ones among their field's
     coarse_weight=1., # how much a coarse token counts beside a visual one
 ):                    # the weighted mean over targets
     "Cross-entropy on targets alone; a token that opens an image stands where text might be, so it is chosen among all"
@@ -75,11 +76,11 @@ def target_loss(
 class TargetLoss(torch.nn.Module):
     """A language model in training, with the loss on targets alone. With `visual_softmax`, a visual token is chosen
     among the visual tokens, as when an image is generated; a text token always among all. A text token may count
-    several times, and so may a coarse token: an image has hundreds of tokens, its caption ten, and one coarse token"""
+    several times, and so may a coarse token: an image has hundreds of tokens, its caption ten, and a few coarse ones"""
     def __init__(self,
         llm:nn.Module,         # a causal language model of `transformers` with visual tokens
         text_weight:float=1.,  # how much a text token counts beside a visual one
-        visual_softmax:bool=True,  # visual tokens are chosen among visual tokens, coarse ones among coarse ones
+        visual_softmax:bool=True,  # visual tokens are chosen among visual tokens, coarse ones among their field's
         coarse_weight:float=1.,  # how much a coarse token counts beside a visual one
     ):                         # `ValueError` for a model whose scores are not its head times its last states
         super().__init__()

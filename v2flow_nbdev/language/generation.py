@@ -65,9 +65,9 @@ def check_sampling(guidance_scale, temperature, top_k, top_p, min_p):
 
 # %% ../../nbs/language/24_generation.ipynb #056fcee0
 class VisualTokenProcessor(LogitsProcessor):
-    """Generates an image inside `model.generate`: a coarse token where the model has any, then only visual tokens,
-    exactly as many as the grid needs, then the closing token; mixes the two branches of guidance (rows 0…B-1 with
-    caption, B…2B-1 without) and chooses the token itself, with the caller's generator"""
+    """Generates an image inside `model.generate`: a coarse token of each field where the model has any, then only
+    visual tokens, exactly as many as the grid needs, then the closing token; mixes the two branches of guidance (rows
+    0…B-1 with caption, B…2B-1 without) and chooses the token itself, with the caller's generator"""
     def __init__(self,
         visual:VisualTokens,       # where they are
         prompt_length:int,         # columns before the first new token
@@ -82,7 +82,7 @@ class VisualTokenProcessor(LogitsProcessor):
     ):
         check_sampling(guidance_scale, temperature, top_k, top_p, min_p)
         self.visual, self.prompt_length, self.n = visual, prompt_length, math.prod(grid or visual.grid)
-        self.lead = int(len(visual.coarse) > 0)  # coarse tokens before the visual ones
+        self.lead = len(visual.coarse_fields)  # coarse tokens before the visual ones
         self.guidance_scale, self.guidance_schedule, self.min_p = guidance_scale, guidance_schedule, min_p
         self.temperature, self.top_k, self.top_p, self.generator = temperature, top_k, top_p, generator
 
@@ -90,14 +90,15 @@ class VisualTokenProcessor(LogitsProcessor):
         scores:torch.Tensor,  # of the K visual tokens and the C coarse ones, (B or 2B, K + C)
         done:int,             # tokens chosen so far
     )->torch.Tensor:          # which of them, (B or 2B, 1): both branches get the same
-        "Guidance, filters and a draw, among coarse tokens first and then among visual ones"
-        K, done = self.visual.codebook_size, done - self.lead
-        scores = scores[:, :K] if done >= 0 else scores[:, K:]
+        "Guidance, filters and a draw, among the coarse tokens of each field first and then among visual ones"
+        first, K = self.visual.first, self.visual.codebook_size
+        own = self.visual.coarse_fields[done] if done < self.lead else range(first, first + K)
+        scores, done = scores[:, own.start - first:own.stop - first], done - self.lead
         both = self.guidance_scale != 1
         cond, null = scores.chunk(2) if both else (scores, None)
         scale = self.guidance_schedule(self.guidance_scale, max(1, done + 1)/self.n)
         codes = sample_codes(guide_logits(cond, null, scale, self.min_p), self.temperature, self.top_k, self.top_p,
-                             self.generator) + (K if done < 0 else 0)
+                             self.generator) + (own.start - first)
         return torch.cat((codes, codes)) if both else codes
 
     def __call__(self,
@@ -188,7 +189,7 @@ def generate_image_ids(
         raise ValueError(f"captions={captions!r}: need a list of at least one text")
     check_counts(len(captions), 'images', generators=generator)
     prompts = [[bos, *c, begin] for c in text_ids(tokenizer, captions)]
-    lead = int(len(visual.coarse) > 0)
+    lead = len(visual.coarse_fields)
     longest, space = max(map(len, prompts)), max_sequence_length(model) - lead - n - 1
     if longest > space:
         raise ValueError(f"a caption of {longest - 2} tokens is too long: this model takes {space - 2} beside an "

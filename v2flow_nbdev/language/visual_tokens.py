@@ -7,6 +7,7 @@ __all__ = ['VisualTokens', 'add_visual_tokens']
 
 # %% ../../nbs/language/21_visual_tokens.ipynb #73b29b3e
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import Sequence
 import torch, torch.nn.functional as F
 from torch import nn
@@ -58,7 +59,8 @@ class _Entry:
     def from_entry(cls, entry:dict)->'VisualTokens':  # `KeyError`, `TypeError` or `ValueError` where it is damaged
         "What `entry` wrote"
         known = {k: v for k,v in entry.items() if k != 'version'}
-        return cls(**{**known, 'begins': tuple(entry['begins']), 'grids': tuple(map(tuple, entry['grids']))})
+        return cls(**{**known, 'begins': tuple(entry['begins']), 'grids': tuple(map(tuple, entry['grids'])),
+                      'coarse_sizes': tuple(entry.get('coarse_sizes', ()))})
 
     @classmethod
     def of(cls, model:nn.Module)->'VisualTokens':
@@ -85,6 +87,7 @@ class VisualTokens(_Entry):
     grids:tuple        # (h, w) of each: an image has h·w visual tokens. The first is the main one
     codebook:str       # checksum of the codebook that they stand for
     coarse_values:str='' # checksum of what the coarse tokens stand for, in their order; '': unknown, or there are none
+    coarse_sizes:tuple=() # how many coarse tokens each field has, in order; (): one field has them all, if any
 
     def __post_init__(self):
         ids = (self.first, self.codebook_size, *self.begins, self.end)
@@ -93,6 +96,10 @@ class VisualTokens(_Entry):
                 and 0 < len(self.grids) == len(self.begins) and all(len(g) == 2 and min(g) > 0 for g in self.grids)
                 and self.first + self.codebook_size <= min(self.begins) <= max(self.begins) < self.end):
             raise ValueError(f"{self}: not where visual tokens can lie")
+        self.coarse_sizes = tuple(self.coarse_sizes) or (len(self.coarse),)*bool(self.coarse)
+        if not all(type(n) is int and n > 0 for n in self.coarse_sizes) or sum(self.coarse_sizes) != len(self.coarse):
+            raise ValueError(f"coarse_sizes={self.coarse_sizes}: need 1 or more for each field, "
+                             f"{len(self.coarse)} in all")
 
     @property
     def grid(self)->tuple: return self.grids[0]
@@ -104,6 +111,12 @@ class VisualTokens(_Entry):
     def coarse(self)->range:  # ids of the coarse tokens; empty where the model has none
         "Tokens that say what a whole image shows, written before its visual tokens: they lie between codes and begins"
         return range(self.first + self.codebook_size, min(self.begins))
+
+    @property
+    def coarse_fields(self)->tuple:  # a range of ids for each field; an image has one token of each, in this order
+        "The coarse tokens, field by field"
+        ends = [self.coarse.start + n for n in accumulate(self.coarse_sizes)]
+        return tuple(range(end - n, end) for n,end in zip(self.coarse_sizes, ends))
 
     def begin(self,
         grid:tuple,  # (h, w)
@@ -204,7 +217,7 @@ def check_model(
 def check_grids(
     grids,  # should be (h, w) of images, each once
     model,  # should have positions for them
-    coarse, # how many coarse tokens there are; an image has one
+    coarse, # how many coarse fields there are; an image has a token of each
 ):
     "`ValueError` for grids that are none, or too large for a language model"
     if not grids or any(len(g) != 2 or not all(type(n) is int and n > 0 for n in g)
@@ -212,7 +225,7 @@ def check_grids(
         raise ValueError(f"grids={grids}: needs (height, width) of at least one grid, each once")
     n = max(h*w for h,w in grids)
     # with begin-of-text, begin, end and one token of text
-    if n + 4 + bool(coarse) > max_sequence_length(model):
+    if n + 4 + coarse > max_sequence_length(model):
         raise ValueError(f"an image of {n} visual tokens is too long for this language model, which takes "
                          f"{max_sequence_length(model)} tokens in all")
 
@@ -274,18 +287,19 @@ def add_visual_tokens(
     head_start:str|None=None, # the same for output embeddings, where they have a table of their own; None: as `start`
     grids:Sequence=None,        # (h, w) of the images to come; None or empty: the image tokenizer's own
     seed:int=0,        # of random starts
-    coarse:int=0,      # how many coarse tokens, see `VisualTokens.coarse`
+    coarse:int|Sequence[int]=0, # how many coarse tokens, or how many for each field, see `VisualTokens.coarse_fields`
 )->VisualTokens:       # where they are; `ValueError` if the three do not go together, and then nothing is changed
     """Make the K codes K new tokens (V²Flow, joining the tokenizer with a pretrained LLM). Input embeddings start as
     the codebook, at the text tokens' mean distance from their mean; output embeddings as the same directions at the
     output table's own. Coarse tokens (ours) start around the mean, those that open and close an image in it"""
     grids = tuple(map(tuple, grids or [v2flow.config.grid]))
+    sizes = (coarse,)*bool(coarse) if isinstance(coarse, int) else tuple(coarse)
     if v2flow.config.vocab_source: v2flow.open_vocabulary()
-    check_model(model); check_match(model, tokenizer, v2flow.vocabulary); check_grids(grids, model, coarse)
+    check_model(model); check_match(model, tokenizer, v2flow.vocabulary); check_grids(grids, model, len(sizes))
     codes, vocabulary = v2flow.quantizer.codebook.float().cpu(), v2flow.vocabulary
-    K, G = v2flow.config.codebook_size, len(grids)
+    K, G, coarse = v2flow.config.codebook_size, len(grids), sum(sizes)
     begins = range(K + coarse, K + coarse + G)
-    visual = VisualTokens(0, K, tuple(begins), begins.stop, grids, v2flow.codebook_checksum)
+    visual = VisualTokens(0, K, tuple(begins), begins.stop, grids, v2flow.codebook_checksum, coarse_sizes=sizes)
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     new, first = with_tokens(tokenizer, visual.names(), G + 1, {i for i in named_ids(model) if i < len(table)})
     visual = replace(visual, first=first, begins=tuple(b + first for b in visual.begins), end=visual.end + first)

@@ -44,7 +44,9 @@ class LLMConfig:
     # caption → image: largest fraction of the ids generated so far that are replaced by a similar image's; drawn anew
     # for each sequence
     write_noise:float=0.
-    coarse:str=''              # field of the examples; each value of it gets a token, written before the image's ids
+    # fields of the examples, with blanks between; each value of one gets a token, and one token a field is written
+    # before the image's ids
+    coarse:str=''
     coarse_weight:float=8.     # of such a token's loss beside a visual token's
     rare:str=''                # field of the examples; rare values are generated more often (`inverse_sqrt_frequency`)
     text_weight:float=1.       # of a text token's loss beside a visual token's, see `TargetLoss`
@@ -78,6 +80,8 @@ class LLMConfig:
         if self.own_texts and (self.own_texts < 50 or self.texts or not self.text_share):
             raise ValueError(f"own_texts={self.own_texts}: needs at least 50, a text_share, and no texts")
         check_sizes(self, 'grids')
+        if len({*self.coarse.split()}) < len(self.coarse.split()):
+            raise ValueError(f"coarse={self.coarse!r}: name each field once")
         if self.interpolate_weights and self.train != 'all':
             raise ValueError(f"interpolate_weights={self.interpolate_weights} with train={self.train!r}: adapters "
                              f"leave the parameters as they were; use train='all', or leave interpolate_weights out")
@@ -146,19 +150,34 @@ def image_weights(examples, field):
 
 def check_fields(source, tuning):
     "`ValueError` where the data can have no fields"
-    for name in ('rare', 'coarse'):
-        if source.name == 'ids' and getattr(tuning, name):
-            raise ValueError(f"llm.{name}={getattr(tuning, name)!r}: a folder of ids keeps captions alone, use the "
-                             f"images themselves")
+    for setting, field in [('rare', tuning.rare), *(('coarse', f) for f in tuning.coarse.split())]:
+        if source.name == 'ids' and field:
+            raise ValueError(f"llm.{setting}={field!r}: a folder of ids keeps captions alone, use the images "
+                             f"themselves")
+
+def without_gaps(
+    fields,  # lists of values for the images, None where unknown
+):           # such lists
+    "Where some fields of an image are known, the others have the value '': nothing is a value too"
+    rows = [row if set(row) == {None} else ['' if v is None else v for v in row] for row in zip(*fields)]
+    return [list(values) for values in zip(*rows)]
+
+def known_values(
+    values,  # of a field, None where unknown
+):
+    "The values that get a coarse token, in its order"
+    return sorted({*values} - {None})
 
 class WithCoarse(torch.utils.data.Dataset):
-    "Examples with ids, and with the number of the coarse token that stands for a value of theirs"
+    "Examples with ids, and with the numbers of the coarse tokens that stand for values of theirs, one a field"
     def __init__(self,
-        examples,     # with ids; of several grids one after the other
-        values:list,  # of the images; None where unknown: then no coarse token is written
+        examples,      # with ids; of several grids one after the other
+        *fields:list,  # values for the images; None where unknown: no coarse token is written if all of an image's are
     ):
-        number = {v: i for i,v in enumerate(sorted({*values} - {None}))}
-        self.examples, self.numbers = examples, [number.get(v) for v in values]
+        fields = without_gaps(fields)
+        number = [{v: i for i,v in enumerate(known_values(values))} for values in fields]
+        self.examples = examples
+        self.numbers = [None if None in row else [n[v] for n,v in zip(number, row)] for row in zip(*fields)]
 
     def __len__(self): return len(self.examples)
 

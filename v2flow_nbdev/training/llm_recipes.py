@@ -27,23 +27,27 @@ from .loop import train
 from .recipes import (
     check_run, finish, in_common, is_main_process, join_processes, load_data, usable_sample)
 from .tokenizer_recipes import load_tokenizer
-from .llm_data import (
-    LLMConfig, LLMRecipe, WithCoarse, check_fields, field_values, ids_of, language_kept, text_corpus)
+from v2flow_nbdev.training.llm_data import (
+    LLMConfig, LLMRecipe, WithCoarse, check_fields, field_values, ids_of, known_values, language_kept, text_corpus,
+    without_gaps)
 
 # %% ../../nbs/training/48_llm_recipes.ipynb #bc728c27
 def values_checksum(
-    values,  # what coarse tokens stand for, sorted
-):           # 16 hexadecimal digits
+    *fields,  # what coarse tokens stand for, a sorted list for each field
+):            # 16 hexadecimal digits
     "The start of the SHA-256 of some texts"
-    return hashlib.sha256('\n'.join(values).encode()).hexdigest()[:16]
+    return hashlib.sha256('\n'.join(v for values in fields for v in values).encode()).hexdigest()[:16]
 
-def known_visual_tokens(llm, tok, grids, coarse=()):
+def plus(sizes): return ' + '.join(map(str, sizes)) or '0'
+
+def known_visual_tokens(llm, tok, grids, *coarse):
     "The visual tokens of a language model that is trained further on these codes; None if it has none, or others"
     if (getattr(llm.config, 'v2flow', None) or {}).get('codebook') != tok.codebook_checksum: return None
     visual = VisualTokens.of(llm)
-    if len(coarse) != len(visual.coarse) or visual.coarse_values not in ('', values_checksum(coarse)):
-        raise ValueError(f"llm.coarse: this language model has {len(visual.coarse)} coarse tokens already, for other "
-                         f"values than the {len(coarse)} of these data")
+    sizes = tuple(len(values) for values in coarse if values)
+    if sizes != visual.coarse_sizes or visual.coarse_values not in ('', values_checksum(*coarse)):
+        raise ValueError(f"llm.coarse: this language model has {plus(visual.coarse_sizes)} coarse tokens already, for "
+                         f"other values than the {plus(sizes)} of these data")
     if {tuple(g) for g in grids} - set(visual.grids):
         raise ValueError(f"llm.grids={list(grids)}: this language model has visual tokens already, for "
                          f"{', '.join(f'{h}×{w}' for h,w in visual.grids)}")
@@ -51,7 +55,7 @@ def known_visual_tokens(llm, tok, grids, coarse=()):
 
 def load_models(
     recipe:LLMRecipe,
-    coarse:list=(),  # the values that are to have a coarse token, sorted
+    coarse:list=(),  # the values that are to have a coarse token, a sorted list for each field
 ):  # (image tokenizer, language model, text tokenizer, its visual tokens, settings that a resumed run must share)
     "Both models, the language model with the visual tokens of the image tokenizer"
     tuning = recipe.llm
@@ -63,10 +67,10 @@ def load_models(
     torch.manual_seed(recipe.training.seed)
     with running():
         if tuning.attention: llm.set_attn_implementation(tuning.attention)
-        visual = known_visual_tokens(llm, tok, tuning.grids, coarse) or add_visual_tokens(
+        visual = known_visual_tokens(llm, tok, tuning.grids, *coarse) or add_visual_tokens(
             llm, tokenizer, tok, tuning.start, tuning.head_start or None, tuning.grids, recipe.training.seed,
-            len(coarse))
-        if coarse: visual = replace(visual, coarse_values=values_checksum(coarse)); llm.config.v2flow = visual.entry()
+            [*map(len, coarse)])
+        if coarse: visual = replace(visual, coarse_values=values_checksum(*coarse)); llm.config.v2flow = visual.entry()
         if tuning.pack: check_packs(llm)
     return tok, llm, tokenizer, visual, settings
 
@@ -112,11 +116,11 @@ def train_llm(
     check_run(out, resume or training.resume)
     check_fields(source, tuning)
     loaded = load_data(source) if tuning.coarse else None
-    values = field_values(loaded[0], tuning.coarse, 'coarse') if loaded else []
-    tok, llm, tokenizer, visual, settings = load_models(recipe, sorted({*values} - {None}))
+    values = without_gaps([field_values(loaded[0], f, 'coarse') for f in tuning.coarse.split()])
+    tok, llm, tokenizer, visual, settings = load_models(recipe, [known_values(v) for v in values])
     def pipe(model): return V2FlowPipeline(tok.to(model.device), model, tokenizer, recipe.generation)
     pipe(llm)  # wrong defaults are found now, not at the end
-    room, n = max_sequence_length(llm), max(h*w for h,w in visual.grids) + 4 + bool(visual.coarse)
+    room, n = max_sequence_length(llm), max(h*w for h,w in visual.grids) + 4 + len(visual.coarse_fields)
     longest = min(room, tuning.pack or 2**31)
     if n > longest: raise ValueError(f"llm.pack={tuning.pack}: an image with its caption needs {n} tokens and more")
     torch.manual_seed(training.seed)  # every process begins with the same updates
@@ -125,7 +129,7 @@ def train_llm(
     text_corpus(tuning, [])  # a missing file is found now
     device = join_processes(training)
     examples, often, held_out, sources = ids_of(source, tok.to(device), tuning.grids, out, tuning.rare, loaded)
-    if values: examples = WithCoarse(examples, values)
+    if values: examples = WithCoarse(examples, *values)
     if not training.fsdp: llm.to(device)
     texts, perplexity, before = language_kept(recipe, unwrapped(llm), tokenizer, examples, out, device)
     sequences = ImageTextSequences(

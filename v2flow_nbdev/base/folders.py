@@ -10,7 +10,7 @@ import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
-from .files import open_tensors, read_json
+from .files import check_hub_settings, fetch, open_tensors, read_json
 
 # %% ../../nbs/base/03_folders.ipynb #42ad38a0
 single_name = 'model.safetensors'             # a checkpoint in one file
@@ -85,22 +85,22 @@ def resolve_folder(
     # fetch only files of these names, in which `*` stands for anything; None: the whole repository, or all of the
     # subfolder
     patterns:list|None=None,
+    **hub,                   # token, cache_dir, local_files_only, force_download: see `check_hub_settings`
 )->Path:                     # a local folder; `FileNotFoundError` where there is none
-    "A model's local folder; from the Hub with `snapshot_download` if need be"
+    "A model's local folder; from the Hub with `fetch` if need be"
+    check_hub_settings(hub)
     folder = Path(name)
     if folder.is_file(): raise FileNotFoundError(f"{name}: is a file; give the model's folder or a Hub id")
     if not folder.is_dir():
         if folder.suffix == '.gguf': raise FileNotFoundError(f"{name}: no such file")
         if str(name).count('/') > 1 or str(name).startswith(('.', '/', '~')):
             raise FileNotFoundError(f"{name}: no such model folder; give a folder or a Hub id")
-        from huggingface_hub import snapshot_download
         if subfolder: patterns = [f'{subfolder}/{p}' for p in (['*'] if patterns is None else patterns)]
-        try: folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
-        except Exception as e:
-            raise FileNotFoundError(f"{name}: no such folder, and no such model could be fetched from the Hub "
-                                    f"({type(e).__name__})") from None
+        folder = fetch(str(name), patterns, revision=revision, **hub)
     folder = folder/subfolder if subfolder else folder
-    if not folder.is_dir(): raise FileNotFoundError(f"{folder}: no such folder in the model")
+    if not folder.is_dir():
+        held = sorted(p.name for p in folder.parent.glob('*/') if p.is_dir()) if subfolder else []
+        raise FileNotFoundError(f"{folder}: no such folder in the model{'; it has ' + ', '.join(held) if held else ''}")
     return folder
 
 # %% ../../nbs/base/03_folders.ipynb #0e165a74

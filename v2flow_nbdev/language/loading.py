@@ -28,11 +28,12 @@ def load_llm(
     folder:Path,  # a `transformers` folder, or one that `save_adapter` wrote
     dtype:torch.dtype=torch.float32,    # of its parameters
     attn_implementation:str|None=None,  # eager, sdpa or flash_attention_2; None: what `transformers` chooses
+    **hub,        # for the base of an adapter, see `fetch`
 )->tuple:         # the language model and its text tokenizer; `OSError` if anything is missing or damaged
     "A causal language model, whole or not at all"
     from transformers import AutoModelForCausalLM
     if (folder/'base.json').is_file():
-        base = llm_folder(read_json(folder/'base.json', ['base'])['base'])
+        base = llm_folder(read_json(folder/'base.json', ['base'])['base'], **hub)
         path, name = find_table(base)
         rows = read_embeddings(path, name, range(tensor_info(path, name)[0][0]))
         return add_adapter(*load_llm(base, dtype, attn_implementation), rows, folder)
@@ -85,12 +86,13 @@ def complete_defaults(
 def own_dtype(
     folder,  # of a pipeline
     device,  # where it will be
+    **hub,   # for the base of an adapter, see `fetch`
 )->torch.dtype:
     """bfloat16 on CUDA, and on a CPU that multiplies it where the language model is an adapter of a model stored so:
     that one was pretrained elsewhere, and is large"""
     if torch.device(device or 'cpu').type == 'cuda': return torch.bfloat16
     if not (folder/'llm/base.json').is_file() or not multiplies_bf16(device or 'cpu'): return torch.float32
-    config = read_json(llm_folder(read_json(folder/'llm/base.json', ['base'])['base'])/'config.json')
+    config = read_json(llm_folder(read_json(folder/'llm/base.json', ['base'])['base'], **hub)/'config.json')
     return torch.bfloat16 if 'bfloat16' in (config.get('dtype'), config.get('torch_dtype')) else torch.float32
 
 def move_llm(
@@ -146,6 +148,10 @@ def write_pipeline(
             defaults=pipe.defaults))
 
 # %% ../../nbs/language/26_loading.ipynb #5b37c0a6
+# what a pipeline is loaded from; logs and images beside it are not fetched
+pipeline_files = ['model_index.json', 'scores.json', *(f'{part}/*{end}' for part in ('image_tokenizer', 'llm')
+                  for end in ('.json', '.safetensors', '.jinja')), 'llm/*.model', 'llm/*.txt']
+
 class PipelineFolder:
     "What a pipeline needs to be loaded, moved, saved and shared"
     format_version = 1  # of `model_index.json`
@@ -161,15 +167,18 @@ class PipelineFolder:
         dtype:torch.dtype|None=torch.float32,
         device:str|torch.device|None=None,  # where to put it; None: the CPU
         attn_implementation:str|None=None,  # of the language model: eager, sdpa, flash_attention_2; None: its own
+        subfolder:str|None=None, # a folder inside it
+        **hub,                   # token, cache_dir, local_files_only, force_download: see `fetch`
     )->'V2FlowPipeline':
         "Load `model_index.json`, `image_tokenizer/` and `llm/`, whatever dtype their parameters are stored in"
         int8, dtype = dtype == torch.int8, torch.float32 if dtype == torch.int8 else dtype
-        folder = resolve_folder(name, revision=revision)
-        own = dtype or own_dtype(folder, device)
+        folder = resolve_folder(name, subfolder, revision, pipeline_files, **hub)
+        own = dtype or own_dtype(folder, device, **hub)
         check_attention(attn_implementation, own, device)
         defaults = read_index(folder/'model_index.json', cls.format_version)
-        image_tokenizer = V2Flow.from_pretrained(folder, 'image_tokenizer', dtype=dtype or torch.float32, device=device)
-        llm, tokenizer = load_llm(resolve_folder(folder, 'llm'), own, attn_implementation)
+        image_tokenizer = V2Flow.from_pretrained(folder, 'image_tokenizer', dtype=dtype or torch.float32, device=device,
+                                                 **hub)
+        llm, tokenizer = load_llm(resolve_folder(folder, 'llm'), own, attn_implementation, **hub)
         pipe = cls(image_tokenizer, llm.to(device).eval(), tokenizer, defaults)
         if int8 and (why := unsupported(pipe.llm, int8)): raise ValueError(f"dtype=torch.int8: {why}")
         pipe.int8 = int8

@@ -146,11 +146,16 @@ class _Encoder(_Codes):
         return self.quantizer.ids(self.mixtures(self.latents_of(images, latents), self.config.tau))
 
 # %% ../../nbs/models/18_tokenizer.ipynb #8b2f04a8
+tokenizer_files = ['config.json', 'model*.safetensors*', 'vocabulary.*']
+
+autoencoder_files = ['autoencoder/*.json', 'autoencoder/*.safetensors']  # beside them, if it has one
+
 def load_image_tokenizer(
     cls,                # `V2Flow`, or a class of its kind
     folder:Path,        # local
     autoencoder=True,   # False: leave the autoencoder out, if it has one
     tiling=False,       # True: let the autoencoder work in tiles
+    **hub,              # for an autoencoder of the Hub, see `fetch`
 ):                      # on the CPU, float32
     "Read what `save_image_tokenizer` wrote"
     vocabulary = Vocabulary.load(folder) if (folder/'vocabulary.safetensors').exists() else None
@@ -161,7 +166,7 @@ def load_image_tokenizer(
         revision=c.autoencoder_revision or None)
     try:
         if c.autoencoder and autoencoder:
-            latents = AutoencoderLatents.from_pretrained(c.autoencoder, tiling=tiling, **given)
+            latents = AutoencoderLatents.from_pretrained(c.autoencoder, tiling=tiling, **given, **hub)
         model = cls(c, vocabulary, latents)
     except ValueError as e: raise OSError(f"{folder/'config.json'}: not an image tokenizer's config ({e})") from None
     if vocabulary and vocabulary.checksum != c.vocab_checksum:
@@ -195,11 +200,12 @@ class _Saved:
         device:str|torch.device|None=None,  # where to put it; None: the CPU
         autoencoder:bool=True,    # False: leave the autoencoder out, if it has one
         tiling:bool=False,        # True: let the autoencoder work in tiles, for large images and little memory
+        **hub,                    # token, cache_dir, local_files_only, force_download: see `fetch`
     )->'V2Flow':                  # in `eval()`
         """Load what `save_pretrained` wrote; a vocabulary of another model is an error, a missing one leaves a
         tokenizer that only decodes"""
-        folder = resolve_folder(name, subfolder, revision)
-        return load_image_tokenizer(cls, folder, autoencoder, tiling).to(device=device, dtype=dtype)
+        folder = resolve_folder(name, subfolder, revision, [*tokenizer_files, *autoencoder_files*bool(autoencoder)], **hub)
+        return load_image_tokenizer(cls, folder, autoencoder, tiling, **hub).to(device=device, dtype=dtype)
 
     def push_to_hub(self, repo_id:str, **kwargs)->Any:
         "Upload what `save_pretrained` writes; see `push_to_hub`"

@@ -113,9 +113,10 @@ class _TokenFlowFolder(_TokenFlowParts):
         revision:str|None=None,   # branch, tag or commit, for a Hub id
         dtype:torch.dtype=torch.float32,    # of the decoder; the ids do not follow
         device:str|torch.device|None=None,  # where to put it; None: the CPU
+        **hub,                    # token, cache_dir, local_files_only, force_download: see `fetch`
     )->'TokenFlow':               # in `eval()`
         "Load what `save_pretrained` wrote; `OSError` of one line for whatever cannot be used"
-        folder = resolve_folder(name, subfolder, revision, ['config.json', 'model.safetensors'])
+        folder = resolve_folder(name, subfolder, revision, ['config.json', 'model.safetensors'], **hub)
         content = read_json(folder/'config.json')
         if (kind := content.pop('_class_name', None)) != 'TokenFlow':
             raise OSError(f"{folder/'config.json'}: of a {kind or 'model without a class'}, not of a TokenFlow")

@@ -17,7 +17,7 @@ from ..base.tables import table_checksum
 from ..base.text import text_ids
 from ..language.text_models import check_attention, first_id, max_sequence_length
 from ..language.generation import check_sampling
-from ..language.loading import load_llm, move_llm, read_index
+from ..language.loading import load_llm, move_llm, pipeline_files, read_index
 from ..language.pipeline import PipelineOutput, is_batch, one_caption_each, prepare_images
 from .tokenflow import TokenFlow
 from .next_scale import generate_scales
@@ -89,6 +89,8 @@ class _NextScaleFolder:
         dtype:torch.dtype|None=torch.float32,  # of its parameters; an image's ids do not follow. None: the same
         device:str|torch.device|None=None,  # where to put it; None: the CPU
         attn_implementation:str|None=None,  # of the language model: eager or sdpa; None: its own
+        subfolder:str|None=None, # a folder inside it
+        **hub,                   # token, cache_dir, local_files_only, force_download: see `fetch`
     )->'TokenFlowPipeline':
         "Load what `save_pretrained` wrote"
         dtype = dtype or torch.float32
@@ -96,7 +98,8 @@ class _NextScaleFolder:
         if attn_implementation == 'flash_attention_2':
             raise ValueError("attention 'flash_attention_2': takes no mask with blocks; use sdpa")
         check_attention(attn_implementation, dtype, device)
-        folder = resolve_folder(name, revision=revision)
+        folder = resolve_folder(name, subfolder, revision, [*pipeline_files, 'next_scale/*.json', 'next_scale/*.safetensors'],
+                                **hub)
         defaults = read_index(folder/'model_index.json', cls.format_version, 'TokenFlowPipeline', scale_defaults)
         tok = TokenFlow.from_pretrained(folder, 'image_tokenizer', dtype=dtype, device=device)
         llm, tokenizer = load_llm(resolve_folder(folder, 'llm'), dtype, attn_implementation)

@@ -1,0 +1,190 @@
+"The Hub's manners: what people pass, what is fetched, what goes wrong on the way; against a stand-in on this machine"
+import hashlib, inspect, json, os, re, shutil, subprocess, sys
+from pathlib import Path
+import pytest, torch
+from conftest import root, shipped
+from hub_stand_in import Hub
+from huggingface_hub import constants
+from v2flow_nbdev.base.files import fetch, hub_settings, write_json, write_tensors
+from v2flow_nbdev.base.folders import push_to_hub, resolve_folder
+from v2flow_nbdev.language.pipeline import V2FlowPipeline
+from v2flow_nbdev.models.tokenizer import V2Flow
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    "A Hub of this machine alone, and an empty cache"
+    with Hub() as hub:
+        for name, value in dict(ENDPOINT=hub.url, HUGGINGFACE_CO_URL_TEMPLATE=hub.url + '/{repo_id}/resolve/{revision}/{filename}',
+                                HF_HUB_CACHE=str(tmp_path/'cache'), HF_HUB_DISABLE_XET=True, HF_HUB_OFFLINE=False).items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv('HF_TOKEN', 'mine')
+        yield hub
+
+def content(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob('*') if p.is_file()}
+
+pipeline_parts = {p: d for p,d in content(shipped).items() if p.startswith(('image_tokenizer/', 'llm/', 'model_index', 'scores'))}
+
+def cached(tmp_path): return [p for p in (tmp_path/'cache').rglob('blobs/*')]
+
+# push and pull
+
+def test_a_pipeline_comes_back_as_it_was_pushed(hub, pipe):
+    pipe.push_to_hub('me/digits')
+    back = V2FlowPipeline.from_pretrained('me/digits')
+    for a, b in ((pipe.llm, back.llm), (pipe.image_tokenizer, back.image_tokenizer)):
+        new = b.state_dict()
+        assert all(torch.equal(t, new[n]) for n,t in a.state_dict().items() if n != 'quantizer.sums')  # codes × lengths
+    draw = lambda p: p('a seven', generator=torch.Generator().manual_seed(0)).ids
+    assert torch.equal(draw(pipe), draw(back)) and back.defaults == pipe.defaults
+    assert back.tokenizer('a seven').input_ids == pipe.tokenizer('a seven').input_ids
+
+def test_a_second_push_replaces_the_parameters_and_sends_only_what_changed(hub, pipe):
+    tok = pipe.image_tokenizer
+    hub.add('me/tokenizer', {'model.fp16.safetensors': b'old', 'notes.txt': b'mine'})
+    tok.push_to_hub('me/tokenizer')
+    assert {'model.safetensors', 'config.json', 'notes.txt'} <= hub.files('me/tokenizer').keys()
+    assert 'model.fp16.safetensors' not in hub.files('me/tokenizer')
+    hub.requests.clear(); tok.push_to_hub('me/tokenizer')
+    assert not [p for m,p in hub.requests if m == 'PUT']
+
+def test_private_needs_the_token(hub, tmp_path):
+    class Note:
+        def save_pretrained(self, folder): write_json(Path(folder)/'config.json', {'said': 'hello'})
+    push_to_hub(Note(), 'me/secret', private=True, token='mine')
+    assert json.loads((resolve_folder('me/secret', token='mine')/'config.json').read_text()) == {'said': 'hello'}
+    with pytest.raises(FileNotFoundError, match='no such model on the Hub; if it is private, log in with `hf auth login`'):
+        resolve_folder('me/secret', token='another', cache_dir=tmp_path/'other')
+
+def test_a_revision_is_what_it_was(hub):
+    first = hub.add('me/notes', {'config.json': b'{"n": 1}'})
+    hub.add('me/notes', {'config.json': b'{"n": 1}'}, branch='v1')
+    hub.add('me/notes', {'config.json': b'{"n": 2}'})
+    read = lambda **how: json.loads((resolve_folder('me/notes', **how)/'config.json').read_text())['n']
+    assert (read(), read(revision='v1'), read(revision=first)) == (2, 1, 1)
+    with pytest.raises(FileNotFoundError, match="has no revision 'v7'; its branches and tags are at"): read(revision='v7')
+
+def test_of_a_subfolder_its_files_alone_are_fetched(hub):
+    hub.add('me/digits', content(shipped) | {'image_tokenizer/model.bin': b'pickle', 'image_tokenizer/log.jsonl': b'{}'})
+    V2Flow.from_pretrained('me/digits', subfolder='image_tokenizer')
+    names = 'config.json model.safetensors vocabulary.json vocabulary.safetensors'.split()
+    assert hub.got() == [f'image_tokenizer/{n}' for n in names]
+    assert len(hub.requests) == 2 + 2*len(names)                 # commit, list of files; then head and body of each
+    hub.requests.clear(); V2Flow.from_pretrained('me/digits', subfolder='image_tokenizer')
+    assert len(hub.requests) == 1                                # is there a newer commit?
+
+def test_of_a_pipeline_its_parts_alone_are_fetched(hub):
+    extra = {'llm/pytorch_model.bin': b'pickle', 'llm/training_args.pt': b'pickle', 'llm/flax_model.msgpack': b'x'}
+    inside = {f'best/{p}': d for p,d in (content(shipped) | extra).items()}
+    hub.add('me/runs', inside | {'README.md': b'x'})
+    pipe = V2FlowPipeline.from_pretrained('me/runs', subfolder='best')
+    assert pipe('a one', generator=torch.Generator().manual_seed(1)).images
+    assert hub.got() == sorted(f'best/{p}' for p in pipeline_parts)
+
+# the network off
+
+def test_once_fetched_nothing_is_asked_for_with_the_network_off(hub, monkeypatch, tmp_path):
+    hub.add('me/digits', pipeline_parts)
+    V2Flow.from_pretrained('me/digits', 'image_tokenizer'); hub.requests.clear()
+    V2Flow.from_pretrained('me/digits', 'image_tokenizer', local_files_only=True)
+    with pytest.raises(FileNotFoundError, match='not all of it is in the cache, while local_files_only=True; fetch it once'):
+        V2FlowPipeline.from_pretrained('me/digits', local_files_only=True)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    V2Flow.from_pretrained('me/digits', 'image_tokenizer')
+    with pytest.raises(FileNotFoundError, match='while HF_HUB_OFFLINE is set; fetch it once with the network on'):
+        V2Flow.from_pretrained('me/digits', 'image_tokenizer', cache_dir=tmp_path/'empty')
+    assert not hub.requests
+
+def test_the_variables_of_the_environment_are_honoured(hub, tmp_path):
+    "In a process of its own: `huggingface_hub` reads them when it is imported"
+    hub.add('me/notes', {'config.json': b'{"n": 1}'}); home = tmp_path/'home'
+    folder = resolve_folder('me/notes', cache_dir=home/'hub'); hub.requests.clear()
+    code = ('from huggingface_hub.constants import ENDPOINT\nfrom v2flow_nbdev.base.folders import resolve_folder\n'
+            'print(ENDPOINT, resolve_folder("me/notes"))\n'
+            'try: resolve_folder("me/nothing")\nexcept OSError as e: print(e)')
+    where = {**os.environ, 'PYTHONPATH': str(root), 'HF_ENDPOINT': hub.url, 'HF_HOME': str(home), 'HF_HUB_OFFLINE': '1'}
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=where)
+    first, second = done.stdout.splitlines()
+    assert first == f'{hub.url} {folder}' and 'while HF_HUB_OFFLINE is set' in second and not hub.requests
+
+def test_where_nobody_answers(hub, monkeypatch):
+    for name in ('ENDPOINT', 'HUGGINGFACE_CO_URL_TEMPLATE'):
+        monkeypatch.setattr(constants, name, getattr(constants, name).replace(hub.url, 'http://127.0.0.1:9'))
+    with pytest.raises(FileNotFoundError, match=r'the Hub cannot be reached \(ConnectError\); look at the network') as e:
+        resolve_folder('me/digits')
+    assert '\n' not in str(e.value)
+
+# what goes wrong
+
+def test_each_error_is_a_line_that_says_what_to_do(hub, tmp_path):
+    hub.add('me/gated', {'config.json': b'{}'}, gated='another')
+    hub.add('me/plain', {'config.json': b'{}', 'llm/config.json': b'{}'})
+    for act, why in ((lambda: resolve_folder('me/gated'), f'me/gated: is gated; ask for access at {hub.url}/me/gated, then log in'),
+                     (lambda: resolve_folder('me/nothing'), 'no such model on the Hub'),
+                     (lambda: resolve_folder('me/plain', 'video'), 'no such folder in the model'),
+                     (lambda: resolve_folder(shipped, 'video'), 'no such folder in the model; it has image_tokenizer, llm'),
+                     (lambda: V2Flow.from_pretrained('me/plain'), 'format 1, this one reads 3'),
+                     (lambda: V2FlowPipeline.from_pretrained('me/plain'), 'model_index.json: missing')):
+        with pytest.raises(OSError) as e: act()
+        assert why in str(e.value) and '\n' not in str(e.value), str(e.value)
+
+def test_a_transfer_that_is_cut_off_is_taken_up(hub):
+    data = os.urandom(3000)
+    hub.add('me/big', {'model.safetensors': data})
+    hub.faults['model.safetensors'] = ['cut']
+    assert (fetch('me/big')/'model.safetensors').read_bytes() == data
+    assert hub.got() == ['model.safetensors']*2 and not hub.faults['model.safetensors']
+
+def test_a_transfer_that_is_always_cut_off_leaves_no_half_file(hub, tmp_path, monkeypatch):
+    import huggingface_hub.file_download as download
+    hub.add('me/big', {'model.safetensors': b'x'})
+    hub.faults['model.safetensors'] = ['cut']*20                  # a byte's first half is no byte: nothing arrives
+    monkeypatch.setattr(download.time, 'sleep', lambda s: None)
+    with pytest.raises(FileNotFoundError) as e: fetch('me/big')
+    assert '\n' not in str(e.value) and not cached(tmp_path)
+    with pytest.raises(FileNotFoundError): resolve_folder('me/big', local_files_only=True)
+    hub.faults.clear()
+    assert (fetch('me/big')/'model.safetensors').read_bytes() == b'x'
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'config.json'])
+def test_a_file_that_was_changed_on_the_way_is_refused_and_removed(name, hub, tmp_path):
+    hub.add('me/big', {name: b'{"n": 1}', 'other.json': b'{}'})
+    hub.faults[name] = ['altered']
+    with pytest.raises(OSError, match=f'{re.escape(name)} was changed on the way'): fetch('me/big')
+    assert len(cached(tmp_path)) == 1
+    assert (fetch('me/big')/name).read_bytes() == b'{"n": 1}'     # and the next time it is fetched anew
+    hub.faults[name] = ['altered']
+    with pytest.raises(OSError, match='was changed on the way'): fetch('me/big', force_download=True)
+
+# what people pass
+
+def models():
+    from v2flow_nbdev.evaluation.judges import ImageClassifier
+    from v2flow_nbdev.models.autoencoder import load_autoencoder
+    from v2flow_nbdev.models.latents import AutoencoderLatents
+    from v2flow_nbdev.models.vocabulary import Vocabulary
+    from v2flow_nbdev.systems.teacher import Teacher
+    from v2flow_nbdev.systems.tokenflow import TokenFlow
+    from v2flow_nbdev.systems.tokenflow_pipeline import TokenFlowPipeline
+    return dict(classifier=ImageClassifier, autoencoder=AutoencoderLatents, vocabulary=Vocabulary, teacher=Teacher,
+                tokenflow=TokenFlow, tokenflow_pipeline=TokenFlowPipeline, v2flow=V2Flow, pipeline=V2FlowPipeline)
+
+@pytest.mark.parametrize('kind', models())
+def test_everything_takes_what_people_pass(kind, hub, tmp_path):
+    "Settings reach the Hub; an old name says the new one, on the Hub and in a folder alike"
+    load = models()[kind].from_pretrained
+    hub.add('me/private', {'config.json': b'{}', 'x/config.json': b'{}'}, private='right')
+    names = inspect.signature(load).parameters
+    assert {'subfolder', 'revision', 'hub'} <= set(names) and ('device' in names) == (kind != 'vocabulary')
+    with pytest.raises(FileNotFoundError, match='if it is private'): load('me/private', token='wrong', cache_dir=tmp_path/'a')
+    assert not (tmp_path/'a').exists() or not list((tmp_path/'a').rglob('blobs/*'))
+    with pytest.raises(OSError) as e: load('me/private', subfolder='x', token='right', cache_dir=tmp_path/'b', force_download=True)
+    assert 'private' not in str(e.value).split(':')[1] and list((tmp_path/'b').rglob('blobs/*')) or kind.endswith('pipeline')
+    with pytest.raises(FileNotFoundError, match='while local_files_only=True'):
+        load('me/private', local_files_only=True, cache_dir=tmp_path/'c')
+    for place in ('me/private', tmp_path):
+        with pytest.raises(TypeError, match='torch_dtype: is called dtype here'): load(place, torch_dtype=torch.float16)
+        with pytest.raises(TypeError, match='unknown; there are revision, token'): load(place, tokens='x')
+
+def test_the_names_of_the_settings_are_those_of_huggingface_hub():
+    import huggingface_hub
+    assert set(hub_settings) <= set(inspect.signature(huggingface_hub.snapshot_download).parameters)

@@ -188,3 +188,74 @@ def test_everything_takes_what_people_pass(kind, hub, tmp_path):
 def test_the_names_of_the_settings_are_those_of_huggingface_hub():
     import huggingface_hub
     assert set(hub_settings) <= set(inspect.signature(huggingface_hub.snapshot_download).parameters)
+
+# model cards
+
+licences = 'apache-2.0 mit bsd-3-clause cc-by-4.0 cc-by-sa-4.0 llama2 llama3 other unknown'.split()  # some of the Hub's
+
+def card_of(text):
+    "Read as the Hub reads it, and held to its documented fields"
+    from huggingface_hub import ModelCard
+    card = ModelCard(text)
+    known = {'license', 'license_name', 'license_link', 'library_name', 'pipeline_tag', 'tags', 'datasets', 'base_model', 'language',
+             'model_name', 'eval_results'}
+    told = {k for k,v in vars(card.data).items() if v is not None and k != 'ignore_metadata_errors'}
+    assert told <= known and card.data.license in licences and card.data.library_name == 'v2flow_nbdev', told
+    assert card.data.pipeline_tag in ('text-to-image', 'image-feature-extraction', 'image-classification')
+    return card
+
+def usage(card): return re.search(r'```python\n(.*?)```', card.content, re.S)[1]
+
+def test_a_card_tells_the_hub_what_it_documents_and_its_usage_runs(hub, pipe):
+    pipe.push_to_hub('me/digits', card=dict(license='apache-2.0', datasets=['me/data'], base_model='org/llama', language='en',
+                                            tags=['digits'], trained_on='1,500 digits.'))
+    card = card_of(hub.files('me/digits')['README.md'].decode())
+    assert hub.cards and 'image_tokenizer/README.md' not in hub.files('me/digits')
+    assert (card.data.license, card.data.datasets, card.data.base_model) == ('apache-2.0', ['me/data'], 'org/llama')
+    assert {'text-to-image', 'image-to-text'} & {card.data.pipeline_tag, *card.data.tags} and 'digits' in card.data.tags
+    for part in ('## Usage', '## Scores', '## Training data\n\n1,500 digits.', '## Limits', 'Of this model: apache-2.0'):
+        assert part in card.content, part
+    names = {}
+    exec(usage(card), names)
+    assert names['image'].size == (8, 8) and isinstance(names['caption'], str)
+
+def test_scores_go_with_the_parameters_they_are_of(hub, pipe, tmp_path):
+    written = json.loads((shipped/'scores.json').read_text())
+    pipe.push_to_hub('me/digits')
+    card = card_of(hub.files('me/digits')['README.md'].decode())
+    told = {e.metric_name: (e.metric_type, e.metric_value) for e in card.data.eval_results}
+    assert told['generation_accuracy'] == ('accuracy', written['generation_accuracy']) and told['psnr_db'][0] == 'psnr'
+    assert {n for n in written if not n.endswith('_n')} == set(told) and card.data.eval_results[0].task_type == 'text-to-image'
+    again = V2FlowPipeline.from_pretrained('me/digits')                           # and they travel on with it
+    again.save_pretrained(tmp_path/'copy')
+    assert 'generation_accuracy' in (tmp_path/'copy/README.md').read_text()
+    with torch.no_grad(): again.llm.lm_head.weight[0, 0] += 1                     # another model, never scored
+    again.save_pretrained(tmp_path/'copy'); again.push_to_hub('me/other')
+    assert not card_of((tmp_path/'copy/README.md').read_text()).data.eval_results
+    assert b'None are stored' in hub.files('me/other')['README.md'] and 'scores.json' not in hub.files('me/other')
+
+def test_a_card_that_a_person_wrote_stays(hub, pipe, tmp_path):
+    tok, mine = pipe.image_tokenizer, '# Written by hand'
+    tok.save_pretrained(tmp_path/'tok'); (tmp_path/'tok/README.md').write_text(mine); tok.save_pretrained(tmp_path/'tok')
+    assert (tmp_path/'tok/README.md').read_text() == mine
+    hub.add('me/tok', {'README.md': mine.encode()}); tok.push_to_hub('me/tok')
+    assert hub.files('me/tok')['README.md'].decode() == mine and 'model.safetensors' in hub.files('me/tok')
+    tok.push_to_hub('me/new'); first = hub.files('me/new')['README.md']
+    tok.push_to_hub('me/new', card=dict(license='mit'))
+    assert hub.files('me/new')['README.md'] != first                              # ours is replaced
+
+def test_a_wrong_field_of_a_card_leaves_no_repository(hub, pipe):
+    with pytest.raises(ValueError, match='card: unknown licence; there are license'):
+        pipe.image_tokenizer.push_to_hub('me/tok', card=dict(licence='mit'))
+    assert 'me/tok' not in hub.repos
+
+def test_every_saved_model_gets_a_card_whose_usage_runs(hub, pipe, tmp_path):
+    from v2flow_nbdev.systems.tokenflow import TokenFlow, TokenFlowConfig
+    pipe.image_tokenizer.push_to_hub('me/v2flow')
+    tok = TokenFlow(TokenFlowConfig(image_size=(32, 32), sides=(1, 2, 4), codebook_size=32, width=16, project_width=16)).eval()
+    tok.quantizer.initialised.fill_(True)
+    tok.push_to_hub('me/tokenflow')
+    for name in ('me/v2flow', 'me/tokenflow'):
+        card, names = card_of(hub.files(name)['README.md'].decode()), {}
+        exec(usage(card), names)
+        assert names['back'].shape == names['images'].shape and card.data.tags[0] == 'image-tokenizer'

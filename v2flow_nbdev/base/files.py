@@ -148,7 +148,7 @@ hub_settings = ('revision', 'token', 'cache_dir', 'local_files_only', 'force_dow
 # what people pass elsewhere, and what to do here
 said_otherwise = dict(
     torch_dtype='is called dtype here, as in newer versions of `transformers`', use_auth_token='is called token',
-    device_map='is called device here: a model lies on one device', resume_download='leave it out: transfers are resumed',
+    device_map='is called device here: a model lies on one', resume_download='leave it out: transfers are resumed',
     use_safetensors='leave it out: nothing else is read', trust_remote_code='leave it out: no code of a model is run',
     dtype='leave it out: this computes in float32 alone, so that its numbers can be compared',
     device='leave it out: this is a table, read to the CPU', variant='leave it out: the plain files are read')
@@ -211,12 +211,12 @@ def check_arrived(
     for name, state in states(cache).items():
         path = cache/'blobs'/name
         if before.get(name) == state or is_content(path, name): continue
-        known = next((p.name for p in cache.glob('snapshots/*/**/*') if p.is_symlink() and p.resolve() == path.resolve()),
-                     name[:12])
+        links = (p for p in cache.glob('snapshots/*/**/*') if p.is_symlink())
+        known = next((p.name for p in links if p.resolve() == path.resolve()), name[:12])
         path.unlink()
         repository_name = cache.name.removeprefix('models--').replace('--', '/')
-        raise OSError(f"{repository_name}: {known} was changed on the way (its checksum is another) and was removed; fetch "
-                      f"it again")
+        raise OSError(f"{repository_name}: {known} was changed on the way (its checksum is another) and was removed; "
+                      f"fetch it again")
 
 def states(cache)->dict:
     "name → what tells a file from one that was written anew"

@@ -6,11 +6,13 @@
 __all__ = ['push_to_hub']
 
 # %% ../../nbs/base/03_folders.ipynb #bcc7370d
-import re
+import hashlib, math, re
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
-from .files import check_hub_settings, fetch, open_tensors, read_json
+from .files import (
+    check_hub_settings, fetch, open_tensors, read_json, readable, repository, write_atomically)
 
 # %% ../../nbs/base/03_folders.ipynb #42ad38a0
 single_name = 'model.safetensors'             # a checkpoint in one file
@@ -157,10 +159,122 @@ def config_from_dict(
     except ValueError as e:
         raise ValueError(f"{prefix}{e}" if str(e).split('=')[0] in known and prefix else str(e)) from None
 
+# %% ../../nbs/base/03_folders.ipynb #03f0a002
+card_mark = ('<!-- Written by v2flow_nbdev, and replaced when the model is saved again. Remove this line to keep what '
+             'you write. -->')
+
+# what its maker says with `card=`; the first six are fields of the Hub, the last is a paragraph
+card_fields = ('license', 'license_name', 'license_link', 'datasets', 'base_model', 'language', 'tags', 'trained_on')
+
+def has_own_card(path:Path)->bool:
+    "Did a person write this `README.md`?"
+    return path.is_file() and card_mark not in path.read_text(encoding='utf-8', errors='replace')
+
+def card_data(
+    facts:dict,   # see `model_card`
+    name:str,     # of the model
+    given:dict,   # some of `card_fields`
+    scores:dict,  # name → number
+):                # `huggingface_hub.ModelCardData`
+    "The head of a model card, in the fields that the Hub documents"
+    from huggingface_hub import EvalResult, ModelCardData
+    if unknown := set(given) - set(card_fields):
+        raise ValueError(f"card: unknown {', '.join(sorted(unknown))}; there are {', '.join(card_fields)}")
+    data = (given.get('datasets') or ['held-out examples'])[0]
+    kinds = ('psnr', 'ssim', 'accuracy', 'perplexity')
+    results = [EvalResult(facts['pipeline_tag'], data, data, next((k for k in kinds if k in n), n), v, metric_name=n)
+               for n,v in scores.items()]
+    fields = {k: v for k,v in (facts | given).items() if k in card_fields[:6] and v}
+    tags = [*dict.fromkeys([*facts['tags'], *given.get('tags', ())])]
+    return ModelCardData(**{'license': 'unknown'} | fields, library_name='v2flow_nbdev', tags=tags,
+                         pipeline_tag=facts['pipeline_tag'],
+                         **dict(model_name=name, eval_results=results) if scores else {})
+
+# %% ../../nbs/base/03_folders.ipynb #03f0a003
+def model_card(
+    facts:dict,   # what `describe()` of a model gives: title, what, usage, limits, pipeline_tag, tags
+    name:str,     # by which it is loaded: a Hub id, or a folder
+    given:dict,   # some of `card_fields`
+    scores:dict,  # name → number
+)->str:           # a `README.md`
+    "A model card: what a model is, how it is used, how well it does, where it comes from, what it cannot do"
+    short = name.rstrip('/').split('/')[-1]
+    rows = [f'| `{n}` | {v:.4g} |' for n,v in scores.items()]
+    table = '\n'.join(['| score | value |', '|---|---|', *rows]) if rows else 'None are stored beside this model.'
+    unsaid = 'Not stated. Whoever trained the model knows, and can say so with `card=dict(trained_on=…)`.'
+    license = given.get('license') or 'not stated: ask whoever published it before you use it'
+    parts = [f'# {short}: {facts["title"]}', facts['what'], '## Usage',
+             f'```sh\npip install git+{repository}\n```',
+             f"```python\n{facts['usage'].replace('NAME', repr(name))}\n```",
+             '## Scores', table, '## Training data', given.get('trained_on') or unsaid, '## Limits', facts['limits'],
+             '## Licence', f'Of this model: {license}. Of the library: Apache-2.0.', card_mark]
+    return f'---\n{card_data(facts, short, given, scores).to_yaml()}\n---\n\n' + '\n\n'.join(parts) + '\n'
+
+# %% ../../nbs/base/03_folders.ipynb #03f0a004
+def values_of(folder:Path)->dict:
+    "Safetensors file → checksum of its values, the same in any dtype that holds them; a codebook's EMA does not count"
+    def digest(path):
+        found = hashlib.sha256()
+        with open_tensors(path) as f:
+            for n in sorted(n for n in f.keys() if not n.endswith('quantizer.lengths')):
+                found.update(n.encode() + f.get_tensor(n).float().numpy().tobytes())
+        return found.hexdigest()
+    return {p.relative_to(folder).as_posix(): digest(p) for p in sorted(folder.rglob('*.safetensors'))}
+
+def read_scores(folder)->dict:
+    "The numbers of a `scores.json`, without the counts that belong to them; none where there is no such file"
+    content = read_json(folder/'scores.json') if folder and (folder/'scores.json').is_file() else {}
+    return {n: v for n,v in content.items() if type(v) in (int, float) and math.isfinite(v) and not n.endswith('_n')}
+
+@contextmanager
+def with_card(
+    folder:str|Path,  # that a model is saved to
+    model,            # has `describe()`; its `source`, if any, is the folder that it was loaded from
+    card=None,        # some of `card_fields`
+):
+    "Around saving: the folder's card is written, unless it is a person's; scores stay with the parameters they are of"
+    folder, given = Path(folder), card or {}
+    scored = {place: values_of(place) for place in (folder, getattr(model, 'source', None)) if read_scores(place)}
+    card_data(model.describe(), '', given, {})                                     # a wrong field is told before
+    yield
+    here = values_of(folder) if scored else {}
+    scores = next((read_scores(p) for p, values in scored.items() if values and values.items() <= here.items()), {})
+    if has_own_card(folder/'README.md'): return
+    with write_atomically(folder/'README.md') as tmp:
+        tmp.write_text(model_card(model.describe(), readable(folder), given, scores), encoding='utf-8')
+
+# %% ../../nbs/base/03_folders.ipynb #03f0a008
+def card_for(
+    folder:Path,  # that a model was saved to
+    model,        # the same
+    repo_id:str,  # by which it will be loaded
+    given:dict,   # some of `card_fields`
+):
+    "Its card, with the name and the scores that it has on the Hub"
+    source = getattr(model, 'source', None)
+    known = read_scores(source)
+    scores = known if known and values_of(source).items() <= values_of(folder).items() else {}
+    (folder/'README.md').write_text(model_card(model.describe(), repo_id, given, scores), encoding='utf-8')
+    if scores: (folder/'scores.json').write_bytes((source/'scores.json').read_bytes())
+
+def leave_own_card(
+    api,           # `HfApi`
+    card:Path,     # that would be uploaded; removed where a person wrote the one that is there
+    repo_id:str,
+    settings:dict, # of the upload
+):
+    "A card of the Hub that a person wrote stays"
+    from huggingface_hub.errors import EntryNotFoundError
+    where = {k: settings[k] for k in ('token', 'repo_type', 'revision') if k in settings}
+    try: there = Path(api.hf_hub_download(repo_id, 'README.md', **where))
+    except EntryNotFoundError: return
+    if has_own_card(there): card.unlink()
+
 # %% ../../nbs/base/03_folders.ipynb #040e7177
 def push_to_hub(
     model:Any,    # anything with `save_pretrained(folder)`
     repo_id:str,  # "user/name"; made if missing
+    card:dict|None=None,  # of a model with a card: its license, datasets, base_model, …, see `card_fields`
     # to `huggingface_hub.HfApi.upload_folder`, such as `commit_message`; `private`, `token` and `repo_type` count when
     # the repository is made
     **kwargs,
@@ -169,10 +283,13 @@ def push_to_hub(
     leaves no repository behind"""
     from tempfile import TemporaryDirectory
     from huggingface_hub import HfApi
+    api = HfApi()
     made = {k: kwargs.pop(k) for k in ('private',) if k in kwargs} | {k: kwargs[k] for k in ('token', 'repo_type')
         if k in kwargs}
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        HfApi().create_repo(repo_id, exist_ok=True, **made)
-        return HfApi().upload_folder(repo_id=repo_id, folder_path=folder,
-                                     **dict(delete_patterns=['*.safetensors', '*config.json', '*.index.json']) | kwargs)
+        if described := hasattr(model, 'describe'): card_for(Path(folder), model, repo_id, card or {})
+        api.create_repo(repo_id, exist_ok=True, **made)
+        if described: leave_own_card(api, Path(folder)/'README.md', repo_id, kwargs)
+        return api.upload_folder(repo_id=repo_id, folder_path=folder,
+                                 **dict(delete_patterns=['*.safetensors', '*config.json', '*.index.json']) | kwargs)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from ..base.precision import multiplies_bf16
 from ..base.files import open_tensors, read_json, write_folder, write_json
-from ..base.folders import push_to_hub, resolve_folder, tensor_files, weights_variant
+from ..base.folders import push_to_hub, resolve_folder, tensor_files, weights_variant, with_card
 from ..base.gguf import llm_folder
 from ..base.tables import find_table, read_embeddings, tensor_info
 from ..base.text import load_text_tokenizer
@@ -136,6 +136,7 @@ def write_pipeline(
     "Write `model_index.json`, `image_tokenizer/` and `llm/`; all or nothing"
     with write_folder(folder, replaces=['image_tokenizer', 'llm']) as new:
         pipe.image_tokenizer.save_pretrained(new/'image_tokenizer', dtype)
+        (new/'image_tokenizer/README.md').unlink(missing_ok=True)  # one card for all
         if pipe.base: save_adapter(pipe.llm, new/'llm', pipe.base, dtype)
         else:
             llm = merge(pipe.llm)  # what `peft` keeps beside the parameters goes into them
@@ -146,6 +147,26 @@ def write_pipeline(
             image_tokenizer=['v2flow_nbdev', 'V2Flow'],
             llm=['transformers', type(getattr(pipe.llm, 'get_base_model', lambda: pipe.llm)()).__name__],
             defaults=pipe.defaults))
+
+# %% ../../nbs/language/26_loading.ipynb #26f0a001
+def describe_pipeline(
+    kind:str,         # its class
+    image_tokenizer,  # has `describe()`
+    llm,              # a causal language model
+)->dict:              # for `model_card`
+    "What the card of a pipeline says"
+    tok, c = image_tokenizer.describe(), llm.config
+    module = 'v2flow_nbdev' if kind == 'V2FlowPipeline' else 'v2flow_nbdev.systems.tokenflow_pipeline'
+    number = sum(p.numel() for p in llm.parameters())/1e6
+    usage = [f'from {module} import {kind}', f'pipe = {kind}.from_pretrained(NAME)',
+             "image = pipe('what the image shows').images[0]   # a PIL image", 'caption = pipe.caption(image)']
+    return tok | dict(
+        title='captions to images and back', pipeline_tag='text-to-image', usage='\n'.join(usage),
+        tags=[*tok['tags'][1:], 'image-to-text', 'llm'],
+        what=f"An image tokenizer and a language model that writes its ids. Image tokenizer: {tok['what']} Language "
+             f"model: `{type(llm).__name__}`, {number:.1f} million parameters, vocabulary of {c.vocab_size:,} tokens.",
+        limits=f"It draws and describes what its training data showed; a caption of anything else gives an image of "
+               f"something it knows. Nothing is filtered. {tok['limits']}")
 
 # %% ../../nbs/language/26_loading.ipynb #5b37c0a6
 # what a pipeline is loaded from; logs and images beside it are not fetched
@@ -181,7 +202,7 @@ class PipelineFolder:
         llm, tokenizer = load_llm(resolve_folder(folder, 'llm'), own, attn_implementation, **hub)
         pipe = cls(image_tokenizer, llm.to(device).eval(), tokenizer, defaults)
         if int8 and (why := unsupported(pipe.llm, int8)): raise ValueError(f"dtype=torch.int8: {why}")
-        pipe.int8 = int8
+        pipe.int8, pipe.source = int8, folder
         return pipe
 
     @property
@@ -205,9 +226,15 @@ class PipelineFolder:
     def save_pretrained(self,
         folder:str|Path,  # made if missing; a pipeline that lies there is replaced
         dtype:torch.dtype|None=None,  # floats are stored as this, where that changes no id; None: as they are
+        card:dict|None=None,          # what its maker says on the model card, see `card_fields`
     )->None:
-        "Write a pipeline folder that `from_pretrained` loads"
-        write_pipeline(self, folder, dtype)
+        "Write a pipeline folder that `from_pretrained` loads, and its model card"
+        with with_card(folder, self, card): write_pipeline(self, folder, dtype)
+
+    def describe(self)->dict:
+        "What the model card says"
+        told = describe_pipeline('V2FlowPipeline', self.image_tokenizer, self.llm)
+        return told | (dict(base_model=self.base) if '/' in str(self.base) else {})
 
     def push_to_hub(self, repo_id:str, **kwargs)->Any:
         "Upload what `save_pretrained` writes; see `push_to_hub`"

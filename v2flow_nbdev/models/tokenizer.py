@@ -14,11 +14,12 @@ from einops import rearrange
 from torch import nn
 from ..base.precision import at_least_float32_by
 from ..base.files import read_tensors
-from ..base.folders import push_to_hub, resolve_folder
+from ..base.folders import push_to_hub, resolve_folder, with_card
 from ..base.tables import table_checksum
 from ..base.images import check_counts, check_images
-from .tokenizer_config import (
-    V2FlowConfig, check_ids, check_latents, read_tokenizer_config, save_image_tokenizer, with_autoencoder)
+from v2flow_nbdev.models.tokenizer_config import (
+    V2FlowConfig, check_ids, check_latents, describe_tokenizer, read_tokenizer_config, save_image_tokenizer,
+    with_autoencoder)
 from .latents import AutoencoderLatents, PixelLatents
 from .vocabulary import Vocabulary
 from .resampler import VocabularyResampler
@@ -187,9 +188,17 @@ class _Saved:
     def save_pretrained(self,
         folder:str|Path,  # made if missing; a tokenizer that lies there is replaced
         dtype:torch.dtype|None=None,  # floats are stored as this, where that changes no id; None: as they are
+        card:dict|None=None,          # what its maker says on the model card, see `card_fields`
     )->None:
-        "Write a folder that gives the ids this tokenizer gives, whatever `dtype` and cast; all or nothing"
-        save_image_tokenizer(self, folder, dtype)
+        """Write a folder that gives the ids this tokenizer gives, whatever `dtype` and cast; all or nothing, then its
+        model card"""
+        with with_card(folder, self, card): save_image_tokenizer(self, folder, dtype)
+
+    def describe(self)->dict:
+        "What the model card says"
+        number = sum(p.numel() for p in self.parameters())
+        facts = describe_tokenizer('V2Flow', self.config, number, 'V²Flow', '2503.07493')
+        return facts | (dict(base_model=self.config.vocab_source) if '/' in self.config.vocab_source else {})
 
     @classmethod
     def from_pretrained(cls,
@@ -204,8 +213,11 @@ class _Saved:
     )->'V2Flow':                  # in `eval()`
         """Load what `save_pretrained` wrote; a vocabulary of another model is an error, a missing one leaves a
         tokenizer that only decodes"""
-        folder = resolve_folder(name, subfolder, revision, [*tokenizer_files, *autoencoder_files*bool(autoencoder)], **hub)
-        return load_image_tokenizer(cls, folder, autoencoder, tiling, **hub).to(device=device, dtype=dtype)
+        needed = [*tokenizer_files, *autoencoder_files*bool(autoencoder)]
+        folder = resolve_folder(name, subfolder, revision, needed, **hub)
+        tok = load_image_tokenizer(cls, folder, autoencoder, tiling, **hub).to(device=device, dtype=dtype)
+        tok.source = folder
+        return tok
 
     def push_to_hub(self, repo_id:str, **kwargs)->Any:
         "Upload what `save_pretrained` writes; see `push_to_hub`"

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Callable
 import torch
 from ..base.files import read_json, read_tensors, write_folder, write_json, write_tensors
-from ..base.folders import push_to_hub, resolve_folder
+from ..base.folders import push_to_hub, resolve_folder, with_card
 from ..base.images import check_counts, to_pil
 from ..base.tables import table_checksum
 from ..base.text import text_ids
 from ..language.text_models import check_attention, first_id, max_sequence_length
 from ..language.generation import check_sampling
-from ..language.loading import load_llm, move_llm, pipeline_files, read_index
+from ..language.loading import describe_pipeline, load_llm, move_llm, pipeline_files, read_index
 from ..language.pipeline import PipelineOutput, is_batch, one_caption_each, prepare_images
 from .tokenflow import TokenFlow
 from .next_scale import generate_scales
@@ -98,22 +98,26 @@ class _NextScaleFolder:
         if attn_implementation == 'flash_attention_2':
             raise ValueError("attention 'flash_attention_2': takes no mask with blocks; use sdpa")
         check_attention(attn_implementation, dtype, device)
-        folder = resolve_folder(name, subfolder, revision, [*pipeline_files, 'next_scale/*.json', 'next_scale/*.safetensors'],
-                                **hub)
+        needed = [*pipeline_files, 'next_scale/*.json', 'next_scale/*.safetensors']
+        folder = resolve_folder(name, subfolder, revision, needed, **hub)
         defaults = read_index(folder/'model_index.json', cls.format_version, 'TokenFlowPipeline', scale_defaults)
         tok = TokenFlow.from_pretrained(folder, 'image_tokenizer', dtype=dtype, device=device)
         llm, tokenizer = load_llm(resolve_folder(folder, 'llm'), dtype, attn_implementation)
         model = load_next_scale(folder/'next_scale', llm, tok, first_id(tokenizer))
-        return cls(tok, model, tokenizer, defaults).to(device=device, dtype=dtype)
+        pipe = cls(tok, model, tokenizer, defaults).to(device=device, dtype=dtype)
+        pipe.source = folder
+        return pipe
 
     def save_pretrained(self,
         folder:str|Path,  # made if missing; a pipeline that lies there is replaced
         dtype:torch.dtype|None=None,  # floats are stored as this, where that changes no id; None: as they are
+        card:dict|None=None,          # what its maker says on the model card, see `card_fields`
     )->None:
-        "Write `model_index.json`, `image_tokenizer/`, `llm/` and `next_scale/`; all or nothing"
+        "Write `model_index.json`, `image_tokenizer/`, `llm/` and `next_scale/`, all or nothing, and the model card"
         llm = self.model.llm
-        with write_folder(folder, replaces=['image_tokenizer', 'llm', 'next_scale']) as new:
+        with with_card(folder, self, card), write_folder(folder, ['image_tokenizer', 'llm', 'next_scale']) as new:
             self.image_tokenizer.save_pretrained(new/'image_tokenizer', dtype)
+            (new/'image_tokenizer/README.md').unlink(missing_ok=True)  # one card for all
             (copy.deepcopy(llm).to(dtype) if dtype else llm).save_pretrained(new/'llm')
             self.tokenizer.save_pretrained(new/'llm')
             write_next_scale(self.model, new/'next_scale', dtype)
@@ -121,6 +125,10 @@ class _NextScaleFolder:
                 _class_name='TokenFlowPipeline', format_version=self.format_version,
                 image_tokenizer=['v2flow_nbdev', 'TokenFlow'], llm=['transformers', type(llm).__name__],
                 next_scale=['v2flow_nbdev', 'TokenFlowLLM'], defaults=self.defaults))
+
+    def describe(self)->dict:
+        "What the model card says"
+        return describe_pipeline('TokenFlowPipeline', self.image_tokenizer, self.model.llm)
 
     def push_to_hub(self, repo_id:str, **kwargs)->Any:
         "Upload what `save_pretrained` writes; see `push_to_hub`"

@@ -259,3 +259,12 @@ def test_every_saved_model_gets_a_card_whose_usage_runs(hub, pipe, tmp_path):
         card, names = card_of(hub.files(name)['README.md'].decode()), {}
         exec(usage(card), names)
         assert names['back'].shape == names['images'].shape and card.data.tags[0] == 'image-tokenizer'
+
+def test_a_processor_comes_alone(hub, pipe):
+    from v2flow_nbdev.language.processor import V2FlowProcessor
+    hub.add('me/digits', content(shipped)); V2FlowProcessor.of(pipe).push_to_hub('me/processor')
+    for name in ('me/digits', 'me/processor'):
+        hub.requests.clear()
+        assert V2FlowProcessor.from_pretrained(name)('a six')['input_ids'].tolist() == V2FlowProcessor.of(pipe)('a six')[
+            'input_ids'].tolist()
+        assert not [f for f in hub.got() if f.endswith('safetensors')]

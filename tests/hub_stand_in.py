@@ -107,6 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self, body):
         asked = json.loads(body)
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        if not self.headers.get('Authorization'): return self.refuse(401, 'Unauthorized', 'Invalid username or password.')
+        if not name.startswith('me/'): return self.refuse(403, 'Forbidden', f"You don't have the rights to create a model under {name}")
         if name in self.hub.repos: return self.answer(409, dict(error='You already created this model repo', url=f'{self.hub.url}/{name}'))
         self.hub.add(name, {}, private=self.headers.get('Authorization', '').removeprefix('Bearer ')
                      if asked.get('private') or asked.get('visibility') == 'private' else False)

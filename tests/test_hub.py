@@ -68,17 +68,18 @@ def test_of_a_subfolder_its_files_alone_are_fetched(hub):
     V2Flow.from_pretrained('me/digits', subfolder='image_tokenizer')
     names = 'config.json model.safetensors vocabulary.json vocabulary.safetensors'.split()
     assert hub.got() == [f'image_tokenizer/{n}' for n in names]
-    assert len(hub.requests) == 2 + 2*len(names)                 # commit, list of files; then head and body of each
+    asked = lambda: [p for _, p in hub.requests if 'me/digits' in p]
+    assert len(asked()) == 2 + 2*len(names)                      # commit, list of files; then head and body of each
     hub.requests.clear(); V2Flow.from_pretrained('me/digits', subfolder='image_tokenizer')
-    assert len(hub.requests) == 1                                # is there a newer commit?
+    assert len(asked()) == 1                                     # is there a newer commit?
 
 def test_of_a_pipeline_its_parts_alone_are_fetched(hub):
     extra = {'llm/pytorch_model.bin': b'pickle', 'llm/training_args.pt': b'pickle', 'llm/flax_model.msgpack': b'x'}
     inside = {f'best/{p}': d for p,d in (content(shipped) | extra).items()}
-    hub.add('me/runs', inside | {'README.md': b'x'})
+    hub.add('me/runs', inside | {'notes.md': b'x'})
     pipe = V2FlowPipeline.from_pretrained('me/runs', subfolder='best')
     assert pipe('a one', generator=torch.Generator().manual_seed(1)).images
-    assert hub.got() == sorted(f'best/{p}' for p in pipeline_parts)
+    assert hub.got() == sorted(f'best/{p}' for p in [*pipeline_parts, 'README.md'])
 
 # the network off
 
@@ -234,6 +235,19 @@ def test_scores_go_with_the_parameters_they_are_of(hub, pipe, tmp_path):
     assert not card_of((tmp_path/'copy/README.md').read_text()).data.eval_results
     assert b'None are stored' in hub.files('me/other')['README.md'] and 'scores.json' not in hub.files('me/other')
 
+def test_what_a_maker_said_stays_with_the_parameters(hub, pipe, tmp_path):
+    pipe.push_to_hub('me/digits', card=dict(license='mit', datasets=['me/data'], trained_on='Digits.', tags=['eight pixels']))
+    again = V2FlowPipeline.from_pretrained('me/digits')
+    again.save_pretrained(tmp_path/'copy'); again.push_to_hub('me/copy', card=dict(datasets=['me/other']))
+    for text, data in (((tmp_path/'copy/README.md').read_text(), 'me/data'), (hub.files('me/copy')['README.md'].decode(), 'me/other')):
+        card = card_of(text)
+        assert (card.data.license, card.data.datasets) == ('mit', [data]) and '\n\nDigits.\n\n' in card.content
+        assert 'eight pixels' in card.data.tags
+    with torch.no_grad(): again.llm.lm_head.weight[0, 0] += 1
+    again.push_to_hub('me/other')                                                 # further training: who knows on what
+    card = card_of(hub.files('me/other')['README.md'].decode())
+    assert card.data.license == 'unknown' and not card.data.datasets and 'Not stated' in card.content
+
 def test_a_card_that_a_person_wrote_stays(hub, pipe, tmp_path):
     tok, mine = pipe.image_tokenizer, '# Written by hand'
     tok.save_pretrained(tmp_path/'tok'); (tmp_path/'tok/README.md').write_text(mine); tok.save_pretrained(tmp_path/'tok')
@@ -268,3 +282,83 @@ def test_a_processor_comes_alone(hub, pipe):
         assert V2FlowProcessor.from_pretrained(name)('a six')['input_ids'].tolist() == V2FlowProcessor.of(pipe)('a six')[
             'input_ids'].tolist()
         assert not [f for f in hub.got() if f.endswith('safetensors')]
+
+# every kind of model, there and back
+
+checkpoints = root/'data/checkpoints'
+
+def noise(*shape, seed=0): return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))*2 - 1
+
+def test_a_tokenizer_brings_its_autoencoder(hub):
+    tok, images = V2Flow.from_pretrained(checkpoints/'emoji', 'image_tokenizer'), noise(2, 3, 64, 64)
+    tok.push_to_hub('me/emoji-tokenizer')
+    back = V2Flow.from_pretrained('me/emoji-tokenizer')
+    ids = tok.encode(images)
+    assert torch.equal(back.encode(images), ids) and 'autoencoder/config.json' in hub.got()
+    draw = lambda t: t.decode(ids, generator=torch.Generator().manual_seed(0), n_iter=1, n_steps=1)
+    assert torch.equal(draw(back), draw(tok))
+
+def test_settings_reach_what_a_model_names_on_the_hub(hub, tmp_path):
+    "A tokenizer whose autoencoder is a private repository: the token is passed on"
+    folder = shutil.copytree(checkpoints/'emoji/image_tokenizer', tmp_path/'tok')
+    shutil.move(folder/'autoencoder', tmp_path/'vae'); hub.add('me/vae', content(tmp_path/'vae'), private='right')
+    config = json.loads((folder/'config.json').read_text()) | dict(autoencoder='me/vae')
+    (folder/'config.json').write_text(json.dumps(config))
+    tok, images = V2Flow.from_pretrained(folder, token='right'), noise(1, 3, 64, 64)
+    assert torch.equal(tok.encode(images), V2Flow.from_pretrained(checkpoints/'emoji', 'image_tokenizer').encode(images))
+    with pytest.raises(FileNotFoundError, match='me/vae: .*no such autoencoder on the Hub; if it is private'):
+        V2Flow.from_pretrained(folder, token='wrong', cache_dir=tmp_path/'empty')
+
+def test_a_table_of_embeddings_comes_without_the_rest(hub):
+    from v2flow_nbdev.models.vocabulary import Vocabulary
+    there = content(checkpoints/'digits/llm')
+    hub.add('me/llm', there | {'pytorch_model.bin': b'pickle', 'onnx/model.onnx': b'x'})
+    vocabulary = Vocabulary.from_pretrained('me/llm', revision='main')
+    assert torch.equal(vocabulary.embeddings, Vocabulary.from_pretrained(checkpoints/'digits/llm').embeddings)
+    assert hub.got() == sorted(set(there) - {'generation_config.json'})
+
+def test_autoencoder_judge_and_teacher_come_back(hub):
+    from v2flow_nbdev.evaluation.judges import ImageClassifier
+    from v2flow_nbdev.models.latents import AutoencoderLatents
+    from v2flow_nbdev.systems.teacher import Teacher
+    sha = hub.add('me/emoji', content(checkpoints/'emoji')); hub.add('me/teacher', content(checkpoints/'teacher'))
+    images = noise(2, 3, 64, 64)
+    latents = AutoencoderLatents.from_pretrained('me/emoji', subfolder='image_tokenizer/autoencoder', device='cpu')
+    own = AutoencoderLatents.from_pretrained(checkpoints/'emoji/image_tokenizer/autoencoder')
+    assert torch.equal(latents.encode(images), own.encode(images)) and latents.revision == sha
+    judge = ImageClassifier.from_pretrained('me/emoji', 'judge', device='cpu')
+    assert torch.equal(judge.features(images), ImageClassifier.from_pretrained(checkpoints/'emoji', 'judge').features(images))
+    teacher = Teacher.from_pretrained('me/teacher', device='cpu')
+    assert torch.equal(teacher.embed_images(images), Teacher.from_pretrained(checkpoints/'teacher').embed_images(images))
+    assert hub.got('me/emoji') == ['image_tokenizer/autoencoder/config.json',
+        'image_tokenizer/autoencoder/diffusion_pytorch_model.safetensors', 'judge/config.json', 'judge/model.safetensors']
+    assert hub.got('me/teacher') == ['config.json', 'model.safetensors']
+
+def test_a_tokenflow_pipeline_comes_back(hub):
+    from v2flow_nbdev.language.text_models import first_id, toy_llama
+    from v2flow_nbdev.systems.tokenflow import TokenFlow, TokenFlowConfig
+    from v2flow_nbdev.systems.tokenflow_pipeline import TokenFlowPipeline
+    from v2flow_nbdev.systems.understanding import TokenFlowLLM
+    tok = TokenFlow(TokenFlowConfig(image_size=(32, 32), sides=(1, 2, 4), codebook_size=32, width=16, project_width=16)).eval()
+    tok.quantizer.initialised.fill_(True)
+    llm, text = toy_llama(['a cat', 'a dog'])
+    made = TokenFlowPipeline(tok, TokenFlowLLM(llm, tok.quantizer, first_id(text), 'map'), text, dict(passes=2))
+    made.push_to_hub('me/tokenflow', card=dict(license='mit'))
+    back = TokenFlowPipeline.from_pretrained('me/tokenflow')
+    draw = lambda p: p('a cat', generator=torch.Generator().manual_seed(0)).ids
+    assert torch.equal(draw(back), draw(made)) and back.defaults == made.defaults
+    assert card_of(hub.files('me/tokenflow')['README.md'].decode()).data.license == 'mit'
+    names = {}; exec(usage(card_of(hub.files('me/tokenflow')['README.md'].decode())), names)
+    assert names['image'].size == (32, 32)
+
+def test_a_push_that_is_refused_is_a_line(hub, pipe, monkeypatch):
+    tok = pipe.image_tokenizer
+    with pytest.raises(PermissionError, match=r'other/tok: the Hub refuses to write there \(403\); log in with') as e:
+        tok.push_to_hub('other/tok')
+    assert '\n' not in str(e.value) and not hub.repos
+    monkeypatch.delenv('HF_TOKEN'); monkeypatch.setattr(constants, 'HF_TOKEN_PATH', '/nowhere')
+    with pytest.raises(PermissionError, match=r'refuses to write there \(401\)'): tok.push_to_hub('me/tok')
+    monkeypatch.setenv('HF_TOKEN', 'mine'); hub.add('me/tok', {'a.txt': b'a'})
+    with pytest.raises(FileNotFoundError, match='has no such branch; make it first'): tok.push_to_hub('me/tok', revision='v2')
+    hub.add('me/tok', {}, branch='v2'); tok.push_to_hub('me/tok', revision='v2')
+    assert 'model.safetensors' in hub.files('me/tok', 'v2') and 'model.safetensors' not in hub.files('me/tok')

@@ -191,6 +191,18 @@ def card_data(
                          **dict(model_name=name, eval_results=results) if scores else {})
 
 # %% ../../nbs/base/03_folders.ipynb #03f0a003
+unsaid = 'Not stated. Whoever trained the model knows, and can say so with `card=dict(trained_on=…)`.'
+
+def said_before(path:Path)->dict:
+    "What a card of ours says in `card_fields`; nothing of one that a person wrote"
+    if not path.is_file() or has_own_card(path): return {}
+    from huggingface_hub import ModelCard
+    card = ModelCard.load(path)
+    told = {k: getattr(card.data, k, None) for k in card_fields[:7]} | {'trained_on': None}
+    paragraph = re.search('## Training data\n\n(.*?)\n\n## Limits', card.content, re.S)
+    if paragraph: told['trained_on'] = paragraph[1]
+    return {k: v for k,v in told.items() if v and v not in ('unknown', unsaid)}
+
 def model_card(
     facts:dict,   # what `describe()` of a model gives: title, what, usage, limits, pipeline_tag, tags
     name:str,     # by which it is loaded: a Hub id, or a folder
@@ -201,7 +213,6 @@ def model_card(
     short = name.rstrip('/').split('/')[-1]
     rows = [f'| `{n}` | {v:.4g} |' for n,v in scores.items()]
     table = '\n'.join(['| score | value |', '|---|---|', *rows]) if rows else 'None are stored beside this model.'
-    unsaid = 'Not stated. Whoever trained the model knows, and can say so with `card=dict(trained_on=…)`.'
     license = given.get('license') or 'not stated: ask whoever published it before you use it'
     parts = [f'# {short}: {facts["title"]}', facts['what'], '## Usage',
              f'```sh\npip install git+{repository}\n```',
@@ -232,30 +243,32 @@ def with_card(
     model,            # has `describe()`; its `source`, if any, is the folder that it was loaded from
     card=None,        # some of `card_fields`
 ):
-    "Around saving: the folder's card is written, unless it is a person's; scores stay with the parameters they are of"
-    folder, given = Path(folder), card or {}
-    scored = {place: values_of(place) for place in (folder, getattr(model, 'source', None)) if read_scores(place)}
-    card_data(model.describe(), '', given, {})                                     # a wrong field is told before
+    """Around saving: the folder's card is written, unless it is a person's. Scores and what a maker said stay with the
+    parameters they are of"""
+    folder, source = Path(folder), getattr(model, 'source', None)
+    card_data(model.describe(), '', card or {}, {})                                # a wrong field is told before
+    known = {p: values_of(p) for p in (folder, source) if p and (read_scores(p) or said_before(p/'README.md'))}
     yield
-    here = values_of(folder) if scored else {}
-    scores = next((read_scores(p) for p, values in scored.items() if values and values.items() <= here.items()), {})
+    here = values_of(folder) if known else {}
+    origin = next((p for p, values in known.items() if values and values.items() <= here.items()), None)
+    scores, said = (read_scores(origin), said_before(origin/'README.md')) if origin else ({}, {})
+    if scores and not (folder/'scores.json').exists():
+        (folder/'scores.json').write_bytes((origin/'scores.json').read_bytes())
     if has_own_card(folder/'README.md'): return
     with write_atomically(folder/'README.md') as tmp:
-        tmp.write_text(model_card(model.describe(), readable(folder), given, scores), encoding='utf-8')
+        tmp.write_text(model_card(model.describe(), readable(folder), said | (card or {}), scores), encoding='utf-8')
 
 # %% ../../nbs/base/03_folders.ipynb #03f0a008
 def card_for(
-    folder:Path,  # that a model was saved to
+    folder:Path,  # that a model was just saved to, with its card
     model,        # the same
     repo_id:str,  # by which it will be loaded
     given:dict,   # some of `card_fields`
 ):
-    "Its card, with the name and the scores that it has on the Hub"
-    source = getattr(model, 'source', None)
-    known = read_scores(source)
-    scores = known if known and values_of(source).items() <= values_of(folder).items() else {}
-    (folder/'README.md').write_text(model_card(model.describe(), repo_id, given, scores), encoding='utf-8')
-    if scores: (folder/'scores.json').write_bytes((source/'scores.json').read_bytes())
+    "Its card, with the name that it has on the Hub"
+    said = said_before(folder/'README.md') | given
+    text = model_card(model.describe(), repo_id, said, read_scores(folder))
+    (folder/'README.md').write_text(text, encoding='utf-8')
 
 def leave_own_card(
     api,           # `HfApi`
@@ -269,6 +282,24 @@ def leave_own_card(
     try: there = Path(api.hf_hub_download(repo_id, 'README.md', **where))
     except EntryNotFoundError: return
     if has_own_card(there): card.unlink()
+
+# %% ../../nbs/base/03_folders.ipynb #03f0a009
+@contextmanager
+def writing(
+    repo_id:str,
+):
+    "Inside, what the Hub refuses is one line that says what to do"
+    from huggingface_hub import constants, errors
+    try: yield
+    except (errors.LocalTokenNotFoundError, errors.OfflineModeIsEnabled) as e:
+        raise PermissionError(f"{repo_id}: cannot be written to ({type(e).__name__}); log in with `hf auth login`, "
+                              f"with the network on, or give token=") from None
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(f"{repo_id}: has no such branch; make it first with `hf repo branch create`") from None
+    except errors.HfHubHTTPError as e:
+        if getattr(e.response, 'status_code', 0) not in (401, 403, 404): raise
+        raise PermissionError(f"{repo_id}: the Hub refuses to write there ({e.response.status_code}); log in with `hf "
+                              f"auth login`, or give a token= that may write to {constants.ENDPOINT}") from None
 
 # %% ../../nbs/base/03_folders.ipynb #040e7177
 def push_to_hub(
@@ -289,7 +320,8 @@ def push_to_hub(
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         if described := hasattr(model, 'describe'): card_for(Path(folder), model, repo_id, card or {})
-        api.create_repo(repo_id, exist_ok=True, **made)
-        if described: leave_own_card(api, Path(folder)/'README.md', repo_id, kwargs)
-        return api.upload_folder(repo_id=repo_id, folder_path=folder,
-                                 **dict(delete_patterns=['*.safetensors', '*config.json', '*.index.json']) | kwargs)
+        with writing(repo_id):
+            api.create_repo(repo_id, exist_ok=True, **made)
+            if described: leave_own_card(api, Path(folder)/'README.md', repo_id, kwargs)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **dict(
+                delete_patterns=['*.safetensors', '*config.json', '*.index.json']) | kwargs)

@@ -170,8 +170,9 @@ def describe_pipeline(
 
 # %% ../../nbs/language/26_loading.ipynb #5b37c0a6
 # what a pipeline is loaded from; logs and images beside it are not fetched
-pipeline_files = ['model_index.json', 'scores.json', *(f'{part}/*{end}' for part in ('image_tokenizer', 'llm')
-                  for end in ('.json', '.safetensors', '.jinja')), 'llm/*.model', 'llm/*.txt']
+pipeline_files = ['model_index.json', 'scores.json', 'README.md', *(
+    f'{part}/*{end}' for part in ('image_tokenizer', 'llm') for end in ('.json', '.safetensors', '.jinja')),
+    'llm/*.model', 'llm/*.txt']
 
 class PipelineFolder:
     "What a pipeline needs to be loaded, moved, saved and shared"

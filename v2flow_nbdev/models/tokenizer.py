@@ -93,7 +93,7 @@ class _Codes(_Parts):
         """The vocabulary; where the config names its source, it is read when it is first needed: decoding needs none.
         `RuntimeError` where there is none, `OSError` where the source is missing or another"""
         if self.vocabulary is None and self.config.vocab_source:
-            found = Vocabulary.from_pretrained(self.config.vocab_source)
+            found = Vocabulary.from_pretrained(self.config.vocab_source, **getattr(self, 'hub', {}))
             if found.checksum != self.config.vocab_checksum:
                 raise OSError(f"{self.config.vocab_source}: its table ({found.checksum}) is not the one that this "
                               f"image tokenizer was made for ({self.config.vocab_checksum})")
@@ -147,7 +147,7 @@ class _Encoder(_Codes):
         return self.quantizer.ids(self.mixtures(self.latents_of(images, latents), self.config.tau))
 
 # %% ../../nbs/models/18_tokenizer.ipynb #8b2f04a8
-tokenizer_files = ['config.json', 'model*.safetensors*', 'vocabulary.*']
+tokenizer_files = ['config.json', 'model*.safetensors*', 'vocabulary.*', 'scores.json', 'README.md']
 
 autoencoder_files = ['autoencoder/*.json', 'autoencoder/*.safetensors']  # beside them, if it has one
 
@@ -216,7 +216,7 @@ class _Saved:
         needed = [*tokenizer_files, *autoencoder_files*bool(autoencoder)]
         folder = resolve_folder(name, subfolder, revision, needed, **hub)
         tok = load_image_tokenizer(cls, folder, autoencoder, tiling, **hub).to(device=device, dtype=dtype)
-        tok.source = folder
+        tok.source, tok.hub = folder, hub
         return tok
 
     def push_to_hub(self, repo_id:str, **kwargs)->Any:

@@ -123,7 +123,8 @@ class _TokenFlowFolder(_TokenFlowParts):
         **hub,                    # token, cache_dir, local_files_only, force_download: see `fetch`
     )->'TokenFlow':               # in `eval()`
         "Load what `save_pretrained` wrote; `OSError` of one line for whatever cannot be used"
-        folder = resolve_folder(name, subfolder, revision, ['config.json', 'model.safetensors'], **hub)
+        needed = ['config.json', 'model.safetensors', 'scores.json', 'README.md']
+        folder = resolve_folder(name, subfolder, revision, needed, **hub)
         content = read_json(folder/'config.json')
         if (kind := content.pop('_class_name', None)) != 'TokenFlow':
             raise OSError(f"{folder/'config.json'}: of a {kind or 'model without a class'}, not of a TokenFlow")

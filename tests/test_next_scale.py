@@ -315,3 +315,26 @@ def test_a_folder_survives_casts_and_refuses_other_codes(parts, tmp_path):
     with pytest.raises(ValueError, match='not made for each other'): TokenFlowPipeline(other, back.model, text)
     (tmp_path/'p/next_scale/model.safetensors').write_bytes(b'x'); tok.save_pretrained(tmp_path/'p/image_tokenizer')
     with pytest.raises(OSError): TokenFlowPipeline.from_pretrained(tmp_path/'p')
+
+def test_the_pipeline_follows_the_conventions_of_diffusers(parts, tmp_path, capfd):
+    "Beside `tests/test_conventions.py`: what differs where an image is written scale by scale"
+    from v2flow_nbdev.language.loading import load_llm
+    tok, (llm, text) = TokenFlow.from_pretrained(parts/'tok'), load_llm(parts/'llm')
+    pipe = TokenFlowPipeline(tok, TokenFlowLLM(llm, tok.quantizer, 0, 'semantic'), text)
+    def draw(**how): return pipe('a cat', generator=torch.Generator().manual_seed(0), **how)
+    plain = draw(guidance_scale=3.)
+    assert torch.equal(draw(guidance_scale=3., negative_prompt='').ids, plain.ids)
+    assert not torch.equal(draw(guidance_scale=9., negative_prompt='a dog').ids, draw(guidance_scale=9.).ids)
+    assert torch.equal(draw(guidance_scale=3., negative_prompt='a cat').ids, draw(guidance_scale=1.).ids)
+    with pytest.raises(ValueError, match='no effect at guidance_scale=1'): draw(negative_prompt='a dog', guidance_scale=1.)
+    images, ids = draw(output_type='np', return_dict=False, guidance_scale=3.)
+    assert images.shape == (1, 32, 32, 3) and torch.equal(ids, plain.ids)
+    other = (plain.ids + 1) % K
+    assert torch.equal(draw(callback_on_step_end=lambda p, k, t, found: dict(ids=other) if t == 1 else found).ids, other)
+    with pytest.raises(ValueError, match='changed after step 2 alone'): draw(callback_on_step_end=lambda *a: dict(ids=other))
+    with pytest.raises(ValueError, match='it may give ids, images'): draw(callback_on_step_end=lambda *a: dict(guidance_scale=1.))
+    pipe.save_pretrained(tmp_path/'p')
+    assert 'TokenFlowPipeline.from_pretrained' in (tmp_path/'p/README.md').read_text()
+    assert not (tmp_path/'p/image_tokenizer/README.md').exists()
+    capfd.readouterr(); pipe.set_progress_bar_config(disable=False); draw()
+    assert '3/3' in capfd.readouterr().err

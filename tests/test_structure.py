@@ -161,7 +161,7 @@ def test_public_names_are_few_hinted_and_belong_to_one_thing_each():
                                      or f.name
                                      == '__init__')), f'{path.stem}: {node.name}, {f.name}: no type of {bare or "what it returns"}'
     assert not {n: o for n, o in owners.items() if len(o) > 1}
-    assert len(owners) <= 112, len(owners)
+    assert len(owners) <= 113, len(owners)  # the last for V2FlowProcessor, which people write by name
 
 def test_no_two_things_of_the_library_share_a_name():
     owners = {}

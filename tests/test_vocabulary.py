@@ -346,11 +346,11 @@ def test_a_table_narrower_than_what_follows(text_tokenizer, tmp_path):
 class Hub:
     "A stand-in for `snapshot_download`: a repository that is a local folder, and a cache; notes what was asked for"
     def __init__(self, repository, cache): self.repository,self.cache,self.fetched,self.asked = repository,cache,[],[]
-    def __call__(self, repo_id, revision=None, allow_patterns=None):
+    def __call__(self, repo_id, revision=None, allow_patterns=None, ignore_patterns=None):
         from huggingface_hub.utils import filter_repo_objects
         self.asked.append((repo_id, revision)); self.cache.mkdir(exist_ok=True)
         files = sorted(str(p.relative_to(self.repository)) for p in self.repository.rglob('*') if p.is_file())
-        for name in filter_repo_objects(files, allow_patterns=allow_patterns):
+        for name in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
             if not (self.cache/name).exists():
                 (self.cache/name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(self.repository/name, self.cache/name); self.fetched.append(name)
@@ -394,14 +394,14 @@ def test_hub_without_safetensors_is_one_clear_line(llama, tmp_path):
         Vocabulary.from_pretrained('org/model')
     assert sorted(hub.fetched) == light
 
-def test_resolve_folder_fetches_everything_unless_told(llama, tmp_path):
+def test_resolve_folder_fetches_everything_but_pickles_unless_told(llama, tmp_path):
     import huggingface_hub
     # the stand-in does not lie
     assert {'repo_id', 'revision',
         'allow_patterns'} <= set(inspect.signature(huggingface_hub.snapshot_download).parameters)
     (tmp_path/'repository/llm/b').mkdir(parents=True)
     for name in ('llm/a.json', 'a.json', 'b.bin', 'llm/b/c.json'): (tmp_path/'repository'/name).touch()
-    for patterns, subfolder, fetched in ((None, None, ['a.json', 'b.bin', 'llm/a.json', 'llm/b/c.json']),
+    for patterns, subfolder, fetched in ((None, None, ['a.json', 'llm/a.json', 'llm/b/c.json']),
                                          (['a.*'], None, ['a.json']), (['a.json'], 'llm', ['llm/a.json']),
                                          (None, 'llm', ['llm/a.json', 'llm/b/c.json'])):
         cache = tmp_path/f'cache-{len(fetched)}-{subfolder}'

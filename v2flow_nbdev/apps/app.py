@@ -16,6 +16,7 @@ from ..base.folders import resolve_folder
 from ..base.images import to_pil
 from ..models.tokenizer import V2Flow, preview
 from ..language.visual_tokens import VisualTokens
+from ..language.loading import pipeline_files
 from ..language.pipeline import V2FlowPipeline
 from .guards import (Guard, Runs, Stopped, at_once, bounds, check_inputs, ended, follow, max_file,
                                       open_port, open_upload, own_folder, sentence, too_large)
@@ -273,7 +274,7 @@ def serve(
     # a kill leaves nothing behind either
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, ended)
     with own_folder(), open_port(host, port) as listening:
-        folder = resolve_folder(model)
+        folder = resolve_folder(model, patterns=pipeline_files)
         pipe = V2FlowPipeline.from_pretrained(folder, **settings)                  # what is wrong with it is said first
         examples = [e for e in read_json(folder/'model_index.json').get('examples', ()) if isinstance(e, str)]
         gr, runs = need_gradio(), Runs()

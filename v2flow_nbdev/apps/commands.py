@@ -150,9 +150,10 @@ def load_pipe(model, device='auto', dtype='auto'):
     "The pipeline that `--model` names, of the class that its folder names, on `--device` and in `--dtype`"
     model, where = find_model(model), place(device, dtype)
     from v2flow_nbdev.base.folders import resolve_folder
+    from v2flow_nbdev.language.loading import pipeline_files
     quiet()
     with running():
-        folder = resolve_folder(model)
+        folder = resolve_folder(model, patterns=[*pipeline_files, 'next_scale/*.json', 'next_scale/*.safetensors'])
         if class_of(folder) == 'TokenFlowPipeline':
             from v2flow_nbdev.systems.tokenflow_pipeline import TokenFlowPipeline as pipeline
         else: from v2flow_nbdev.language.pipeline import V2FlowPipeline as pipeline

@@ -142,6 +142,106 @@ def write_tensors(
     with write_atomically(path) as tmp:
         save_file({n: t.detach().cpu().contiguous().clone() for n,t in tensors.items()}, tmp)
 
+# %% ../../nbs/base/02_files.ipynb #02f0a002
+hub_settings = ('revision', 'token', 'cache_dir', 'local_files_only', 'force_download')
+
+# what people pass elsewhere, and what to do here
+said_otherwise = dict(
+    torch_dtype='is called dtype here, as in newer versions of `transformers`', use_auth_token='is called token',
+    device_map='is called device here: a model lies on one', resume_download='leave it out: transfers are resumed',
+    use_safetensors='leave it out: nothing else is read', trust_remote_code='leave it out: no code of a model is run',
+    dtype='leave it out: this computes in float32 alone, so that its numbers can be compared',
+    device='leave it out: this is a table, read to the CPU', variant='leave it out: the plain files are read')
+
+def check_hub_settings(
+    given:dict,  # what a `from_pretrained` passes on
+)->dict:         # the same without those that are None; `TypeError` that says what to do with one that is not taken
+    "Settings of the Hub, as people know them from `huggingface_hub`"
+    for name in given:
+        if name not in hub_settings:
+            raise TypeError(f"{name}: {said_otherwise.get(name, 'unknown; there are ' + ', '.join(hub_settings))}")
+    return {k: v for k,v in given.items() if v is not None}
+
+# %% ../../nbs/base/02_files.ipynb #02f0a003
+def why_not_fetched(
+    name:str,       # of the repository
+    e:Exception,    # what `huggingface_hub` raised
+    what:str,       # that it should hold, such as 'model'
+    hub:dict,       # see `hub_settings`
+)->OSError:         # of one line
+    "What to do where a repository cannot be read"
+    from huggingface_hub import constants, errors
+    page, revision = f'{constants.ENDPOINT}/{name}', hub.get('revision')
+    token = 'log in with `hf auth login`, or give token='
+    if isinstance(e, errors.GatedRepoError):
+        return PermissionError(f"{name}: is gated; ask for access at {page}, then {token}")
+    if isinstance(e, errors.RepositoryNotFoundError):
+        return FileNotFoundError(f"{name}: no such folder, and no such {what} on the Hub; if it is private, {token}")
+    if isinstance(e, errors.RevisionNotFoundError):
+        return FileNotFoundError(f"{name}: has no revision {revision!r}; its branches and tags are at {page}")
+    if isinstance(e, errors.LocalEntryNotFoundError):
+        offline = isinstance(e.__cause__, errors.OfflineModeIsEnabled)
+        switch = 'HF_HUB_OFFLINE is set' if offline else 'local_files_only=True' if hub.get('local_files_only') else ''
+        if switch:
+            return FileNotFoundError(f"{name}: no such folder, and not all of it is in the cache, while {switch}; "
+                                     f"fetch it once with the network on")
+        return FileNotFoundError(f"{name}: no such folder, and the Hub cannot be reached "
+                                 f"({type(e.__cause__ or e).__name__}); look at the network, or give a folder")
+    if 'Consistency check' in str(e):
+        return FileNotFoundError(f"{name}: the transfer ended early, and no part of that file was kept; fetch it again")
+    return FileNotFoundError(f"{name}: no such folder, and no such {what} could be fetched from the Hub "
+                             f"({type(e).__name__})")
+
+# %% ../../nbs/base/02_files.ipynb #02f0a004
+def is_content(
+    path:Path,  # a file
+    name:str,   # its checksum: SHA-256, or SHA-1 as git computes it; anything else tells nothing
+)->bool:
+    "Does the file hold what the Hub says it holds?"
+    if re.fullmatch('[0-9a-f]{64}', name): return sha256(path) == name
+    if not re.fullmatch('[0-9a-f]{40}', name): return True
+    digest = hashlib.sha1(b'blob %d\0' % path.stat().st_size)
+    with open(path, 'rb') as f: return hashlib.file_digest(f, lambda: digest).hexdigest() == name
+
+def check_arrived(
+    cache:Path,    # of one repository, in which files lie in `blobs` under their checksums
+    before:dict,   # see `states`
+):
+    "`OSError` if a file that is new there is not what was sent; it is removed"
+    for name, state in states(cache).items():
+        path = cache/'blobs'/name
+        if before.get(name) == state or is_content(path, name): continue
+        links = (p for p in cache.glob('snapshots/*/**/*') if p.is_symlink())
+        known = next((p.name for p in links if p.resolve() == path.resolve()), name[:12])
+        path.unlink()
+        repository_name = cache.name.removeprefix('models--').replace('--', '/')
+        raise OSError(f"{repository_name}: {known} was changed on the way (its checksum is another) and was removed; "
+                      f"fetch it again")
+
+def states(cache)->dict:
+    "name → what tells a file from one that was written anew"
+    found = [p for p in (cache/'blobs').glob('*') if p.is_file()]
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in found}
+
+# %% ../../nbs/base/02_files.ipynb #02f0a005
+pickles = ['*.bin', '*.pt', '*.pth', '*.ckpt', '*.pkl', '*.pickle', '*.h5', '*.msgpack']  # never opened
+
+def fetch(
+    name:str,                 # of a repository of the Hub, "org/model"
+    patterns:list|None=None,  # only files of these names, in which `*` stands for anything; None: all but pickles
+    what:str='model',         # that it should hold, for messages
+    **hub,                    # see `hub_settings`
+)->Path:                      # the local folder; `OSError` of one line where there is none
+    "Files of the Hub by `snapshot_download`, held to the checksums that the Hub has of them"
+    from huggingface_hub import constants, snapshot_download
+    hub = check_hub_settings(hub)
+    cache = Path(hub.get('cache_dir') or constants.HF_HUB_CACHE)/f"models--{name.replace('/', '--')}"
+    before, left_out = states(cache), {} if patterns else dict(ignore_patterns=pickles)
+    try: folder = Path(snapshot_download(name, allow_patterns=patterns, **{'revision': None} | hub | left_out))
+    except Exception as e: raise why_not_fetched(name, e, what, hub) from None
+    check_arrived(cache, before)
+    return folder
+
 # %% ../../nbs/base/02_files.ipynb #538add9a
 repository = 'https://github.com/v2flow-nbdev/v2flow-nbdev'  # `git_url` of settings.ini
 

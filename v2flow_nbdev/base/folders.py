@@ -6,11 +6,13 @@
 __all__ = ['push_to_hub']
 
 # %% ../../nbs/base/03_folders.ipynb #bcc7370d
-import re
+import hashlib, math, re
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
-from .files import open_tensors, read_json
+from .files import (
+    check_hub_settings, fetch, open_tensors, read_json, readable, repository, write_atomically)
 
 # %% ../../nbs/base/03_folders.ipynb #42ad38a0
 single_name = 'model.safetensors'             # a checkpoint in one file
@@ -85,22 +87,22 @@ def resolve_folder(
     # fetch only files of these names, in which `*` stands for anything; None: the whole repository, or all of the
     # subfolder
     patterns:list|None=None,
+    **hub,                   # token, cache_dir, local_files_only, force_download: see `check_hub_settings`
 )->Path:                     # a local folder; `FileNotFoundError` where there is none
-    "A model's local folder; from the Hub with `snapshot_download` if need be"
+    "A model's local folder; from the Hub with `fetch` if need be"
+    check_hub_settings(hub)
     folder = Path(name)
     if folder.is_file(): raise FileNotFoundError(f"{name}: is a file; give the model's folder or a Hub id")
     if not folder.is_dir():
         if folder.suffix == '.gguf': raise FileNotFoundError(f"{name}: no such file")
         if str(name).count('/') > 1 or str(name).startswith(('.', '/', '~')):
             raise FileNotFoundError(f"{name}: no such model folder; give a folder or a Hub id")
-        from huggingface_hub import snapshot_download
         if subfolder: patterns = [f'{subfolder}/{p}' for p in (['*'] if patterns is None else patterns)]
-        try: folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
-        except Exception as e:
-            raise FileNotFoundError(f"{name}: no such folder, and no such model could be fetched from the Hub "
-                                    f"({type(e).__name__})") from None
+        folder = fetch(str(name), patterns, revision=revision, **hub)
     folder = folder/subfolder if subfolder else folder
-    if not folder.is_dir(): raise FileNotFoundError(f"{folder}: no such folder in the model")
+    if not folder.is_dir():
+        held = sorted(p.name for p in folder.parent.glob('*/') if p.is_dir()) if subfolder else []
+        raise FileNotFoundError(f"{folder}: no such folder in the model{'; it has ' + ', '.join(held) if held else ''}")
     return folder
 
 # %% ../../nbs/base/03_folders.ipynb #0e165a74
@@ -157,10 +159,153 @@ def config_from_dict(
     except ValueError as e:
         raise ValueError(f"{prefix}{e}" if str(e).split('=')[0] in known and prefix else str(e)) from None
 
+# %% ../../nbs/base/03_folders.ipynb #03f0a002
+card_mark = ('<!-- Written by v2flow_nbdev, and replaced when the model is saved again. Remove this line to keep what '
+             'you write. -->')
+
+# what its maker says with `card=`; the first six are fields of the Hub, the last is a paragraph
+card_fields = ('license', 'license_name', 'license_link', 'datasets', 'base_model', 'language', 'tags', 'trained_on')
+
+def has_own_card(path:Path)->bool:
+    "Did a person write this `README.md`?"
+    return path.is_file() and card_mark not in path.read_text(encoding='utf-8', errors='replace')
+
+def card_data(
+    facts:dict,   # see `model_card`
+    name:str,     # of the model
+    given:dict,   # some of `card_fields`
+    scores:dict,  # name → number
+):                # `huggingface_hub.ModelCardData`
+    "The head of a model card, in the fields that the Hub documents"
+    from huggingface_hub import EvalResult, ModelCardData
+    if unknown := set(given) - set(card_fields):
+        raise ValueError(f"card: unknown {', '.join(sorted(unknown))}; there are {', '.join(card_fields)}")
+    data = (given.get('datasets') or ['held-out examples'])[0]
+    kinds = ('psnr', 'ssim', 'accuracy', 'perplexity')
+    results = [EvalResult(facts['pipeline_tag'], data, data, next((k for k in kinds if k in n), n), v, metric_name=n)
+               for n,v in scores.items()]
+    fields = {k: v for k,v in (facts | given).items() if k in card_fields[:6] and v}
+    tags = [*dict.fromkeys([*facts['tags'], *given.get('tags', ())])]
+    return ModelCardData(**{'license': 'unknown'} | fields, library_name='v2flow_nbdev', tags=tags,
+                         pipeline_tag=facts['pipeline_tag'],
+                         **dict(model_name=name, eval_results=results) if scores else {})
+
+# %% ../../nbs/base/03_folders.ipynb #03f0a003
+unsaid = 'Not stated. Whoever trained the model knows, and can say so with `card=dict(trained_on=…)`.'
+
+def said_before(path:Path)->dict:
+    "What a card of ours says in `card_fields`; nothing of one that a person wrote"
+    if not path.is_file() or has_own_card(path): return {}
+    from huggingface_hub import ModelCard
+    card = ModelCard.load(path)
+    told = {k: getattr(card.data, k, None) for k in card_fields[:7]} | {'trained_on': None}
+    paragraph = re.search('## Training data\n\n(.*?)\n\n## Limits', card.content, re.S)
+    if paragraph: told['trained_on'] = paragraph[1]
+    return {k: v for k,v in told.items() if v and v not in ('unknown', unsaid)}
+
+def model_card(
+    facts:dict,   # what `describe()` of a model gives: title, what, usage, limits, pipeline_tag, tags
+    name:str,     # by which it is loaded: a Hub id, or a folder
+    given:dict,   # some of `card_fields`
+    scores:dict,  # name → number
+)->str:           # a `README.md`
+    "A model card: what a model is, how it is used, how well it does, where it comes from, what it cannot do"
+    short = name.rstrip('/').split('/')[-1]
+    rows = [f'| `{n}` | {v:.4g} |' for n,v in scores.items()]
+    table = '\n'.join(['| score | value |', '|---|---|', *rows]) if rows else 'None are stored beside this model.'
+    license = given.get('license') or 'not stated: ask whoever published it before you use it'
+    parts = [f'# {short}: {facts["title"]}', facts['what'], '## Usage',
+             f'```sh\npip install git+{repository}\n```',
+             f"```python\n{facts['usage'].replace('NAME', repr(name))}\n```",
+             '## Scores', table, '## Training data', given.get('trained_on') or unsaid, '## Limits', facts['limits'],
+             '## Licence', f'Of this model: {license}. Of the library: Apache-2.0.', card_mark]
+    return f'---\n{card_data(facts, short, given, scores).to_yaml()}\n---\n\n' + '\n\n'.join(parts) + '\n'
+
+# %% ../../nbs/base/03_folders.ipynb #03f0a004
+def values_of(folder:Path)->dict:
+    "Safetensors file → checksum of its values, the same in any dtype that holds them; a codebook's EMA does not count"
+    def digest(path):
+        found = hashlib.sha256()
+        with open_tensors(path) as f:
+            for n in sorted(n for n in f.keys() if not n.endswith('quantizer.lengths')):
+                found.update(n.encode() + f.get_tensor(n).float().numpy().tobytes())
+        return found.hexdigest()
+    return {p.relative_to(folder).as_posix(): digest(p) for p in sorted(folder.rglob('*.safetensors'))}
+
+def read_scores(folder)->dict:
+    "The numbers of a `scores.json`, without the counts that belong to them; none where there is no such file"
+    content = read_json(folder/'scores.json') if folder and (folder/'scores.json').is_file() else {}
+    return {n: v for n,v in content.items() if type(v) in (int, float) and math.isfinite(v) and not n.endswith('_n')}
+
+@contextmanager
+def with_card(
+    folder:str|Path,  # that a model is saved to
+    model,            # has `describe()`; its `source`, if any, is the folder that it was loaded from
+    card=None,        # some of `card_fields`
+):
+    """Around saving: the folder's card is written, unless it is a person's. Scores and what a maker said stay with the
+    parameters they are of"""
+    folder, source = Path(folder), getattr(model, 'source', None)
+    card_data(model.describe(), '', card or {}, {})                                # a wrong field is told before
+    known = {p: values_of(p) for p in (folder, source) if p and (read_scores(p) or said_before(p/'README.md'))}
+    yield
+    here = values_of(folder) if known else {}
+    origin = next((p for p, values in known.items() if values and values.items() <= here.items()), None)
+    scores, said = (read_scores(origin), said_before(origin/'README.md')) if origin else ({}, {})
+    if scores and not (folder/'scores.json').exists():
+        (folder/'scores.json').write_bytes((origin/'scores.json').read_bytes())
+    if has_own_card(folder/'README.md'): return
+    with write_atomically(folder/'README.md') as tmp:
+        tmp.write_text(model_card(model.describe(), readable(folder), said | (card or {}), scores), encoding='utf-8')
+
+# %% ../../nbs/base/03_folders.ipynb #03f0a008
+def card_for(
+    folder:Path,  # that a model was just saved to, with its card
+    model,        # the same
+    repo_id:str,  # by which it will be loaded
+    given:dict,   # some of `card_fields`
+):
+    "Its card, with the name that it has on the Hub"
+    said = said_before(folder/'README.md') | given
+    text = model_card(model.describe(), repo_id, said, read_scores(folder))
+    (folder/'README.md').write_text(text, encoding='utf-8')
+
+def leave_own_card(
+    api,           # `HfApi`
+    card:Path,     # that would be uploaded; removed where a person wrote the one that is there
+    repo_id:str,
+    settings:dict, # of the upload
+):
+    "A card of the Hub that a person wrote stays"
+    from huggingface_hub.errors import EntryNotFoundError
+    where = {k: settings[k] for k in ('token', 'repo_type', 'revision') if k in settings}
+    try: there = Path(api.hf_hub_download(repo_id, 'README.md', **where))
+    except EntryNotFoundError: return
+    if has_own_card(there): card.unlink()
+
+# %% ../../nbs/base/03_folders.ipynb #03f0a009
+@contextmanager
+def writing(
+    repo_id:str,
+):
+    "Inside, what the Hub refuses is one line that says what to do"
+    from huggingface_hub import constants, errors
+    try: yield
+    except (errors.LocalTokenNotFoundError, errors.OfflineModeIsEnabled) as e:
+        raise PermissionError(f"{repo_id}: cannot be written to ({type(e).__name__}); log in with `hf auth login`, "
+                              f"with the network on, or give token=") from None
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(f"{repo_id}: has no such branch; make it first with `hf repo branch create`") from None
+    except errors.HfHubHTTPError as e:
+        if getattr(e.response, 'status_code', 0) not in (401, 403, 404): raise
+        raise PermissionError(f"{repo_id}: the Hub refuses to write there ({e.response.status_code}); log in with `hf "
+                              f"auth login`, or give a token= that may write to {constants.ENDPOINT}") from None
+
 # %% ../../nbs/base/03_folders.ipynb #040e7177
 def push_to_hub(
     model:Any,    # anything with `save_pretrained(folder)`
     repo_id:str,  # "user/name"; made if missing
+    card:dict|None=None,  # of a model with a card: its license, datasets, base_model, …, see `card_fields`
     # to `huggingface_hub.HfApi.upload_folder`, such as `commit_message`; `private`, `token` and `repo_type` count when
     # the repository is made
     **kwargs,
@@ -169,10 +314,14 @@ def push_to_hub(
     leaves no repository behind"""
     from tempfile import TemporaryDirectory
     from huggingface_hub import HfApi
+    api = HfApi()
     made = {k: kwargs.pop(k) for k in ('private',) if k in kwargs} | {k: kwargs[k] for k in ('token', 'repo_type')
         if k in kwargs}
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        HfApi().create_repo(repo_id, exist_ok=True, **made)
-        return HfApi().upload_folder(repo_id=repo_id, folder_path=folder,
-                                     **dict(delete_patterns=['*.safetensors', '*config.json', '*.index.json']) | kwargs)
+        if described := hasattr(model, 'describe'): card_for(Path(folder), model, repo_id, card or {})
+        with writing(repo_id):
+            api.create_repo(repo_id, exist_ok=True, **made)
+            if described: leave_own_card(api, Path(folder)/'README.md', repo_id, kwargs)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **dict(
+                delete_patterns=['*.safetensors', '*config.json', '*.index.json']) | kwargs)

@@ -134,10 +134,11 @@ def llm_folder(
     subfolder:str|None=None, # a folder inside it
     revision:str|None=None,  # branch, tag or commit, for a Hub id
     patterns:list|None=None, # fetch only files of these names from the Hub; None: what a language model needs
+    **hub,                   # token, cache_dir, local_files_only, force_download: see `resolve_folder`
 )->Path:                     # a local `transformers` folder; `OSError` if there is none
     "A language model's folder, whatever it comes in"
     if not gguf_file: name, gguf_file = gguf_name(name)
-    if gguf_file: return ordinary_copy(resolve_folder(name, subfolder, revision, [gguf_file])/gguf_file)
+    if gguf_file: return ordinary_copy(resolve_folder(name, subfolder, revision, [gguf_file], **hub)/gguf_file)
     if str(name) in packaged and not Path(name).is_dir(): return packaged_copy(str(name))
-    return resolve_folder(name, subfolder, revision, patterns or [*metadata_files, 'generation_config.json',
-                                                                  'model*.safetensors'])
+    needed = patterns or [*metadata_files, 'generation_config.json', 'model*.safetensors']
+    return resolve_folder(name, subfolder, revision, needed, **hub)

@@ -105,6 +105,22 @@ def text_ids(
         if not known.text.issuperset(found[i]): found[i] = known(tokenizer, texts[i])
     return found
 
+# %% ../../nbs/base/08_text.ipynb #08f0a002
+def chat_ids(
+    tokenizer,        # of a `transformers` model, with a chat template
+    texts:list[str],  # messages of a user
+    first:int,        # the token that every sequence begins with
+)->list[list[int]]:   # ids of each, up to where the answer begins
+    "Each text as a message; control tokens come from the template alone"
+    if not getattr(tokenizer, 'chat_template', None):
+        raise ValueError("chat_template=True: the language model's tokenizer has no chat template; leave it out")
+    place = '\ufdd0'                                                               # no character
+    message = [dict(role='user', content=place)]
+    filled = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    before, _, after = filled.partition(place)
+    front, back = (tokenizer(t, add_special_tokens=False).input_ids if t else [] for t in (before, after))
+    return [[*([] if front[:1] == [first] else [first]), *front, *ids, *back] for ids in text_ids(tokenizer, texts)]
+
 # %% ../../nbs/base/08_text.ipynb #cbfbf798
 def load_text_tokenizer(
     folder:Path,  # a `transformers` checkpoint

@@ -154,9 +154,11 @@ class ImageClassifier(_Network):
         name:str|Path,            # a folder or a Hub id
         subfolder:str|None=None,  # a folder inside it
         revision:str|None=None,   # branch, tag or commit, for a Hub id
+        device:str|torch.device|None=None,  # where to put it; None: the CPU
+        **hub,                    # token, cache_dir, local_files_only, force_download: see `fetch`
     )->'ImageClassifier':         # in `eval()`, float32
         "Load what `save_pretrained` wrote"
-        folder = resolve_folder(name, subfolder, revision, ['config.json', 'model.safetensors'])
+        folder = resolve_folder(name, subfolder, revision, ['config.json', 'model.safetensors'], **hub)
         try: model = cls(**read_json(folder/'config.json', ['heads']))
         except (AttributeError, TypeError, ValueError) as e:
             raise OSError(f"{folder/'config.json'}: not an image classifier's config ({e})") from None
@@ -164,7 +166,7 @@ class ImageClassifier(_Network):
         except RuntimeError as e:
             raise OSError(f"{folder/'model.safetensors'}: does not fit its config.json "
                           f"({' '.join(str(e).split())[:200]})") from None
-        return model.eval()
+        return model.eval().to(device)
 
 # %% ../../nbs/evaluation/51_judges.ipynb #fbd0c9f3
 def _in_chunks(groups, rng, size=8):

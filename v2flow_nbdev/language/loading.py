@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from ..base.precision import multiplies_bf16
 from ..base.files import open_tensors, read_json, write_folder, write_json
-from ..base.folders import push_to_hub, resolve_folder, tensor_files, weights_variant
+from ..base.folders import push_to_hub, resolve_folder, tensor_files, weights_variant, with_card
 from ..base.gguf import llm_folder
 from ..base.tables import find_table, read_embeddings, tensor_info
 from ..base.text import load_text_tokenizer
@@ -28,11 +28,12 @@ def load_llm(
     folder:Path,  # a `transformers` folder, or one that `save_adapter` wrote
     dtype:torch.dtype=torch.float32,    # of its parameters
     attn_implementation:str|None=None,  # eager, sdpa or flash_attention_2; None: what `transformers` chooses
+    **hub,        # for the base of an adapter, see `fetch`
 )->tuple:         # the language model and its text tokenizer; `OSError` if anything is missing or damaged
     "A causal language model, whole or not at all"
     from transformers import AutoModelForCausalLM
     if (folder/'base.json').is_file():
-        base = llm_folder(read_json(folder/'base.json', ['base'])['base'])
+        base = llm_folder(read_json(folder/'base.json', ['base'])['base'], **hub)
         path, name = find_table(base)
         rows = read_embeddings(path, name, range(tensor_info(path, name)[0][0]))
         return add_adapter(*load_llm(base, dtype, attn_implementation), rows, folder)
@@ -85,12 +86,13 @@ def complete_defaults(
 def own_dtype(
     folder,  # of a pipeline
     device,  # where it will be
+    **hub,   # for the base of an adapter, see `fetch`
 )->torch.dtype:
     """bfloat16 on CUDA, and on a CPU that multiplies it where the language model is an adapter of a model stored so:
     that one was pretrained elsewhere, and is large"""
     if torch.device(device or 'cpu').type == 'cuda': return torch.bfloat16
     if not (folder/'llm/base.json').is_file() or not multiplies_bf16(device or 'cpu'): return torch.float32
-    config = read_json(llm_folder(read_json(folder/'llm/base.json', ['base'])['base'])/'config.json')
+    config = read_json(llm_folder(read_json(folder/'llm/base.json', ['base'])['base'], **hub)/'config.json')
     return torch.bfloat16 if 'bfloat16' in (config.get('dtype'), config.get('torch_dtype')) else torch.float32
 
 def move_llm(
@@ -134,6 +136,7 @@ def write_pipeline(
     "Write `model_index.json`, `image_tokenizer/` and `llm/`; all or nothing"
     with write_folder(folder, replaces=['image_tokenizer', 'llm']) as new:
         pipe.image_tokenizer.save_pretrained(new/'image_tokenizer', dtype)
+        (new/'image_tokenizer/README.md').unlink(missing_ok=True)  # one card for all
         if pipe.base: save_adapter(pipe.llm, new/'llm', pipe.base, dtype)
         else:
             llm = merge(pipe.llm)  # what `peft` keeps beside the parameters goes into them
@@ -145,7 +148,32 @@ def write_pipeline(
             llm=['transformers', type(getattr(pipe.llm, 'get_base_model', lambda: pipe.llm)()).__name__],
             defaults=pipe.defaults))
 
+# %% ../../nbs/language/26_loading.ipynb #26f0a001
+def describe_pipeline(
+    kind:str,         # its class
+    image_tokenizer,  # has `describe()`
+    llm,              # a causal language model
+)->dict:              # for `model_card`
+    "What the card of a pipeline says"
+    tok, c = image_tokenizer.describe(), llm.config
+    module = 'v2flow_nbdev' if kind == 'V2FlowPipeline' else 'v2flow_nbdev.systems.tokenflow_pipeline'
+    number = sum(p.numel() for p in llm.parameters())/1e6
+    usage = [f'from {module} import {kind}', f'pipe = {kind}.from_pretrained(NAME)',
+             "image = pipe('what the image shows').images[0]   # a PIL image", 'caption = pipe.caption(image)']
+    return tok | dict(
+        title='captions to images and back', pipeline_tag='text-to-image', usage='\n'.join(usage),
+        tags=[*tok['tags'][1:], 'image-to-text', 'llm'],
+        what=f"An image tokenizer and a language model that writes its ids. Image tokenizer: {tok['what']} Language "
+             f"model: `{type(llm).__name__}`, {number:.1f} million parameters, vocabulary of {c.vocab_size:,} tokens.",
+        limits=f"It draws and describes what its training data showed; a caption of anything else gives an image of "
+               f"something it knows. Nothing is filtered. {tok['limits']}")
+
 # %% ../../nbs/language/26_loading.ipynb #5b37c0a6
+# what a pipeline is loaded from; logs and images beside it are not fetched
+pipeline_files = ['model_index.json', 'scores.json', 'README.md', *(
+    f'{part}/*{end}' for part in ('image_tokenizer', 'llm') for end in ('.json', '.safetensors', '.jinja')),
+    'llm/*.model', 'llm/*.txt']
+
 class PipelineFolder:
     "What a pipeline needs to be loaded, moved, saved and shared"
     format_version = 1  # of `model_index.json`
@@ -161,18 +189,21 @@ class PipelineFolder:
         dtype:torch.dtype|None=torch.float32,
         device:str|torch.device|None=None,  # where to put it; None: the CPU
         attn_implementation:str|None=None,  # of the language model: eager, sdpa, flash_attention_2; None: its own
+        subfolder:str|None=None, # a folder inside it
+        **hub,                   # token, cache_dir, local_files_only, force_download: see `fetch`
     )->'V2FlowPipeline':
         "Load `model_index.json`, `image_tokenizer/` and `llm/`, whatever dtype their parameters are stored in"
         int8, dtype = dtype == torch.int8, torch.float32 if dtype == torch.int8 else dtype
-        folder = resolve_folder(name, revision=revision)
-        own = dtype or own_dtype(folder, device)
+        folder = resolve_folder(name, subfolder, revision, pipeline_files, **hub)
+        own = dtype or own_dtype(folder, device, **hub)
         check_attention(attn_implementation, own, device)
         defaults = read_index(folder/'model_index.json', cls.format_version)
-        image_tokenizer = V2Flow.from_pretrained(folder, 'image_tokenizer', dtype=dtype or torch.float32, device=device)
-        llm, tokenizer = load_llm(resolve_folder(folder, 'llm'), own, attn_implementation)
+        image_tokenizer = V2Flow.from_pretrained(folder, 'image_tokenizer', dtype=dtype or torch.float32, device=device,
+                                                 **hub)
+        llm, tokenizer = load_llm(resolve_folder(folder, 'llm'), own, attn_implementation, **hub)
         pipe = cls(image_tokenizer, llm.to(device).eval(), tokenizer, defaults)
         if int8 and (why := unsupported(pipe.llm, int8)): raise ValueError(f"dtype=torch.int8: {why}")
-        pipe.int8 = int8
+        pipe.int8, pipe.source = int8, folder
         return pipe
 
     @property
@@ -196,9 +227,15 @@ class PipelineFolder:
     def save_pretrained(self,
         folder:str|Path,  # made if missing; a pipeline that lies there is replaced
         dtype:torch.dtype|None=None,  # floats are stored as this, where that changes no id; None: as they are
+        card:dict|None=None,          # what its maker says on the model card, see `card_fields`
     )->None:
-        "Write a pipeline folder that `from_pretrained` loads"
-        write_pipeline(self, folder, dtype)
+        "Write a pipeline folder that `from_pretrained` loads, and its model card"
+        with with_card(folder, self, card): write_pipeline(self, folder, dtype)
+
+    def describe(self)->dict:
+        "What the model card says"
+        told = describe_pipeline('V2FlowPipeline', self.image_tokenizer, self.llm)
+        return told | (dict(base_model=self.base) if '/' in str(self.base) else {})
 
     def push_to_hub(self, repo_id:str, **kwargs)->Any:
         "Upload what `save_pretrained` writes; see `push_to_hub`"

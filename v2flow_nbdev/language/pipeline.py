@@ -11,11 +11,16 @@ from dataclasses import dataclass
 from typing import Any, Callable
 import torch
 from torch import nn
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from ..base.images import as_image, check_counts, check_images, to_pil, to_tensor
+from ..base.text import chat_ids, text_ids
 from ..models.flow import constant_guidance
 from ..models.tokenizer import V2Flow
 from .visual_tokens import VisualTokens
-from .generation import generate_captions, generate_image_ids
+from .text_models import first_id, max_sequence_length
+from .decoding import decode_ids
+from .generation import (
+    StepCallback, VisualTokenProcessor, generate_captions, generate_image_ids, generate_tokens, left_pad, loop_settings)
 from .loading import PipelineFolder, check_parts, complete_defaults, load_llm
 
 # %% ../../nbs/language/27_pipeline.ipynb #cc0f9631
@@ -62,20 +67,112 @@ def grid_of_size(
     visual.begin(grid)                                                             # one that the language model knows
     return grid
 
-def count_steps(
-    callback,  # called with (pipeline, step from 0, fraction done in (0, 1], {ids, and in mask rounds images}); or None
-    pipeline,
-    n,         # visual tokens of an image
-    n_iter,    # mask rounds
-):             # what `generate_image_ids` calls after each token, and what `decode` calls after each round
-    "One count of steps over both halves of a call: first the visual tokens, then the mask rounds"
-    if callback is None: return None, None
-    found, steps = {}, n + n_iter
-    def tell(step, **new): found.update(new); callback(pipeline, step, (step + 1)/steps, dict(found))
-    return lambda ids: tell(ids.shape[1] - 1, ids=ids), lambda i, images: tell(n + i - 1, images=images)
+output_types = ('pil', 'np', 'pt')
+
+def to_output(
+    images,       # (B, C, H, W) in [-1, 1]
+    output_type,  # 'pil'; 'np': (B, H, W, C) float32 in [0, 1]; 'pt': (B, C, H, W) in [0, 1]
+):
+    "Images as a caller wants them, by the names of `diffusers`"
+    if output_type == 'pil': return to_pil(images)
+    x = (images.float()/2 + 0.5).clamp(0, 1)
+    return x if output_type == 'pt' else x.permute(0, 2, 3, 1).cpu().numpy()
+
+def check_output(output_type):
+    "`ValueError` for a type that is not one of `output_types`"
+    if output_type not in output_types:
+        raise ValueError(f"output_type={output_type!r}: use {', '.join(output_types)}; what `diffusers` calls latents "
+                         f"are the ids, which come with every output")
+
+# %% ../../nbs/language/27_pipeline.ipynb #27f0a002
+class Steps:
+    "One count of steps over both halves of a call; tells the callback and the bar, and keeps what comes back"
+    def __init__(self,
+        callback,      # see above; or None
+        pipeline,      # has `progress_bar(total)`
+        n,             # visual tokens of an image
+        n_iter=0,      # mask rounds
+        **settings,    # that the callback may change: name → value now; 1, guidance off, stays
+    ):
+        self.callback, self.pipeline, self.n, self.total = callback, pipeline, n, n + n_iter
+        self.settings, self.found, self.changed = settings, {}, {}
+        self.bar = pipeline.progress_bar(self.total)
+
+    @property
+    def wanted(self)->bool: return self.callback is not None or self.bar is not None
+
+    def tell(self, step, **new):
+        self.found.update(new)
+        if self.bar is not None:
+            self.bar.update(step + 1 - self.bar.n)
+            if step + 1 == self.total: self.bar.close()
+        if self.callback is None: return
+        given = self.callback(self.pipeline, step, (step + 1)/self.total, dict(self.found))
+        for name, value in (given.items() if isinstance(given, dict) else ()): self.take(step, name, value)
+
+    def take(self, step, name, value):
+        "Use what a callback gave, or say why it cannot be used"
+        last = dict(ids=self.n, images=self.total)
+        if name in self.settings and (self.settings[name] != 1 or value == 1): self.settings[name] = value
+        elif name in self.settings: raise ValueError(f"{name}={value}: guidance is off in this call; begin above 1")
+        elif name not in last:
+            raise ValueError(f"the callback gave {name}; it may give {', '.join([*self.settings, *last])}")
+        elif value is self.found.get(name): pass
+        elif step + 1 == last[name]: self.changed[name] = value
+        else: raise ValueError(f"the callback gave other {name} after step {step}: they can be changed after step "
+                               f"{last[name] - 1} alone; what is written before was read already")
+
+    def schedule(self, name, given):
+        "A guidance schedule in which the callback has its say"
+        return given if self.callback is None else lambda scale, done: given(self.settings[name], done)
+
+class ProgressBar:
+    "The bar of a pipeline, by the names of `diffusers`"
+    bar_settings = dict(disable=True)
+
+    def set_progress_bar_config(self, **settings)->None:
+        "Settings of `tqdm`, such as `disable`, `desc`, `leave`; a bar is shown unless disable=True is said"
+        self.bar_settings = settings
+
+    def progress_bar(self, total:int):
+        "A bar of so many steps, or None"
+        if self.bar_settings.get('disable'): return None
+        from tqdm.auto import tqdm
+        return tqdm(total=total, **self.bar_settings)
+
+# %% ../../nbs/language/27_pipeline.ipynb #27f0a004
+@torch.no_grad()
+def generate_from_prompts(
+    model, tokenizer,    # a language model with visual tokens, and its text tokenizer
+    prompts:list,        # B lists of token ids, up to where an image begins
+    negatives:list,      # likewise, of the branch without the caption
+    grid:tuple,          # (h, w) of the images
+    guidance_scale,      # 1 = none: that branch is not computed
+    callback, int8,      # see `generate_image_ids`
+    asked:dict,          # static_cache, compile
+    **settings,          # of `VisualTokenProcessor`
+)->torch.Tensor:         # ids, (B, N)
+    "`generate_image_ids` for prompts of any token ids"
+    visual, B = VisualTokens.of(model), len(prompts)
+    n, lead, begin = math.prod(grid), int(len(visual.coarse) > 0), visual.begin(grid)
+    rows = [[*p, begin] for p in (prompts + negatives if guidance_scale != 1 else prompts)]
+    longest, space = max(map(len, rows)), max_sequence_length(model) - lead - n - 1
+    if longest > space:
+        raise ValueError(f"a prompt of {longest - 1} tokens is too long: this model takes {space - 1} beside an image "
+                         f"of {n}; shorten it")
+    batch = left_pad(rows, model.device)
+    length = batch['input_ids'].shape[1]
+    processor = VisualTokenProcessor(visual, length, guidance_scale, grid=grid, **settings)
+    if (loop := loop_settings(model, int8, asked)) is not None:
+        return decode_ids(model, batch, processor, callback and (lambda ids: callback(ids[:B])), **loop)[:B]
+    if callback:
+        tell = StepCallback(lambda tokens: callback(tokens[:B] - visual.first), length + lead)
+        asked = asked | dict(stopping_criteria=StoppingCriteriaList([tell]))
+    out = generate_tokens(model, tokenizer, batch, lead + n, logits_processor=LogitsProcessorList([processor]), **asked)
+    return out[:B, length + lead:length + lead + n] - visual.first
 
 # %% ../../nbs/language/27_pipeline.ipynb #27a0c001
-class ImageReader(PipelineFolder):
+class ImageReader(PipelineFolder, ProgressBar):
     "Image → text and image → image"
     def grid_of(self, height:int|None=None, width:int|None=None)->tuple:
         "The grid of visual tokens of an image of this size, pixels; `ValueError` if there is none"
@@ -104,19 +201,21 @@ class ImageReader(PipelineFolder):
     def reconstruct(self,
         images:Any,      # as in `prepare`
         generator:torch.Generator|list|None=None,  # draws orders and noise; or a list with one for each image
+        output_type:str='pil',       # or 'np', 'pt': all images in one array
         **kwargs,        # to `V2Flow.decode`
     )->'Image|list':     # a PIL image or a list of them
         "Images → ids → images: what the ids alone keep"
+        check_output(output_type)
         tok, x = self.image_tokenizer, self.prepare(images)
         check_counts(len(x), 'images', generators=generator)
-        back = to_pil(tok.decode(tok.encode(x), generator=generator, **kwargs))
-        return back if is_batch(images) else back[0]
+        back = to_output(tok.decode(tok.encode(x), generator=generator, **kwargs), output_type)
+        return back if is_batch(images) or output_type != 'pil' else back[0]
 
 # %% ../../nbs/language/27_pipeline.ipynb #27a0c002
 @dataclass
 class PipelineOutput:
     "What a pipeline call gives"
-    images:list          # PIL images; the images of one prompt lie side by side
+    images:Any           # PIL images, or one array, see `to_output`; the images of one prompt lie side by side
     ids:torch.Tensor     # their visual tokens, (len(images), N)
 
 def one_caption_each(
@@ -129,6 +228,17 @@ def one_caption_each(
         raise ValueError("the caption is empty; say what to draw")
     if n < 1: raise ValueError(f"num_images_per_prompt={n}: need at least 1")
     return [p for p in prompts for _ in range(n)]
+
+def negatives_each(
+    negative,  # a prompt, or one for each caption
+    prompts,   # how many captions
+    n,         # images for each
+):             # one an image; `ValueError` where their number is another
+    "What each image is driven away from"
+    given = [negative]*prompts if isinstance(negative, str) else list(negative)
+    if len(given) != prompts or not all(isinstance(p, str) for p in given):
+        raise ValueError(f"negative_prompt: {len(given)} for {prompts} prompts; give one text, or one for each")
+    return [p for p in given for _ in range(n)]
 
 # %% ../../nbs/language/27_pipeline.ipynb #65479d1c
 class V2FlowPipeline(ImageReader):
@@ -161,19 +271,52 @@ class V2FlowPipeline(ImageReader):
         guidance_schedule:Callable=constant_guidance, # of the language model; or `linear_guidance`, see `flow`
         static_cache:bool=False,                  # of the language model: keys and values in tensors of fixed size
         compile:bool=False,                       # of the language model; on CUDA each step is one graph
-        callback_on_step_end:Callable|None=None,  # after each visual token and each mask round, see `count_steps`
+        callback_on_step_end:Callable|None=None,  # after each visual token and each mask round, see `Steps`
+        negative_prompt:str|list|None=None,       # what to be driven away from, where guidance is on
+        output_type:str='pil',                    # 'np', 'pt': see `to_output`
+        return_dict:bool=True,                    # False: (images, ids)
+        chat_template:bool=False,                 # of an instruct model: put captions into its template
     )->PipelineOutput:
         "Captions → images"
+        check_output(output_type)
         captions = one_caption_each(prompt, num_images_per_prompt)
         given = dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         settings = {k: self.defaults[k] if v is None else v for k,v in given.items()}
         check_counts(len(captions), 'images', generators=generator)
         asked = {k: True for k,v in dict(static_cache=static_cache, compile=compile).items() if v}
+        if negative_prompt is not None and settings['guidance_scale'] == 1:
+            raise ValueError("negative_prompt: has no effect at guidance_scale=1, no guidance; raise the scale")
         tok, grid = self.image_tokenizer, self.grid_of(height, width)
-        tell_token, tell_round = count_steps(callback_on_step_end, self, math.prod(grid), n_iter or tok.config.n_iter)
-        ids = generate_image_ids(
-            self.llm, self.tokenizer, captions, generator=generator, grid=grid, guidance_schedule=guidance_schedule,
-            callback=tell_token, int8=self.int8, **settings, **asked)
-        images = tok.decode(ids, grid, n_iter=n_iter, n_steps=n_steps, guidance_scale=decoder_guidance_scale,
-                            temperature=decoder_temperature, generator=generator, callback=tell_round)
-        return PipelineOutput(to_pil(images), ids)
+        n, scale = math.prod(grid), decoder_guidance_scale
+        if scale is None: scale = tok.config.guidance_scale
+        steps = Steps(callback_on_step_end, self, n, n_iter or tok.config.n_iter,
+                      guidance_scale=settings['guidance_scale'], decoder_guidance_scale=scale)
+        how = dict(settings, **asked, generator=generator, grid=grid, int8=self.int8,
+                   guidance_schedule=steps.schedule('guidance_scale', guidance_schedule),
+                   callback=(lambda ids: steps.tell(ids.shape[1] - 1, ids=ids)) if steps.wanted else None)
+        ids = self.write(captions, negative_prompt, num_images_per_prompt, chat_template, how)
+        ids = steps.changed.get('ids', ids)
+        images = tok.decode(
+            ids, grid, n_iter=n_iter, n_steps=n_steps, guidance_scale=scale, temperature=decoder_temperature,
+            generator=generator, guidance_schedule=steps.schedule('decoder_guidance_scale', constant_guidance),
+            callback=(lambda i, images: steps.tell(n + i - 1, images=images)) if steps.wanted else None)
+        images = to_output(steps.changed.get('images', images), output_type)
+        return PipelineOutput(images, ids) if return_dict else (images, ids)
+
+    def write(self,
+        captions:list,              # one an image
+        negative_prompt:str|list|None,
+        each:int,                   # images of a prompt
+        chat_template:bool,
+        how:dict,                   # of `generate_image_ids`
+    )->torch.Tensor:                # ids, (B, N)
+        "Captions → ids, by the plain way or from prompts of another form"
+        if negative_prompt is None and not chat_template:
+            return generate_image_ids(self.llm, self.tokenizer, captions, **how)
+        B, bos = len(captions), first_id(self.tokenizer)
+        def ids_of(texts):
+            if chat_template: return chat_ids(self.tokenizer, texts, bos)
+            return [[bos, *c] for c in text_ids(self.tokenizer, texts)]
+        negatives = [[bos]]*B if negative_prompt is None else ids_of(negatives_each(negative_prompt, B//each, each))
+        asked = {k: how.pop(k) for k in ('static_cache', 'compile') if k in how}
+        return generate_from_prompts(self.llm, self.tokenizer, ids_of(captions), negatives, asked=asked, **how)

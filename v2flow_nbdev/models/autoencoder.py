@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 import torch.utils.checkpoint
+from ..base.files import check_hub_settings, fetch
 from ..base.random import ShardedGenerator, random_tensor
 
 # %% ../../nbs/models/11_autoencoder.ipynb #96d6e783
@@ -120,28 +121,23 @@ class AutoencoderTraining(nn.Module):
         return AutoencoderOutput((back - images).square().mean(), back)
 
 # %% ../../nbs/models/11_autoencoder.ipynb #fac90662
-def _fetch(name, inside, revision):
+def _fetch(name, inside, hub):
     """The config and weights of a Hub model, and nothing else of it; weights in half precision only where it has no
     others"""
-    from huggingface_hub import snapshot_download
-    def get(*names):
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=[inside + n for n in names]))
-    try:
-        folder = get('config.json', 'diffusion_pytorch_model.safetensors',
-                     'diffusion_pytorch_model.safetensors.index.json', 'diffusion_pytorch_model-*.safetensors')
-        return folder if any((folder/inside).glob('*.safetensors')) else get('config.json',
-            'diffusion_pytorch_model.*safetensors*')
-    except Exception as e:
-        raise FileNotFoundError(f"{name}: no such folder, and no such autoencoder could be fetched from the Hub "
-                                f"({type(e).__name__})") from None
+    def get(*names): return fetch(str(name), [inside + n for n in names], 'autoencoder', **hub)
+    folder = get('config.json', 'diffusion_pytorch_model.safetensors', 'diffusion_pytorch_model.safetensors.index.json',
+                 'diffusion_pytorch_model-*.safetensors')
+    return folder if any((folder/inside).glob('*.safetensors')) else get('config.json',
+                                                                         'diffusion_pytorch_model.*safetensors*')
 
-def autoencoder_folder(name, subfolder, revision):
+def autoencoder_folder(name, subfolder, revision, **hub):
     "(A local folder with the autoencoder's config and weights, the commit if it is known, '' for a folder)"
+    check_hub_settings(hub)
     folder, inside, commit = Path(name), f'{subfolder}/' if subfolder else '', ''
     if not folder.is_dir():
         if str(name).count('/') > 1 or str(name).startswith(('.', '/', '~')):
             raise FileNotFoundError(f"{name}: no such autoencoder folder; give a folder or a Hub id")
-        folder = _fetch(name, inside, revision)
+        folder = _fetch(name, inside, dict(hub, revision=revision))
         commit = folder.name if folder.parent.name == 'snapshots' else revision or ''
     if not (folder/inside).is_dir(): raise FileNotFoundError(f"{folder/inside}: no such folder in the model")
     return folder/inside, commit
@@ -186,7 +182,8 @@ def load_autoencoder(
     subfolder:str|None=None, # a folder inside it, often "vae"
     revision:str|None=None,  # branch, tag or commit, for a Hub id
     dtype:torch.dtype=torch.float32, # of the parameters
+    **hub,                   # token, cache_dir, local_files_only, force_download: see `fetch`
 )->nn.Module:                # `AutoencoderDC` or `AutoencoderKL`; `OSError` of one line for whatever cannot be used
     """Read an autoencoder of `diffusers` from its config and safetensors, from those files that `diffusers` would
     read; every parameter must be there"""
-    return nn.Module.to(read_autoencoder(autoencoder_folder(name, subfolder, revision)[0]), dtype)
+    return nn.Module.to(read_autoencoder(autoencoder_folder(name, subfolder, revision, **hub)[0]), dtype)

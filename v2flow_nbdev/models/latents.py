@@ -239,13 +239,15 @@ class AutoencoderLatents(ScaledAutoencoder):
         revision:str|None=None,       # branch, tag or commit, for a Hub id
         tiling:bool=False,            # as above
         dtype:torch.dtype=torch.float32, # of the decoder, in which it computes; the encoder is float32
+        device:str|torch.device|None=None, # where to put it; None: the CPU
+        **hub,                        # token, cache_dir, local_files_only, force_download: see `fetch`
     )->'AutoencoderLatents':
         "Load with `load_autoencoder`"
-        folder, commit = autoencoder_folder(name, subfolder, revision)
+        folder, commit = autoencoder_folder(name, subfolder, revision, **hub)
         self = cls(read_autoencoder(folder), scale, shift, tiling).to(dtype)
         self.name, self.subfolder, self.revision = str(name), subfolder or '', commit
         if not Path(name).is_dir(): self._decoder = _values_digest(_sides(self.model)[1])
-        return self
+        return self.to(device)
 
     @classmethod
     def fit(cls,

@@ -14,11 +14,12 @@ from einops import rearrange
 from torch import nn
 from ..base.precision import at_least_float32_by
 from ..base.files import read_tensors
-from ..base.folders import push_to_hub, resolve_folder
+from ..base.folders import push_to_hub, resolve_folder, with_card
 from ..base.tables import table_checksum
 from ..base.images import check_counts, check_images
-from .tokenizer_config import (
-    V2FlowConfig, check_ids, check_latents, read_tokenizer_config, save_image_tokenizer, with_autoencoder)
+from v2flow_nbdev.models.tokenizer_config import (
+    V2FlowConfig, check_ids, check_latents, describe_tokenizer, read_tokenizer_config, save_image_tokenizer,
+    with_autoencoder)
 from .latents import AutoencoderLatents, PixelLatents
 from .vocabulary import Vocabulary
 from .resampler import VocabularyResampler
@@ -92,7 +93,7 @@ class _Codes(_Parts):
         """The vocabulary; where the config names its source, it is read when it is first needed: decoding needs none.
         `RuntimeError` where there is none, `OSError` where the source is missing or another"""
         if self.vocabulary is None and self.config.vocab_source:
-            found = Vocabulary.from_pretrained(self.config.vocab_source)
+            found = Vocabulary.from_pretrained(self.config.vocab_source, **getattr(self, 'hub', {}))
             if found.checksum != self.config.vocab_checksum:
                 raise OSError(f"{self.config.vocab_source}: its table ({found.checksum}) is not the one that this "
                               f"image tokenizer was made for ({self.config.vocab_checksum})")
@@ -146,11 +147,16 @@ class _Encoder(_Codes):
         return self.quantizer.ids(self.mixtures(self.latents_of(images, latents), self.config.tau))
 
 # %% ../../nbs/models/18_tokenizer.ipynb #8b2f04a8
+tokenizer_files = ['config.json', 'model*.safetensors*', 'vocabulary.*', 'scores.json', 'README.md']
+
+autoencoder_files = ['autoencoder/*.json', 'autoencoder/*.safetensors']  # beside them, if it has one
+
 def load_image_tokenizer(
     cls,                # `V2Flow`, or a class of its kind
     folder:Path,        # local
     autoencoder=True,   # False: leave the autoencoder out, if it has one
     tiling=False,       # True: let the autoencoder work in tiles
+    **hub,              # for an autoencoder of the Hub, see `fetch`
 ):                      # on the CPU, float32
     "Read what `save_image_tokenizer` wrote"
     vocabulary = Vocabulary.load(folder) if (folder/'vocabulary.safetensors').exists() else None
@@ -161,7 +167,7 @@ def load_image_tokenizer(
         revision=c.autoencoder_revision or None)
     try:
         if c.autoencoder and autoencoder:
-            latents = AutoencoderLatents.from_pretrained(c.autoencoder, tiling=tiling, **given)
+            latents = AutoencoderLatents.from_pretrained(c.autoencoder, tiling=tiling, **given, **hub)
         model = cls(c, vocabulary, latents)
     except ValueError as e: raise OSError(f"{folder/'config.json'}: not an image tokenizer's config ({e})") from None
     if vocabulary and vocabulary.checksum != c.vocab_checksum:
@@ -182,9 +188,17 @@ class _Saved:
     def save_pretrained(self,
         folder:str|Path,  # made if missing; a tokenizer that lies there is replaced
         dtype:torch.dtype|None=None,  # floats are stored as this, where that changes no id; None: as they are
+        card:dict|None=None,          # what its maker says on the model card, see `card_fields`
     )->None:
-        "Write a folder that gives the ids this tokenizer gives, whatever `dtype` and cast; all or nothing"
-        save_image_tokenizer(self, folder, dtype)
+        """Write a folder that gives the ids this tokenizer gives, whatever `dtype` and cast; all or nothing, then its
+        model card"""
+        with with_card(folder, self, card): save_image_tokenizer(self, folder, dtype)
+
+    def describe(self)->dict:
+        "What the model card says"
+        number = sum(p.numel() for p in self.parameters())
+        facts = describe_tokenizer('V2Flow', self.config, number, 'V²Flow', '2503.07493')
+        return facts | (dict(base_model=self.config.vocab_source) if '/' in self.config.vocab_source else {})
 
     @classmethod
     def from_pretrained(cls,
@@ -195,11 +209,15 @@ class _Saved:
         device:str|torch.device|None=None,  # where to put it; None: the CPU
         autoencoder:bool=True,    # False: leave the autoencoder out, if it has one
         tiling:bool=False,        # True: let the autoencoder work in tiles, for large images and little memory
+        **hub,                    # token, cache_dir, local_files_only, force_download: see `fetch`
     )->'V2Flow':                  # in `eval()`
         """Load what `save_pretrained` wrote; a vocabulary of another model is an error, a missing one leaves a
         tokenizer that only decodes"""
-        folder = resolve_folder(name, subfolder, revision)
-        return load_image_tokenizer(cls, folder, autoencoder, tiling).to(device=device, dtype=dtype)
+        needed = [*tokenizer_files, *autoencoder_files*bool(autoencoder)]
+        folder = resolve_folder(name, subfolder, revision, needed, **hub)
+        tok = load_image_tokenizer(cls, folder, autoencoder, tiling, **hub).to(device=device, dtype=dtype)
+        tok.source, tok.hub = folder, hub
+        return tok
 
     def push_to_hub(self, repo_id:str, **kwargs)->Any:
         "Upload what `save_pretrained` writes; see `push_to_hub`"

@@ -208,3 +208,28 @@ def read_tokenizer_config(
     try: config = config_from_dict(V2FlowConfig, content)
     except ValueError as e: raise OSError(f"{folder/'config.json'}: not an image tokenizer's config ({e})") from None
     return replace(config, autoencoder=str(folder/'autoencoder')) if config.autoencoder == 'autoencoder' else config
+
+# %% ../../nbs/models/10_tokenizer_config.ipynb #10f0a002
+def describe_tokenizer(
+    kind:str,        # its class, of the front of its module
+    config,          # has `image_size`, `codebook_size`, and `grid` or `sides`
+    parameters:int,  # how many
+    method:str,      # its name
+    paper:str,       # its number at arXiv
+)->dict:             # for `model_card`
+    "What the card of an image tokenizer says"
+    h, w = config.image_size
+    C = getattr(config, 'image_channels', 3)
+    n = math.prod(config.grid) if hasattr(config, 'grid') else sum(s*s for s in config.sides)
+    module = 'v2flow_nbdev' if kind == 'V2Flow' else f'v2flow_nbdev.systems.{kind.lower()}'
+    usage = [f'import torch\nfrom {module} import {kind}', f'tok = {kind}.from_pretrained(NAME)',
+             f'images = torch.rand(1, {C}, {h}, {w})*2 - 1   # (images, channels, height, width) in [-1, 1]',
+             f'ids = tok.encode(images)                # (images, {n}) integers in [0, {config.codebook_size})',
+             'back = tok.decode(ids)                 # images again']
+    return dict(
+        title='an image tokenizer', pipeline_tag='image-feature-extraction',
+        tags=['image-tokenizer', method.replace('²', '2').lower(), f'arxiv:{paper}'], usage='\n'.join(usage),
+        what=f'{h}×{w} images with {C} channel{"s"*(C > 1)} ↔ {n} ids of {config.codebook_size:,} codes; '
+             f'{method} (arXiv {paper}), {parameters/1e6:.1f} million parameters.',
+        limits=f'Images of another size are to be cropped and resized to {h}×{w} first. It restores what its training '
+               f'images were like; of others, details are lost or replaced. Encoding is deterministic.')

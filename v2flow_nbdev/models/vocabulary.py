@@ -78,10 +78,11 @@ def checkpoint_folder(
     subfolder:str|None, # a folder inside it
     revision:str|None,  # branch, tag or commit, for a Hub id
     variant:str|None,   # such as 'fp16'; None: the plain files, or the only variant there is
+    **hub,              # token, cache_dir, local_files_only, force_download
 )->Path:                # local
     "The folder with what a vocabulary needs; of a Hub model nothing else is fetched"
     if str(name) in packaged and not Path(name).is_dir(): return packaged_copy(str(name))
-    fetch = lambda more: resolve_folder(name, subfolder, revision, metadata_files + more)
+    fetch = lambda more: resolve_folder(name, subfolder, revision, metadata_files + more, **hub)
     folder = fetch([])
     folder = fetch(table_files(folder, variant))
     if not variant and not any((folder/n).is_file() for n in weight_names()):  # no plain files: a variant, then
@@ -114,15 +115,16 @@ class Vocabulary(EmbeddingTable):
         revision:str|None=None,  # branch, tag or commit, for a Hub id
         variant:str|None=None,   # such as 'fp16'; None: the plain files, or the only variant there is
         gguf_file:str|None=None, # a GGUF file in that folder or repository, whose embeddings are then unpacked
+        **hub,                   # token, cache_dir, local_files_only, force_download: see `fetch`
     )->'Vocabulary':
         "Read the embeddings alone out of the one file that holds them; the model is never built"
         if not gguf_file: name, gguf_file = gguf_name(name)
         if gguf_file:
-            path = resolve_folder(name, subfolder, revision, [gguf_file])/gguf_file
+            path = resolve_folder(name, subfolder, revision, [gguf_file], **hub)/gguf_file
             table = read_gguf_embeddings(path)
             tokens, ids = text_tokens(path, len(table))
             return cls(tokens, table[ids])
-        folder = checkpoint_folder(name, subfolder, revision, variant)
+        folder = checkpoint_folder(name, subfolder, revision, variant, **hub)
         path, tensor = find_table(folder, variant)
         tokens, ids = text_tokens(folder, tensor_info(path, tensor)[0][0])
         try: return cls(tokens, read_embeddings(path, tensor, ids))

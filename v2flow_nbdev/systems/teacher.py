@@ -168,12 +168,14 @@ class Teacher(_Towers):
         name:str|Path,            # a folder or a Hub id
         subfolder:str|None=None,  # a folder inside it
         revision:str|None=None,   # branch, tag or commit, for a Hub id
+        device:str|torch.device|None=None,  # where to put it; None: the CPU
+        **hub,                    # token, cache_dir, local_files_only, force_download: see `fetch`
     )->'Teacher':                 # in `eval()`, float32, frozen
         "Load what `save_pretrained` wrote; `OSError` of one line for whatever cannot be used"
-        folder = resolve_folder(name, subfolder, revision, ['config.json', 'model.safetensors'])
+        folder = resolve_folder(name, subfolder, revision, ['config.json', 'model.safetensors'], **hub)
         try:
             teacher = cls(config_from_dict(TeacherConfig, read_json(folder/'config.json', ['embed_dim'])))
             teacher.load_state_dict(read_tensors(folder/'model.safetensors'))
         except (ValueError, RuntimeError) as e:
             raise OSError(f"{folder}: not a whole teacher ({' '.join(str(e).split())[:200]}); copy it again") from None
-        return teacher.eval().requires_grad_(False)
+        return teacher.eval().requires_grad_(False).to(device)

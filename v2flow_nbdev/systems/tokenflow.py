@@ -14,10 +14,11 @@ import torch, torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from ..base.files import read_json, read_tensors, write_folder, write_json, write_tensors
-from ..base.folders import config_from_dict, push_to_hub, resolve_folder
+from ..base.folders import config_from_dict, push_to_hub, resolve_folder, with_card
 from ..base.images import check_images
 from ..base.precision import at_least_float32_by, full_float32
 from ..models.autoencoder import small_autoencoder
+from ..models.tokenizer_config import describe_tokenizer
 from .tokenflow_quantizer import MultiScaleQuantizer
 from .teacher import ImageTower, Teacher, TeacherConfig
 
@@ -96,15 +97,21 @@ class _TokenFlowFolder(_TokenFlowParts):
     def save_pretrained(self,
         folder:str|Path,  # made if missing; a tokenizer that lies there is replaced
         dtype:torch.dtype|None=None,  # floats are stored as this, where that changes no id; None: as they are
+        card:dict|None=None,          # what its maker says on the model card, see `card_fields`
     )->None:
-        "Write `config.json` and `model.safetensors`; all or nothing"
+        "Write `config.json` and `model.safetensors`, all or nothing, and the model card"
         def stored(name, t):
             exact = name.startswith('decoder.') or torch.equal(t.to(dtype or t.dtype).to(t.dtype), t)
             return t.to(dtype) if dtype and t.is_floating_point() and exact else t
-        with write_folder(folder, replaces=['model*.safetensors*']) as new:
+        with with_card(folder, self, card), write_folder(folder, replaces=['model*.safetensors*']) as new:
             write_tensors(new/'model.safetensors', {n: stored(n, t) for n,t in self.state_dict().items()})
             write_json(new/'config.json', dict(_class_name='TokenFlow', format_version=self.config.format_version,
                                                **asdict(self.config)))
+
+    def describe(self)->dict:
+        "What the model card says"
+        return describe_tokenizer('TokenFlow', self.config, sum(p.numel() for p in self.parameters()), 'TokenFlow',
+                                  '2412.03069')
 
     @classmethod
     def from_pretrained(cls,
@@ -113,9 +120,11 @@ class _TokenFlowFolder(_TokenFlowParts):
         revision:str|None=None,   # branch, tag or commit, for a Hub id
         dtype:torch.dtype=torch.float32,    # of the decoder; the ids do not follow
         device:str|torch.device|None=None,  # where to put it; None: the CPU
+        **hub,                    # token, cache_dir, local_files_only, force_download: see `fetch`
     )->'TokenFlow':               # in `eval()`
         "Load what `save_pretrained` wrote; `OSError` of one line for whatever cannot be used"
-        folder = resolve_folder(name, subfolder, revision, ['config.json', 'model.safetensors'])
+        needed = ['config.json', 'model.safetensors', 'scores.json', 'README.md']
+        folder = resolve_folder(name, subfolder, revision, needed, **hub)
         content = read_json(folder/'config.json')
         if (kind := content.pop('_class_name', None)) != 'TokenFlow':
             raise OSError(f"{folder/'config.json'}: of a {kind or 'model without a class'}, not of a TokenFlow")
@@ -124,6 +133,7 @@ class _TokenFlowFolder(_TokenFlowParts):
             model.load_state_dict(read_tensors(folder/'model.safetensors'))
         except (ValueError, RuntimeError) as e:
             raise OSError(f"{folder}: no whole TokenFlow ({' '.join(str(e).split())[:200]}); copy it again") from None
+        model.source = folder
         return model.eval().to(device=device, dtype=dtype)
 
     def push_to_hub(self, repo_id:str, **kwargs)->Any:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, Callable
 import torch
 from ..base.files import read_json, read_tensors, write_folder, write_json, write_tensors
-from ..base.folders import push_to_hub, resolve_folder
+from ..base.folders import push_to_hub, resolve_folder, with_card
 from ..base.images import check_counts, to_pil
 from ..base.tables import table_checksum
 from ..base.text import text_ids
 from ..language.text_models import check_attention, first_id, max_sequence_length
 from ..language.generation import check_sampling
-from ..language.loading import load_llm, move_llm, read_index
-from ..language.pipeline import PipelineOutput, is_batch, one_caption_each, prepare_images
+from ..language.loading import describe_pipeline, load_llm, move_llm, pipeline_files, read_index
+from ..language.pipeline import (
+    PipelineOutput, ProgressBar, Steps, check_output, is_batch, one_caption_each, prepare_images, to_output)
 from .tokenflow import TokenFlow
 from .next_scale import generate_scales
 from .understanding import TokenFlowLLM, write_captions
@@ -89,6 +90,8 @@ class _NextScaleFolder:
         dtype:torch.dtype|None=torch.float32,  # of its parameters; an image's ids do not follow. None: the same
         device:str|torch.device|None=None,  # where to put it; None: the CPU
         attn_implementation:str|None=None,  # of the language model: eager or sdpa; None: its own
+        subfolder:str|None=None, # a folder inside it
+        **hub,                   # token, cache_dir, local_files_only, force_download: see `fetch`
     )->'TokenFlowPipeline':
         "Load what `save_pretrained` wrote"
         dtype = dtype or torch.float32
@@ -96,21 +99,26 @@ class _NextScaleFolder:
         if attn_implementation == 'flash_attention_2':
             raise ValueError("attention 'flash_attention_2': takes no mask with blocks; use sdpa")
         check_attention(attn_implementation, dtype, device)
-        folder = resolve_folder(name, revision=revision)
+        needed = [*pipeline_files, 'next_scale/*.json', 'next_scale/*.safetensors']
+        folder = resolve_folder(name, subfolder, revision, needed, **hub)
         defaults = read_index(folder/'model_index.json', cls.format_version, 'TokenFlowPipeline', scale_defaults)
         tok = TokenFlow.from_pretrained(folder, 'image_tokenizer', dtype=dtype, device=device)
         llm, tokenizer = load_llm(resolve_folder(folder, 'llm'), dtype, attn_implementation)
         model = load_next_scale(folder/'next_scale', llm, tok, first_id(tokenizer))
-        return cls(tok, model, tokenizer, defaults).to(device=device, dtype=dtype)
+        pipe = cls(tok, model, tokenizer, defaults).to(device=device, dtype=dtype)
+        pipe.source = folder
+        return pipe
 
     def save_pretrained(self,
         folder:str|Path,  # made if missing; a pipeline that lies there is replaced
         dtype:torch.dtype|None=None,  # floats are stored as this, where that changes no id; None: as they are
+        card:dict|None=None,          # what its maker says on the model card, see `card_fields`
     )->None:
-        "Write `model_index.json`, `image_tokenizer/`, `llm/` and `next_scale/`; all or nothing"
+        "Write `model_index.json`, `image_tokenizer/`, `llm/` and `next_scale/`, all or nothing, and the model card"
         llm = self.model.llm
-        with write_folder(folder, replaces=['image_tokenizer', 'llm', 'next_scale']) as new:
+        with with_card(folder, self, card), write_folder(folder, ['image_tokenizer', 'llm', 'next_scale']) as new:
             self.image_tokenizer.save_pretrained(new/'image_tokenizer', dtype)
+            (new/'image_tokenizer/README.md').unlink(missing_ok=True)  # one card for all
             (copy.deepcopy(llm).to(dtype) if dtype else llm).save_pretrained(new/'llm')
             self.tokenizer.save_pretrained(new/'llm')
             write_next_scale(self.model, new/'next_scale', dtype)
@@ -119,12 +127,16 @@ class _NextScaleFolder:
                 image_tokenizer=['v2flow_nbdev', 'TokenFlow'], llm=['transformers', type(llm).__name__],
                 next_scale=['v2flow_nbdev', 'TokenFlowLLM'], defaults=self.defaults))
 
+    def describe(self)->dict:
+        "What the model card says"
+        return describe_pipeline('TokenFlowPipeline', self.image_tokenizer, self.model.llm)
+
     def push_to_hub(self, repo_id:str, **kwargs)->Any:
         "Upload what `save_pretrained` writes; see `push_to_hub`"
         return push_to_hub(self, repo_id, **kwargs)
 
 # %% ../../nbs/systems/69_tokenflow_pipeline.ipynb #7f22db09
-class _NextScaleReader(_NextScaleFolder):
+class _NextScaleReader(_NextScaleFolder, ProgressBar):
     "Image → text and image → image, on any device"
     @property
     def device(self)->torch.device: return self.model.device
@@ -165,11 +177,13 @@ class _NextScaleReader(_NextScaleFolder):
     def reconstruct(self,
         images:Any,      # as in `prepare`
         generator:torch.Generator|list|None=None,  # not needed: nothing is random
+        output_type:str='pil',       # or 'np', 'pt': all images in one array
     )->'Image|list':     # a PIL image or a list of them
         "Images → ids → images: what the ids alone keep"
+        check_output(output_type)
         tok = self.image_tokenizer
-        back = to_pil(tok.decode(tok.encode(self.prepare(images))))
-        return back if is_batch(images) else back[0]
+        back = to_output(tok.decode(tok.encode(self.prepare(images))), output_type)
+        return back if is_batch(images) or output_type != 'pil' else back[0]
 
 # %% ../../nbs/systems/69_tokenflow_pipeline.ipynb #d0f395ab
 def check_size(tok, height, width):
@@ -219,20 +233,31 @@ class TokenFlowPipeline(_NextScaleReader):
         generator:torch.Generator|list|None=None, # a list with one for each image: the same image in any batch
         height:int|None=None,            # of the images, pixels: the model's own
         width:int|None=None,
-        callback_on_step_end:Callable|None=None,  # called with (pipeline, scale from 0, fraction done, {ids, images})
+        # called with (pipeline, scale from 0, fraction done, {ids, images}); may give other ids after the last scale
+        callback_on_step_end:Callable|None=None,
+        negative_prompt:str|None=None,   # what to be driven away from, where guidance is on; one for all images
+        output_type:str='pil',           # 'np', 'pt': see `to_output`
+        return_dict:bool=True,           # False: (images, ids)
     )->PipelineOutput:
         "Captions → images"
+        check_output(output_type)
         captions, tok, counts = one_caption_each(prompt, num_images_per_prompt), self.image_tokenizer, self.model.counts
         given = dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                      passes=passes)
         settings = {k: self.defaults[k] if v is None else v for k,v in given.items()}
         check_counts(len(captions), 'images', generators=generator)
         check_size(tok, height, width)
-        ends = [sum(counts[:k + 1]) for k in range(len(counts))]
+        if negative_prompt is not None and settings['guidance_scale'] == 1:
+            raise ValueError("negative_prompt: has no effect at guidance_scale=1, no guidance; raise the scale")
+        ends, steps = [sum(counts[:k + 1]) for k in range(len(counts))], Steps(callback_on_step_end, self, len(counts))
         def tell(ids):
-            k = ends.index(ids.shape[1])
-            callback_on_step_end(self, k, (k + 1)/len(ends), dict(ids=ids, images=tok.decode(ids)))
+            shown = dict(images=tok.decode(ids)) if callback_on_step_end else {}
+            steps.tell(ends.index(ids.shape[1]), ids=ids, **shown)
         prompts = caption_prompts(self.model, self.tokenizer, captions)
-        ids = generate_scales(self.model, prompts, [self.model.bos], generator=generator,
-                              callback=tell if callback_on_step_end else None, **settings)
-        return PipelineOutput(to_pil(tok.decode(ids)), ids)
+        null = [self.model.bos]
+        if negative_prompt: null, = caption_prompts(self.model, self.tokenizer, [negative_prompt])
+        ids = generate_scales(self.model, prompts, null, generator=generator, callback=tell if steps.wanted else None,
+                              **settings)
+        ids = steps.changed.get('ids', ids)
+        images = to_output(steps.changed.get('images', tok.decode(ids)), output_type)
+        return PipelineOutput(images, ids) if return_dict else (images, ids)

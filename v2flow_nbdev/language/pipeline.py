@@ -11,16 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Callable
 import torch
 from torch import nn
-from transformers import LogitsProcessorList, StoppingCriteriaList
 from ..base.images import as_image, check_counts, check_images, to_pil, to_tensor
 from ..base.text import chat_ids, text_ids
 from ..models.flow import constant_guidance
 from ..models.tokenizer import V2Flow
 from .visual_tokens import VisualTokens
-from .text_models import first_id, max_sequence_length
-from .decoding import decode_ids
-from .generation import (
-    StepCallback, VisualTokenProcessor, generate_captions, generate_image_ids, generate_tokens, left_pad, loop_settings)
+from .text_models import first_id
+from .generation import generate_captions, ids_after_prompts
 from .loading import PipelineFolder, check_parts, complete_defaults, load_llm
 
 # %% ../../nbs/language/27_pipeline.ipynb #cc0f9631
@@ -139,37 +136,6 @@ class ProgressBar:
         if self.bar_settings.get('disable'): return None
         from tqdm.auto import tqdm
         return tqdm(total=total, **self.bar_settings)
-
-# %% ../../nbs/language/27_pipeline.ipynb #27f0a004
-@torch.no_grad()
-def generate_from_prompts(
-    model, tokenizer,    # a language model with visual tokens, and its text tokenizer
-    prompts:list,        # B lists of token ids, up to where an image begins
-    negatives:list,      # likewise, of the branch without the caption
-    grid:tuple,          # (h, w) of the images
-    guidance_scale,      # 1 = none: that branch is not computed
-    callback, int8,      # see `generate_image_ids`
-    asked:dict,          # static_cache, compile
-    **settings,          # of `VisualTokenProcessor`
-)->torch.Tensor:         # ids, (B, N)
-    "`generate_image_ids` for prompts of any token ids"
-    visual, B = VisualTokens.of(model), len(prompts)
-    n, lead, begin = math.prod(grid), int(len(visual.coarse) > 0), visual.begin(grid)
-    rows = [[*p, begin] for p in (prompts + negatives if guidance_scale != 1 else prompts)]
-    longest, space = max(map(len, rows)), max_sequence_length(model) - lead - n - 1
-    if longest > space:
-        raise ValueError(f"a prompt of {longest - 1} tokens is too long: this model takes {space - 1} beside an image "
-                         f"of {n}; shorten it")
-    batch = left_pad(rows, model.device)
-    length = batch['input_ids'].shape[1]
-    processor = VisualTokenProcessor(visual, length, guidance_scale, grid=grid, **settings)
-    if (loop := loop_settings(model, int8, asked)) is not None:
-        return decode_ids(model, batch, processor, callback and (lambda ids: callback(ids[:B])), **loop)[:B]
-    if callback:
-        tell = StepCallback(lambda tokens: callback(tokens[:B] - visual.first), length + lead)
-        asked = asked | dict(stopping_criteria=StoppingCriteriaList([tell]))
-    out = generate_tokens(model, tokenizer, batch, lead + n, logits_processor=LogitsProcessorList([processor]), **asked)
-    return out[:B, length + lead:length + lead + n] - visual.first
 
 # %% ../../nbs/language/27_pipeline.ipynb #27a0c001
 class ImageReader(PipelineFolder, ProgressBar):
@@ -291,7 +257,7 @@ class V2FlowPipeline(ImageReader):
         if scale is None: scale = tok.config.guidance_scale
         steps = Steps(callback_on_step_end, self, n, n_iter or tok.config.n_iter,
                       guidance_scale=settings['guidance_scale'], decoder_guidance_scale=scale)
-        how = dict(settings, **asked, generator=generator, grid=grid, int8=self.int8,
+        how = dict(settings, how=asked, generator=generator, grid=grid, int8=self.int8,
                    guidance_schedule=steps.schedule('guidance_scale', guidance_schedule),
                    callback=(lambda ids: steps.tell(ids.shape[1] - 1, ids=ids)) if steps.wanted else None)
         ids = self.write(captions, negative_prompt, num_images_per_prompt, chat_template, how)
@@ -308,15 +274,12 @@ class V2FlowPipeline(ImageReader):
         negative_prompt:str|list|None,
         each:int,                   # images of a prompt
         chat_template:bool,
-        how:dict,                   # of `generate_image_ids`
+        how:dict,                   # see `ids_after_prompts`
     )->torch.Tensor:                # ids, (B, N)
-        "Captions → ids, by the plain way or from prompts of another form"
-        if negative_prompt is None and not chat_template:
-            return generate_image_ids(self.llm, self.tokenizer, captions, **how)
+        "Captions → ids, from plain prompts or in a chat template, beside nothing or negative prompts"
         B, bos = len(captions), first_id(self.tokenizer)
         def ids_of(texts):
             if chat_template: return chat_ids(self.tokenizer, texts, bos)
             return [[bos, *c] for c in text_ids(self.tokenizer, texts)]
         negatives = [[bos]]*B if negative_prompt is None else ids_of(negatives_each(negative_prompt, B//each, each))
-        asked = {k: how.pop(k) for k in ('static_cache', 'compile') if k in how}
-        return generate_from_prompts(self.llm, self.tokenizer, ids_of(captions), negatives, asked=asked, **how)
+        return ids_after_prompts(self.llm, self.tokenizer, ids_of(captions), negatives, **how)

@@ -256,6 +256,26 @@ def test_a_field_of_the_data_becomes_coarse_tokens(whole, tmp_path):
     done = run('f', whole/'llama', 'llm.own_texts=60')
     assert done.returncode == 2 and 'own_texts=60: needs at least 50, a text_share, and no texts' in done.stderr
 
+def test_an_adapter_is_trained_further_as_itself(whole, tmp_path):
+    """It begins where it ended, its base stays the one that it names, and another rank is refused in a line; a step
+    of length 0 changes nothing"""
+    def run(out, *settings):
+        return v2flow('train-llm', '--config', 'configs/digits-llm.yaml', '--out', tmp_path/out,
+                      f'image_tokenizer={whole}/tok/model', f'llm.pretrained={whole}/run/model/llm', 'llm.train=lora',
+                      'llm.store_base=false', 'training.evaluate_every=0', 'training.trackers=[]', 'data.copies=0',
+                      'training.steps=1', 'training.batch_size=4', 'training.warmup=0', *settings)
+    first = read_tensors(whole/'run/model/llm/adapter_model.safetensors')
+    ended(run('still', 'llm.rank=2', 'training.lr=0')); ended(run('on', 'llm.rank=2', 'training.lr=0.01'))
+    for name in ('still', 'on'):
+        folder = tmp_path/name/'model/llm'
+        again = read_tensors(folder/'adapter_model.safetensors')
+        assert again.keys() == first.keys() and read_json(folder/'base.json')['base'] == str(whole/'llama')
+        assert all(torch.equal(p, again[n]) for n, p in first.items()) == (name == 'still')
+    done = run('other', 'llm.rank=3')
+    assert done.returncode != 0 and 'that adapter was trained with lora, rank 2' in done.stderr.splitlines()[-1]
+    done = run('new', 'llm.train=new')
+    assert done.returncode != 0 and 'that adapter was trained with lora, rank 2' in done.stderr.splitlines()[-1]
+
 def test_layers_are_compiled_one_by_one_on_a_cpu():
     "And nothing around them; nothing is compiled before it is called"
     from v2flow_nbdev.training.processes import compile_parts

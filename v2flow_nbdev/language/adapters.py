@@ -235,6 +235,7 @@ def add_adapter(
     tokenizer:'PreTrainedTokenizerBase',  # its text tokenizer
     table:torch.Tensor,  # its embeddings as they are stored, (V, E)
     folder:Path,      # that `save_adapter` wrote
+    merged:bool=True, # False: the base alone with room for the new tokens, see `continue_adapter`
 )->tuple:             # (an ordinary model with visual tokens, its text tokenizer); `OSError` for another base
     "Base and adapter make one model"
     entry = read_json(folder/'base.json', ['base', 'checksum', 'v2flow'])
@@ -251,7 +252,27 @@ def add_adapter(
         raise OSError(f"{folder}: does not fit its base {entry['base']} ({e})") from None
     if settings := model.generation_config:  # text generation never chooses them
         settings.suppress_tokens = sorted({*(settings.suppress_tokens or ()), *visual.new})
+    if not merged: return model, tokenizer
     try: return with_adapter(model, folder).requires_grad_(True), tokenizer
     except Exception as e:
         raise OSError(f"{folder}: not an adapter of {entry['base']} ({type(e).__name__}: "
                       f"{' '.join(str(e).split())[:200]})") from None
+
+# %% ../../nbs/language/25_adapters.ipynb #5e7351f1
+def continue_adapter(
+    model:nn.Module,  # of `choose_trained` on the base of an adapter, see `add_adapter`; changed in place
+    folder:Path,      # that `save_adapter` wrote
+)->nn.Module:         # the model; `ValueError` where it is trained in another way than the adapter was
+    "Begin where an adapter ended, so that it is trained further as itself and not under a second one"
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    known = read_tensors(folder/'adapter_model.safetensors')
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    config, scale = read_json(folder/'adapter_config.json', ['peft_type']), vars(model.peft_config['default'])
+    same = config.get('lora_alpha') == scale.get('lora_alpha')
+    if not same or {n: p.shape for n,p in known.items()} != {n: p.shape for n,p in own.items()}:
+        way = 'the new embeddings alone'
+        if 'r' in config: way = f"lora, rank {config['r']}, alpha {config['lora_alpha']:g}"
+        raise ValueError(f"{folder}: that adapter was trained with {way}; train it further in the same way, or set "
+                         f"store_base=true to begin another on top of it")
+    set_peft_model_state_dict(model, {n: p.to(own[n]) for n,p in known.items()})
+    return model

@@ -28,6 +28,7 @@ def load_llm(
     folder:Path,  # a `transformers` folder, or one that `save_adapter` wrote
     dtype:torch.dtype=torch.float32,    # of its parameters
     attn_implementation:str|None=None,  # eager, sdpa or flash_attention_2; None: what `transformers` chooses
+    merged:bool=True, # False: of an adapter the base alone, with room for the new tokens, see `continue_adapter`
     **hub,        # for the base of an adapter, see `fetch`
 )->tuple:         # the language model and its text tokenizer; `OSError` if anything is missing or damaged
     "A causal language model, whole or not at all"
@@ -36,7 +37,7 @@ def load_llm(
         base = llm_folder(read_json(folder/'base.json', ['base'])['base'], **hub)
         path, name = find_table(base)
         rows = read_embeddings(path, name, range(tensor_info(path, name)[0][0]))
-        return add_adapter(*load_llm(base, dtype, attn_implementation), rows, folder)
+        return add_adapter(*load_llm(base, dtype, attn_implementation), rows, folder, merged)
     for path in sorted(set(tensor_files(folder).values())):
         with open_tensors(path): pass
     tokenizer = load_text_tokenizer(folder)

@@ -12,6 +12,7 @@ import torch
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from ..base.files import read_json
 from ..base.gguf import llm_folder
 from ..base.images import image_grid
 from ..base.tables import table_checksum
@@ -19,7 +20,7 @@ from ..base.text import text_ids
 from ..language.text_models import collate, count_targets, max_sequence_length
 from ..language.visual_tokens import VisualTokens, add_visual_tokens
 from ..language.sequences import ImageTextSequences, check_packs, pack
-from ..language.adapters import TargetLoss, choose_trained, interpolate_weights
+from ..language.adapters import TargetLoss, choose_trained, continue_adapter, interpolate_weights
 from ..language.loading import load_llm
 from ..language.pipeline import V2FlowPipeline
 from .failures import running
@@ -53,6 +54,17 @@ def known_visual_tokens(llm, tok, grids, *coarse):
                          f"{', '.join(f'{h}×{w}' for h,w in visual.grids)}")
     return visual
 
+def adapter_of(
+    tuning,  # an `LLMConfig`
+):           # a folder; None
+    "The adapter that a run trains further: where `pretrained` is one, and again no more than that is to be stored"
+    folder = llm_folder(tuning.pretrained)
+    return folder if not tuning.store_base and (folder/'base.json').is_file() else None
+
+def base_of(tuning):
+    "What the model that is stored by reference is called"
+    return read_json(adapter_of(tuning)/'base.json', ['base'])['base'] if adapter_of(tuning) else tuning.pretrained
+
 def load_models(
     recipe:LLMRecipe,
     coarse:list=(),  # the values that are to have a coarse token, a sorted list for each field
@@ -61,7 +73,7 @@ def load_models(
     tuning = recipe.llm
     with running():
         tok = load_tokenizer(recipe.image_tokenizer)
-        llm, tokenizer = load_llm(llm_folder(tuning.pretrained))
+        llm, tokenizer = load_llm(llm_folder(tuning.pretrained), merged=not adapter_of(tuning))
     settings = in_common(recipe, image_tokenizer=tok.codebook_checksum)
     settings['llm']['pretrained'] = table_checksum(llm.get_input_embeddings().weight)
     torch.manual_seed(recipe.training.seed)
@@ -79,7 +91,8 @@ def unwrapped(model): return getattr(model, 'llm', model)
 
 def in_training(llm, tuning):
     "A language model of which that is trained which `llm.train` says, with a loss of its own where it needs one"
-    llm = choose_trained(llm, tuning.train, tuning.rank, tuning.alpha)
+    llm, begun = choose_trained(llm, tuning.train, tuning.rank, tuning.alpha), adapter_of(tuning)
+    if begun: continue_adapter(llm, begun)
     if tuning.text_weight == 1 and not tuning.visual_softmax and not tuning.coarse: return llm
     with running(): return TargetLoss(llm, tuning.text_weight, tuning.visual_softmax, tuning.coarse_weight)
 
@@ -146,7 +159,7 @@ def train_llm(
         model.save_pretrained(out/'adapter', save_embedding_layers=False)
     def save(folder):
         made = pipe(model)
-        if not tuning.store_base: made.base = tuning.pretrained
+        if not tuning.store_base: made.base = base_of(tuning)
         made.save_pretrained(folder, getattr(torch, tuning.save_dtype))
     finish(model, out, save, *sources)
     return pipe(model)

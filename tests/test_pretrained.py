@@ -3,7 +3,7 @@ are computed once; a flow decoder that is trained further"""
 import json, os, shutil
 import pytest, torch
 from PIL import Image
-from conftest import shipped, v2flow
+from conftest import root, shipped, v2flow
 from v2flow_nbdev.base.files import read_json, read_tensors, write_json
 from v2flow_nbdev.base.gguf import cache_folder, llm_folder, packaged
 from v2flow_nbdev.language.pipeline import V2FlowPipeline, load_llm
@@ -165,6 +165,18 @@ def test_smollm2_knows_the_capital_of_france():
     vocabulary = Vocabulary.from_pretrained('smollm2')
     assert len(vocabulary) == 49152 - 17 and vocabulary.embeddings.shape[1] == 576
 
+@pytest.mark.skipif(not (cache_folder()/'smollm2/config.json').is_file(), reason='make smollm2')
+def test_the_shipped_adapter_draws_and_reads(tmp_path):
+    "By the commands, from a folder that names its base; and SmolLM2 still knows the capital of France"
+    model = root/'data/checkpoints/smollm2'
+    assert read_json(model/'llm/base.json')['base'] == 'smollm2'
+    ended(v2flow('generate', 'a red heart', '--model', model, '--out', tmp_path/'heart.png'))
+    assert Image.open(tmp_path/'heart.png').size == (64, 64)
+    assert ended(v2flow('caption', tmp_path/'heart.png', '--model', model)).stdout.strip()
+    llm, tokenizer = load_llm(model/'llm', torch.bfloat16)
+    asked = tokenizer('The capital of France is', return_tensors='pt')
+    assert 'Paris' in tokenizer.decode(llm.generate(**asked, max_new_tokens=4, do_sample=False)[0])
+
 def coarse_model(tied=False):
     "A LLaMA with 32 visual tokens and 10 coarse ones, and its parts"
     llm, tokenizer = toy_llama(captions*4)
@@ -275,6 +287,23 @@ def test_an_adapter_is_trained_further_as_itself(whole, tmp_path):
     assert done.returncode != 0 and 'that adapter was trained with lora, rank 2' in done.stderr.splitlines()[-1]
     done = run('new', 'llm.train=new')
     assert done.returncode != 0 and 'that adapter was trained with lora, rank 2' in done.stderr.splitlines()[-1]
+
+def test_an_adapter_is_cut_to_a_lower_rank(whole, tmp_path):
+    "By the command: the best of that rank, and a folder that can be loaded; a higher rank is refused in a line"
+    import subprocess, sys
+    from benchmarks.shrink import lower_rank
+    torch.manual_seed(0)
+    weights = {'x.lora_A.weight': torch.randn(4, 20), 'x.lora_B.weight': torch.randn(30, 4)}
+    cut, lost = lower_rank(weights, dict(r=4, lora_alpha=8), 2)
+    full, low = (w['x.lora_B.weight'] @ w['x.lora_A.weight']*8/r for w, r in ((weights, 4), (cut, 2)))
+    kept = torch.linalg.svdvals(full)[:2].square().sum()/full.square().sum()
+    assert cut['x.lora_A.weight'].shape == (2, 20) and abs(lost - (1 - kept)) < 1e-5
+    torch.testing.assert_close((full - low).square().sum(), (1 - kept)*full.square().sum())
+    def shrink(rank): return subprocess.run([sys.executable, '-m', 'benchmarks.shrink', whole/'run/model', tmp_path/'small',
+                                             '--rank', str(rank)], cwd=root, capture_output=True, text=True)
+    assert 'rank 2 → 1' in ended(shrink(1)).stdout
+    assert V2FlowPipeline.from_pretrained(tmp_path/'small')('a six').images[0].size == (8, 8)
+    assert shrink(3).stderr == 'benchmarks.shrink: --rank 3: the adapter has rank 2\n'
 
 def test_layers_are_compiled_one_by_one_on_a_cpu():
     "And nothing around them; nothing is compiled before it is called"

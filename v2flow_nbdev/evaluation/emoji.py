@@ -9,7 +9,7 @@ __all__ = ['emoji_scores']
 import re
 from pathlib import Path
 from typing import Callable
-import numpy as np, torch
+import numpy as np, torch, torch.nn.functional as F
 from ..base.files import find_data
 from ..base.images import image_grid, to_pil, to_tensor
 from ..models.quantizer import codebook_perplexity, codebook_usage
@@ -40,7 +40,9 @@ def emoji_reconstruction_scores(
     def gen(): return torch.Generator().manual_seed(seed)
     z, train_z = tok.to_latents(x), tok.to_latents(train)
     ids, train_ids = (torch.cat([tok.encode(latents=part) for part in all_.split(64)]) for all_ in (z, train_z))
-    plain = nearest_codes(z, plain_codes(train_z, k, seed))
+    p = tok.config.pool  # a token stands for p×p latents
+    codes = plain_codes(F.pixel_unshuffle(train_z, p), k, seed)
+    plain = F.pixel_shuffle(nearest_codes(F.pixel_unshuffle(z, p), codes), p)
     found = {'': tok.decode(ids, generator=gen()), '_at_temperature_1': tok.decode(ids, temperature=1.,
         generator=gen()), '_autoencoder': tok.latents.decode(z), '_plain_codes': tok.latents.decode(plain)}
     return {name + suffix: v.mean().item() for suffix, back in found.items() for name,

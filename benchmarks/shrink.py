@@ -4,7 +4,7 @@
 
 LoRA's updates are cut to a lower rank by a singular value decomposition, which loses as little of their squared norm as any matrix of
 that rank can. The resampler is stored as float16: its readout is centred first, which changes no mixture (a softmax does not know what
-all its scores have in common) and halves what rounding changes. The codebook stays float32: its codes lie so near to each other that
+all its scores have in common) and makes the numbers that are rounded smaller. The codebook stays float32: its codes lie so near to each other that
 rounding them changes every tenth id. What changed is printed."""
 import argparse, shutil, sys
 from pathlib import Path

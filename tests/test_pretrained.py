@@ -283,6 +283,8 @@ def test_an_adapter_is_trained_further_as_itself(whole, tmp_path):
         again = read_tensors(folder/'adapter_model.safetensors')
         assert again.keys() == first.keys() and read_json(folder/'base.json')['base'] == str(whole/'llama')
         assert all(torch.equal(p, again[n]) for n, p in first.items()) == (name == 'still')
+    plan = ended(run('plan', 'llm.rank=2', '--dry-run'))                            # of its base
+    assert 'parameters' in plan.stdout
     done = run('other', 'llm.rank=3')
     assert done.returncode != 0 and 'that adapter was trained with lora, rank 2' in done.stderr.splitlines()[-1]
     done = run('new', 'llm.train=new')

@@ -267,11 +267,16 @@ def tokenizer_config(image_tokenizer):
 def plan_llm(recipe):
     "What train-llm would take: from the shapes of both models alone"
     from transformers import AutoConfig
+    from v2flow_nbdev.base.files import read_json
+    from v2flow_nbdev.base.gguf import llm_folder, packaged
     from v2flow_nbdev.language.text_models import max_sequence_length
     from v2flow_nbdev.evaluation.costs import llm_plan
     tuning, shape = recipe.llm, tokenizer_config(recipe.image_tokenizer)
     with running():
-        try: config = AutoConfig.from_pretrained(tuning.pretrained)
+        adapter, name = Path(tuning.pretrained)/'base.json', tuning.pretrained
+        if adapter.is_file(): name = read_json(adapter, ['base'])['base']
+        if name in packaged or name.endswith('.gguf'): name = llm_folder(name)
+        try: config = AutoConfig.from_pretrained(name)
         except Exception as e:
             raise OSError(
                 f"{tuning.pretrained}: no config of a language model could be read ({type(e).__name__})") from None

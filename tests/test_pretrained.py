@@ -283,6 +283,13 @@ def test_an_adapter_is_trained_further_as_itself(whole, tmp_path):
         again = read_tensors(folder/'adapter_model.safetensors')
         assert again.keys() == first.keys() and read_json(folder/'base.json')['base'] == str(whole/'llama')
         assert all(torch.equal(p, again[n]) for n, p in first.items()) == (name == 'still')
+    two = 'llm.rank=2', 'training.steps=2', 'training.checkpoint_every=1', 'training.warmup=0'
+    ended(run('two', *two))                                                        # and a run that was killed goes on
+    killed = shutil.copytree(tmp_path/'two', tmp_path/'killed')
+    for part in ('model', 'checkpoints/step-00000002'): shutil.rmtree(killed/part)
+    ended(run('killed', *two, '--resume'))
+    one, other = (read_tensors(tmp_path/n/'model/llm/adapter_model.safetensors') for n in ('two', 'killed'))
+    assert all(torch.equal(p, other[n]) for n, p in one.items())
     plan = ended(run('plan', 'llm.rank=2', '--dry-run'))                            # of its base
     assert 'parameters' in plan.stdout
     done = run('other', 'llm.rank=3')

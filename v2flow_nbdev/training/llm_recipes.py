@@ -12,7 +12,7 @@ import torch
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from ..base.files import read_json
+from ..base.files import read_json, sha256
 from ..base.gguf import llm_folder
 from ..base.images import image_grid
 from ..base.tables import table_checksum
@@ -65,6 +65,14 @@ def base_of(tuning):
     "What the model that is stored by reference is called"
     return read_json(adapter_of(tuning)/'base.json', ['base'])['base'] if adapter_of(tuning) else tuning.pretrained
 
+def checksum_of(
+    llm,      # as it was loaded
+    adapter,  # that is trained further; None
+):            # 16 hexadecimal digits
+    "What a run begins with: that of its table, or of an adapter, without which the rows of its new tokens are random"
+    return sha256(adapter/'adapter_model.safetensors')[:16] if adapter else table_checksum(
+        llm.get_input_embeddings().weight)
+
 def load_models(
     recipe:LLMRecipe,
     coarse:list=(),  # the values that are to have a coarse token, a sorted list for each field
@@ -75,7 +83,7 @@ def load_models(
         tok = load_tokenizer(recipe.image_tokenizer)
         llm, tokenizer = load_llm(llm_folder(tuning.pretrained), merged=not adapter_of(tuning))
     settings = in_common(recipe, image_tokenizer=tok.codebook_checksum)
-    settings['llm']['pretrained'] = table_checksum(llm.get_input_embeddings().weight)
+    settings['llm']['pretrained'] = checksum_of(llm, adapter_of(tuning))
     torch.manual_seed(recipe.training.seed)
     with running():
         if tuning.attention: llm.set_attn_implementation(tuning.attention)

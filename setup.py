@@ -29,5 +29,6 @@ setup(
         'Programming Language :: Python :: 3 :: Only', *[f'Programming Language :: Python :: {v}' for v in s['pythons'].split()],
         'Topic :: Multimedia :: Graphics', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     python_requires='>=' + s['min_python'], packages=find_packages(include=[s['lib_name'], s['lib_name'] + '.*']),
+    package_data={s['lib_name']: ['data.json']},
     install_requires=needed + extra, extras_require=dict(app=page, dev=page + dev),
     entry_points=dict(console_scripts=s['console_scripts'].split()), zip_safe=False)

@@ -93,7 +93,7 @@ def site(dist, tmp_path_factory):
     return python
 
 def in_environment(python, code, cwd, *args):
-    environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | dict(HF_HUB_OFFLINE='1')
     return subprocess.run([python, '-P', '-c', code, *args], capture_output=True, text=True, cwd=cwd, env=environment)
 
 def test_wheel_holds_every_module_and_the_names_of_the_front_door(site, tmp_path):

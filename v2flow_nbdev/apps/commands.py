@@ -123,7 +123,7 @@ def find_model(
     model,                      # a folder or a Hub id
     file='model_index.json',    # what a folder must hold
 ):
-    "What the project has in `data/checkpoints` is found anywhere, see `find_data`; a folder that is no model is refused"
+    "What the project has in `data/checkpoints` is found anywhere (`find_data`); a folder that is no model is refused"
     if Path(model).is_dir() and not any((Path(model)/f).exists() for f in (file, f'image_tokenizer/{file}')):
         inner = Path(model)/'model'
         hint = f'its model lies in {inner}' if inner.is_dir() else 'this is no model folder, or an incomplete one'

@@ -19,7 +19,7 @@ def environment(place, wheel):
     python = place/('Scripts' if os.name == 'nt' else 'bin')/'python'
     own = Path(subprocess.run([python, '-c', 'import site; print(site.getsitepackages()[0])'], capture_output=True,
                               text=True, check=True).stdout.strip())
-    subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', own, wheel], check=True,
+    subprocess.run([sys.executable, '-m', 'pip', '--python', python, 'install', '--quiet', '--no-deps', wheel], check=True,
                    capture_output=True)
     (own/'others.pth').write_text('\n'.join(site.getsitepackages()) + '\n')  # its own packages come first
     return python

@@ -19,8 +19,9 @@ def environment(place, wheel):
     python = place/('Scripts' if os.name == 'nt' else 'bin')/'python'
     own = Path(subprocess.run([python, '-c', 'import site; print(site.getsitepackages()[0])'], capture_output=True,
                               text=True, check=True).stdout.strip())
+    alone = {k: v for k,v in os.environ.items() if k != 'PYTHONPATH'}  # else pip may see the clone as installed already
     subprocess.run([sys.executable, '-m', 'pip', '--python', python, 'install', '--quiet', '--no-deps', wheel], check=True,
-                   capture_output=True)
+                   capture_output=True, env=alone)
     (own/'others.pth').write_text('\n'.join(site.getsitepackages()) + '\n')  # its own packages come first
     return python
 
@@ -40,7 +41,7 @@ def anywhere(paths, place, wheel, hub, python=None):
         copies.append(shutil.copy(path, folder))
     said = dict(HF_ENDPOINT=hub.url, HF_HOME=str(place/'hub'), HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_PROGRESS_BARS='1',
                 CUDA_VISIBLE_DEVICES='', MPLBACKEND='agg', WITHOUT=str(root), PYTHONDONTWRITEBYTECODE='1')
-    kept = {k: v for k,v in os.environ.items() if k not in ('PYTHONPATH', 'HF_HUB_OFFLINE', 'HF_HUB_CACHE')}
+    kept = {k: v for k,v in os.environ.items() if k not in ('PYTHONPATH', 'VIRTUAL_ENV', 'HF_HUB_OFFLINE', 'HF_HUB_CACHE')}
     tools = place/'tools'; tools.mkdir()
     for name in ('run_anywhere.py', 'run_notebooks.py', 'check_notebooks.py'): shutil.copy(here/name, tools)
     return subprocess.Popen([python, '-P', tools/'run_anywhere.py', '--here', *copies], cwd=place, env=kept | said,

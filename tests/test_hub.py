@@ -384,6 +384,7 @@ def test_data_come_from_the_hub_by_name_and_once(elsewhere, monkeypatch):
     assert elsewhere.got() == ['data/keywords/keywords.json'] and content(found) == {'keywords.json': (root/'data/keywords/keywords.json').read_bytes()}
     assert files.find_data('configs/digits-llm.yaml').read_text() == (root/'configs/digits-llm.yaml').read_text()
     assert files.find_data('benchmarks/words.json').is_file() and len(elsewhere.got()) == 3
+    files.find_data('keywords', force_download=True); assert len(elsewhere.got()) == 4
     files.fetch_data.cache_clear(); elsewhere.requests.clear(); monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     assert files.find_data('keywords') == found and files.find_data('configs/digits-llm.yaml') and not elsewhere.requests
 

@@ -284,10 +284,10 @@ def fetch_data(
         beside = {n.removeprefix(f'{up}/').split('/')[0] for up in [path.rpartition('/')[0]] for n in known_files(up)}
         raise FileNotFoundError(f"{path}: neither here nor among the data of this project"
                                 f"{'; there are ' + ', '.join(sorted(beside)) if beside else ''}")
-    for local in (True, False):
+    for local in (False,) if hub.get('force_download') else (True, False):
         try: folder = fetch(hub_repository, list(files), 'data', **hub | (dict(local_files_only=True) if local else {}))
         except OSError as e:
-            if local and not hub.get('force_download'): continue
+            if local: continue
             raise type(e)(f"{path} is not here, and the Hub does not give it ({e}); get it with `git clone "
                           f"{repository}` and run inside that clone, or name a folder of your own") from None
         if all((folder/n).is_file() for n in files): break

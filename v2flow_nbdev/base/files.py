@@ -307,8 +307,8 @@ def find_data(
     clone = next((top for top in tops if (top/'data/checkpoints').is_dir() and (top/'v2flow_nbdev').is_dir()), None)
     if not clone: return fetch_data(path, **hub)
     beside = next(up for up in (clone/path).parents if up.is_dir())
-    raise FileNotFoundError(f"{path} is not in this clone; {beside.relative_to(clone)} has "
-                            f"{', '.join(sorted(p.name for p in beside.iterdir() if p.is_dir() or p.suffix == '.yaml'))}")
+    names = sorted(p.name for p in beside.iterdir() if p.is_dir() or p.suffix == '.yaml')
+    raise FileNotFoundError(f"{path} is not in this clone; {beside.relative_to(clone)} has {', '.join(names)}")
 
 def local_path(
     name:str|Path,  # of a file or folder

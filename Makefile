@@ -1,4 +1,4 @@
-.PHONY: help setup smollm2 demo test test-all check golden bench lab execute readme docs test-docs
+.PHONY: help setup smollm2 demo test test-all check golden bench lab execute readme manifest docs test-docs
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -42,6 +42,9 @@ execute: setup  ## Run notebooks in fresh kernels and keep their outputs: all, o
 
 readme: setup  ## Write README.md anew from nbs/index.ipynb
 	$(BIN)/python tests/check_notebooks.py --write-readme
+
+manifest: setup  ## Write the list of data, configs and checkpoints anew that the package carries
+	$(BIN)/python data/manifest.py
 
 docs: .venv-docs/ready  ## The site of the book, from the notebooks as they are: writes _docs/html
 	.venv-docs/bin/python docs/site/build.py

@@ -8,7 +8,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=['='])
 config.read(here/'settings.ini', encoding='utf-8')
 s = config['DEFAULT']
-needed, extra, page, dev = (s[k].split() for k in ('requirements', 'extra_requirements', 'app_requirements', 'dev_requirements'))
+needed, extra, page, notebooks, dev = (s[f'{k}requirements'].split() for k in ('', 'extra_', 'app_', 'notebook_', 'dev_'))
 # an index shows the README without the files beside it: links lead to this version's in the repository
 files = f"{s['git_url']}/blob/v{s['version']}/"
 raw = files.replace('//github.com/', '//raw.githubusercontent.com/').replace('/blob/', '/')
@@ -29,5 +29,6 @@ setup(
         'Programming Language :: Python :: 3 :: Only', *[f'Programming Language :: Python :: {v}' for v in s['pythons'].split()],
         'Topic :: Multimedia :: Graphics', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     python_requires='>=' + s['min_python'], packages=find_packages(include=[s['lib_name'], s['lib_name'] + '.*']),
-    install_requires=needed + extra, extras_require=dict(app=page, dev=page + dev),
+    package_data={s['lib_name']: ['data.json']},
+    install_requires=needed + extra, extras_require=dict(app=page, notebooks=page + notebooks, dev=page + notebooks + dev),
     entry_points=dict(console_scripts=s['console_scripts'].split()), zip_safe=False)

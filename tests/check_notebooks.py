@@ -15,6 +15,18 @@ def notebooks():
 
 tools = Path(sys.executable).parent
 
+# of every notebook; `#| hide`: the site leaves it out
+first_cell = """#| hide
+# Where the package is missing, as in Colab, it is installed with all that the notebooks import: from GitHub, for no index has it yet
+import importlib.util, subprocess, sys
+if importlib.util.find_spec('v2flow_nbdev') is None:
+    subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet',
+                    'v2flow_nbdev[notebooks] @ git+https://github.com/v2flow-nbdev/v2flow-nbdev'], check=True)"""
+# of all but the front page
+last_cell = """#| hide
+import nbdev
+if nbdev.config.is_nbdev(): nbdev.nbdev_export()  # in a clone"""
+
 def fault(path):
     "Why a notebook cannot be read at all, in a line that names it; None where it can"
     name = path.relative_to(root).as_posix()
@@ -76,6 +88,9 @@ def problems():
         name = path.relative_to(root).as_posix()
         cells = [c for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
         outputs = [o for c in cells for o in c['outputs']]
+        sources = [''.join(c['source']) for c in cells]
+        if sources[:1] != [first_cell]: yield f'{name}: its first code cell is not `first_cell` of tests/check_notebooks.py: copy it'
+        if path.stem != 'index' and sources[-1:] != [last_cell]: yield f'{name}: its last cell is not `last_cell` of tests/check_notebooks.py'
         if cells and not outputs: yield f'{name} has no outputs: execute it'
         if any(o['output_type'] == 'error' for o in outputs): yield f'{name} holds an error'
         if any(o.get('name') == 'stderr' for o in outputs): yield f'{name} prints on stderr'

@@ -67,6 +67,12 @@ def dist(tmp_path_factory):
     return place
 
 @pytest.fixture(scope='session')
+def installed(dist, tmp_path_factory):
+    "The Python of a fresh environment that holds the wheel, and sees the packages that are installed here, but not this clone"
+    from run_anywhere import environment
+    return environment(tmp_path_factory.mktemp('wheel')/'env', next(dist.glob('*.whl')))
+
+@pytest.fixture(scope='session')
 def pipe():
     from v2flow_nbdev.language.pipeline import V2FlowPipeline
     return V2FlowPipeline.from_pretrained(shipped)

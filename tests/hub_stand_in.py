@@ -84,6 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
                              (r'/api/models/([^/]+/[^/]+)/tree/([^/]+).*', self.tree),
                              (r'/api/models/([^/]+/[^/]+)/preupload/(.+)', self.preupload),
                              (r'/api/models/([^/]+/[^/]+)/commit/(.+)', self.commit),
+                             (r'/api/models/([^/]+/[^/]+)/tag/(.+)', self.tag),
                              (r'/api/repos/create', self.create), (r'/api/validate-yaml', self.validate),
                              (r'/([^/]+/[^/]+)\.git/info/lfs/objects/batch', self.batch),
                              (r'/lfs/(\w+)', self.store), (r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', self.resolve)):
@@ -147,6 +148,11 @@ class _Handler(BaseHTTPRequestHandler):
             if item['key'] == 'deletedFile': gone.append(value['path'])
         sha = self.hub.add(name, new, gone, revision)
         self.answer(body=dict(success=True, commitOid=sha, commitUrl=f'{self.hub.url}/{name}/commit/{sha}', hookOutput=''))
+
+    def tag(self, body, name, revision):
+        if (r := self.repository(name)) and (sha := self.commit_of(r, revision)):
+            r['refs'][json.loads(body)['tag']] = sha
+            self.answer(body={})
 
     def resolve(self, body, name, revision, path):
         if not (r := self.repository(name)) or not (sha := self.commit_of(r, revision)): return

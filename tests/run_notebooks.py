@@ -1,7 +1,8 @@
 """Runs notebooks like `nbdev_test`, each in a fork of one process that has done the imports; exits with 1 if one fails
 
     python tests/run_notebooks.py                  all of them
-    python tests/run_notebooks.py FILE.ipynb …     these"""
+    python tests/run_notebooks.py FILE.ipynb …     these
+    python tests/run_anywhere.py …                 the same away from the clone"""
 import gc, os, sys
 from multiprocessing import connection, get_context
 from pathlib import Path

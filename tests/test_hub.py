@@ -362,3 +362,87 @@ def test_a_push_that_is_refused_is_a_line(hub, pipe, monkeypatch):
     with pytest.raises(FileNotFoundError, match='has no such branch; make it first'): tok.push_to_hub('me/tok', revision='v2')
     hub.add('me/tok', {}, branch='v2'); tok.push_to_hub('me/tok', revision='v2')
     assert 'model.safetensors' in hub.files('me/tok', 'v2') and 'model.safetensors' not in hub.files('me/tok')
+
+# data of the project, where there is no clone
+
+@pytest.fixture
+def elsewhere(hub, monkeypatch, tmp_path):
+    "A folder without a clone, a package outside of one, and a Hub that has the project's smaller data"
+    from v2flow_nbdev.base import files
+    place = tmp_path/'empty'; place.mkdir()
+    monkeypatch.chdir(place); monkeypatch.setattr(files, '__file__', str(tmp_path/'site-packages/files.py'))
+    known, revision = files.known_data()
+    hub.add(files.hub_repository, {'data/emoji/train.parquet': b'of another revision'})
+    hub.add(files.hub_repository, {n: (root/n).read_bytes() for n, (size, _) in known.items() if size < 3e6}, branch=revision)
+    files.fetch_data.cache_clear()
+    yield hub
+    files.fetch_data.cache_clear()
+
+def test_data_come_from_the_hub_by_name_and_once(elsewhere, monkeypatch):
+    from v2flow_nbdev.base import files
+    found = files.find_data('keywords')
+    assert elsewhere.got() == ['data/keywords/keywords.json'] and content(found) == {'keywords.json': (root/'data/keywords/keywords.json').read_bytes()}
+    assert files.find_data('configs/digits-llm.yaml').read_text() == (root/'configs/digits-llm.yaml').read_text()
+    assert files.find_data('benchmarks/words.json').is_file() and len(elsewhere.got()) == 3
+    files.find_data('keywords', force_download=True); assert len(elsewhere.got()) == 4
+    files.fetch_data.cache_clear(); elsewhere.requests.clear(); monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    assert files.find_data('keywords') == found and files.find_data('configs/digits-llm.yaml') and not elsewhere.requests
+
+def test_a_model_of_the_project_loads_by_its_name(elsewhere):
+    from v2flow_nbdev.apps.commands import find_model, read_yaml
+    tok = V2Flow.from_pretrained('data/checkpoints/digits', subfolder='image_tokenizer')
+    assert all(n.startswith('data/checkpoints/digits/image_tokenizer/') for n in elsewhere.got())
+    assert tok.config == V2Flow.from_pretrained(shipped, subfolder='image_tokenizer').config
+    assert (find_model('data/checkpoints/digits')/'model_index.json').is_file()
+    assert read_yaml(Path('configs/digits-llm.yaml'))['image_tokenizer'] == 'runs/digits-tokenizer/model'
+
+def test_a_folder_that_is_named_is_taken_as_it_is(elsewhere):
+    from v2flow_nbdev.apps.commands import find_model
+    shutil.copytree(shipped, 'data/checkpoints/digits')
+    V2Flow.from_pretrained('data/checkpoints/digits', subfolder='image_tokenizer')
+    assert find_model('data/checkpoints/digits') == 'data/checkpoints/digits' and not elsewhere.requests
+
+def test_data_that_are_not_those_of_this_package_are_refused_and_removed(elsewhere, tmp_path):
+    from v2flow_nbdev.base import files
+    revision = files.known_data()[1]
+    elsewhere.add(files.hub_repository, {'data/prose/persuasion.txt': b'Pride and Prejudice'}, branch=revision)
+    for _ in range(2):  # the second time the damage is met in the cache, or comes again
+        with pytest.raises(OSError, match='^data/prose/persuasion.txt: .* gave another file than this version of the package knows') as e:
+            files.find_data('prose')
+        assert '\n' not in str(e.value) and not [p for p in cached(tmp_path) if p.read_bytes().startswith(b'Pride')]
+    elsewhere.add(files.hub_repository, {'data/prose/persuasion.txt': (root/'data/prose/persuasion.txt').read_bytes()}, branch=revision)
+    found = files.find_data('prose')/'persuasion.txt'
+    found.resolve().write_bytes(b'damaged on the disk'); files.fetch_data.cache_clear()
+    with pytest.raises(OSError, match='it was removed; fetch it again'): files.find_data('prose')
+    assert files.find_data('prose/persuasion.txt').read_bytes() == (root/'data/prose/persuasion.txt').read_bytes()
+
+def test_what_stands_in_the_way_of_data_is_one_line(elsewhere, monkeypatch):
+    from v2flow_nbdev.base import files
+    def said(name='prose', **how):
+        with pytest.raises(FileNotFoundError) as e: files.find_data(name, **how)
+        assert '\n' not in str(e.value); return str(e.value)
+    assert said('checkpoints/emojis').endswith('there are digits, emoji, shapes, smollm2, teacher') and not elsewhere.requests
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    assert 'while HF_HUB_OFFLINE is set' in said() and f'`git clone {files.repository}`' in said()
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(files, 'hub_repository', 'me/nothing')
+    assert 'no such data on the Hub' in said()
+    elsewhere.add('me/nothing', {})
+    assert 'has no revision' in said()
+
+def test_what_is_pushed_is_what_is_found(hub, monkeypatch, tmp_path):
+    "`data/manifest.py --push`, with READMEs and licences; a second time nothing is sent"
+    from huggingface_hub import HfApi
+    from v2flow_nbdev.base import files
+    monkeypatch.syspath_prepend(str(root/'data'))
+    import manifest
+    names = ['data/prose/README.md', 'data/prose/persuasion.txt', 'data/smollm2/tokens.safetensors']
+    monkeypatch.setattr(manifest, 'tracked', lambda: names)
+    for module in (files, manifest): monkeypatch.setattr(module, 'hub_repository', 'me/data')
+    monkeypatch.setattr(files, '__file__', str(tmp_path/'files.py')); monkeypatch.chdir(tmp_path); files.fetch_data.cache_clear()
+    revision = manifest.push(HfApi(endpoint=hub.url, token='mine'))
+    assert hub.files('me/data', revision).keys() == {*names, 'LICENSE', 'NOTICE'}
+    for name in ('prose', 'smollm2'): assert content(files.find_data(name)).keys() < {Path(n).name for n in names}
+    hub.requests.clear(); manifest.push(HfApi(endpoint=hub.url, token='mine'))
+    assert not [p for m,p in hub.requests if m == 'PUT']
+    files.fetch_data.cache_clear()

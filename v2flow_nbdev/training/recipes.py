@@ -11,7 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from inspect import signature
 from pathlib import Path
 from typing import get_args
-from ..base.files import Report
+from ..base.files import Report, local_path
 from ..base.folders import config_from_dict
 from .failures import RunFailed, say
 from ..data.sources import FewCaptions, Subset, augment, captions_of, digits, emoji, mosaics, usable
@@ -201,7 +201,8 @@ def all_captions(examples):
 # %% ../../nbs/training/45_recipes.ipynb #6aba65dc
 def text_lines(path):
     "(lines to train on, at most 500 held-out lines) of a file with one text a line"
-    try: lines = [l.strip() for l in Path(path).read_text(encoding='utf-8').splitlines() if l.strip()]
+    path = local_path(path)
+    try: lines = [l.strip() for l in path.read_text(encoding='utf-8').splitlines() if l.strip()]
     except (OSError, UnicodeDecodeError) as e: raise RunFailed(f"{path}: cannot be read as text ({e})") from None
     if len(lines) < 50: raise RunFailed(f"{path}: {len(lines)} lines of text; at least 50 are needed")
     return [l for i,l in enumerate(lines) if i % 50], usable_sample(lines[::50], 500)

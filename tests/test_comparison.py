@@ -1,6 +1,5 @@
 """Which half of V²Flow does what? The four cells differ in what they say and cost the same, and a miniature goes through the whole command"""
 import json
-from dataclasses import replace
 import numpy as np, pytest, torch
 from benchmarks import comparison as cmp
 from v2flow_nbdev.models.tokenizer import V2Flow
@@ -49,7 +48,7 @@ def test_a_miniature_goes_all_the_way(task, tmp_path, monkeypatch, capsys):
     cmp.run_all(task, tiny, [64], cmp.systems, [0, 1], results, out)
     assert len(trained) == 12 and json.loads(results.read_text()) == rows
     for r in rows:
-        assert r['commit'] and r['machine'] and r['seconds'] >= 0
+        assert r['commit'] and r['machine'] and r['seconds'] >= 0 and r['cpu_seconds'] >= 0
         for name, each in r['images'].items():
             assert set(each) == set(cmp.measures) and all(len(cmp.unpack(x)) == 6 for x in each.values())
             assert r['scores'][name]['psnr_db'] == pytest.approx(cmp.unpack(each['psnr_db']).mean(), rel=1e-2)

@@ -28,8 +28,8 @@ def kernel_distances(
     real:torch.Tensor,  # features of n images, (n, D), best of norm √D, so that the kernel sees their cosine
     back:torch.Tensor,  # of the same images restored, (n, D)
 )->torch.Tensor:        # (n,) float64: their mean is the squared MMD, unbiased; each is an image's part in it
-    """Kernel distance of restored images to real ones, as KID (arXiv 1801.01401) with the kernel of `torchmetrics`, but no
-    image is compared with its own original: the two are not independent (Gretton et al. 2012)"""
+    """Kernel distance of restored images to real ones: KID (arXiv 1801.01401) with the kernel of `torchmetrics`, but no
+    image is compared with its own original, for the two are not independent (Gretton et al. 2012)"""
     from torchmetrics.image.kid import poly_kernel
     x, y = two_sets(real, back)
     if len(x) != len(y): raise ValueError(f"{len(x)} real and {len(y)} restored images: need pairs")

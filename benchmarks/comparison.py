@@ -194,9 +194,9 @@ def steps_of(task, s, tokens, system):
     return max(1, round(s.steps*flops_a_step(task, s, tokens, 'v2flow')/flops_a_step(task, s, tokens, system)))
 
 def parameters_of(tok, regression):
-    "Of encoder and decoder, as far as they are used"
+    "Of encoder and decoder, as far as they are trained"
     def count(*parts, but=()): return sum(p.numel() for part in parts for n,p in part.named_parameters() if not n.startswith(but))
-    idle = ('null_code', 'latent_in', 'is_latent') if regression else ('null_code',)
+    idle = ('null_code', 'latent_in', 'is_latent', 'input.weight') if regression else ('null_code',)
     return dict(encoder=count(tok.resampler), decoder=count(tok.masked, tok.velocity, but=idle))
 
 def train_cell(task, s, tokens, system, seed, lr, folder):

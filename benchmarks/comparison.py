@@ -17,14 +17,16 @@ seeds at the one whose restored dev images are nearest in the judge's features. 
 SSIM, mean squared error of latents, perceptual distance in the teacher's tower, its part of the unbiased kernel distance in the tower's features
 (`kernel`), and whether the judge is right. The flow is scored at noise 0.25 and 1.
 
-A run's model is kept in runs/comparison, its row is added to benchmarks/comparison.json; those already there are not run again."""
-import argparse, base64, json, shutil, subprocess, time
+A run's model is kept in runs/comparison, its row is added to benchmarks/comparison.json; those already there are not run again. Commands for different data
+or systems may run side by side, each with OMP_NUM_THREADS=1."""
+import argparse, base64, hashlib, json, shutil, subprocess, time
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, torch, torch.nn.functional as F
 from v2flow_nbdev.base.files import find_data, write_atomically
+from v2flow_nbdev.base.locks import only_writer
 from v2flow_nbdev.base.images import image_grid, to_pil, to_tensor
 from v2flow_nbdev.base.random import ShardedGenerator
 from v2flow_nbdev.data.cache import cache_latents
@@ -310,8 +312,9 @@ def key_of(task, s, tokens, system, seed, lr):
                 n_train=len(task.train), n_test=len(task.test), settings=about)
 
 def folder_of(out, key):
-    "Where a run's model is kept"
-    return Path(out)/f"{key['data']}-{key['tokens']}-{key['system']}-seed{key['seed']}-lr{key['lr']:g}-steps{key['settings']['steps']}"
+    "Where a run's model is kept: other settings, another folder"
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:6]
+    return Path(out)/f"{key['data']}-{key['tokens']}-{key['system']}-seed{key['seed']}-lr{key['lr']:g}-{digest}"
 
 def open_system(task, s, tokens, system, seed, lr, out):
     "The trained system of a run; it is trained if it is not there"
@@ -331,7 +334,7 @@ def run_once(task, s, tokens, system, seed, lr, results, out):
         row |= dict(steps=steps, train_flops=steps*flops_a_step(task, s, tokens, system),
                     parameters=parameters_of(tok, cells[system][1] is RegressionTraining))
     row |= dict(scores_of(task, system, tok, tokens, s.codebook_size), commit=commit(), machine=machine())
-    with write_atomically(Path(results)) as tmp:
+    with only_writer(out, progress=False), write_atomically(Path(results)) as tmp:       # several commands may run side by side
         tmp.write_text(json.dumps(read_results(results) + [row], ensure_ascii=False).replace('}, {"data"', '},\n{"data"') + '\n',
                        encoding='utf-8')
     found = row['scores'][variant_name(system, variants(system)[0])]

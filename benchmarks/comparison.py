@@ -473,7 +473,7 @@ def sheet(task, s, tokens, found, out, path, n=12, side=64):
         tok = open_system(task, s, tokens, system, row['seed'], row['lr'], out)
         noise = dict(zip((variant_name(system, t) for t in variants(system)), variants(system)))[variant]
         images += to_pil(to_images(task, restored(system, tok, task, real.latents[pick], noise)))
-        captions += [label(system, variant)] + ['']*(len(pick) - 1)
+        captions += [label(system, variant).replace('²', '2')] + ['']*(len(pick) - 1)
     image_grid(images, captions, len(pick), side).save(path)
 
 def plan(task, s, tokens):

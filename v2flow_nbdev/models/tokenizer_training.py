@@ -193,7 +193,7 @@ class TokenizerTraining(_Schedule):
         ids:torch.Tensor|None=None,  # (B, N), where they are known
     )->tuple:                    # what `V2FlowOutput` holds
         "All that a step computes, without a question to the device"
-        tok, c, grid, z = self.tok, self.config, tuple(latents.shape[2:]), rearrange(latents, 'b c h w -> b (h w) c')
+        tok, grid, z = self.tok, tuple(latents.shape[2:]), rearrange(latents, 'b c h w -> b (h w) c')
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             if self.frozen:  # nobody can follow a commitment any more; the ids are those of `encode`
                 if ids is None: ids = tok.quantizer.ids(tok.mixtures(latents, tau))
@@ -202,9 +202,20 @@ class TokenizerTraining(_Schedule):
                                                                       if noise else 0))
             codes = tok.scale_codes(codes)
             aux = F.mse_loss(at_least_float32(self.aux_decoder(codes, grid)), z)
-        flow = masked_flow_loss(tok.masked, tok.velocity, codes, z, grid, c.mask_ratio_min, c.code_dropout, c.n_draws,
-                                generator, n_hidden)
+        flow = self.decoder_loss(codes, z, grid, n_hidden, generator)
         return flow + aux + commitment, flow, aux, commitment, ids
+
+    def decoder_loss(self,
+        codes:torch.Tensor,      # (B, Nc, E)
+        z:torch.Tensor,          # latents, (B, N, C)
+        grid:tuple,              # (h, w) of the latents
+        n_hidden:int,            # positions that the flow decoder does not see
+        generator:torch.Generator|None,  # draws the rest
+    )->torch.Tensor:             # scalar
+        "Of the decoder that is shipped; another decoder brings its own"
+        c = self.config
+        return masked_flow_loss(self.tok.masked, self.tok.velocity, codes, z, grid, c.mask_ratio_min, c.code_dropout,
+                                c.n_draws, generator, n_hidden)
 
     def compile(self, *args, **kwargs)->None:
         "`torch.compile` of all but the few draws that decide shapes and seeds: they are made on the CPU, outside"

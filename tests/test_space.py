@@ -82,7 +82,9 @@ def test_it_starts_in_an_environment_of_its_requirements_alone(dist, tmp_path):
     (tmp_path/'requirements.txt').write_text('\n'.join(str(wheel) if l.startswith('v2flow_nbdev @') else l for l in lines))
     subprocess.run([sys.executable, '-m', 'venv', tmp_path/'env'], check=True)
     python = tmp_path/'env/bin/python'
-    done = subprocess.run([python, '-m', 'pip', 'install', '-qq', '-r', tmp_path/'requirements.txt'], capture_output=True, text=True)
+    alone = {k: v for k,v in os.environ.items() if k != 'PYTHONPATH'}             # else pip may see the clone as installed already
+    done = subprocess.run([python, '-m', 'pip', 'install', '-qq', '-r', tmp_path/'requirements.txt'], capture_output=True, text=True,
+                          env=alone)
     if 'No matching distribution' in done.stderr and 'Connection' in done.stderr: pytest.skip('no index here')
     assert done.returncode == 0, done.stderr[-2000:]
     process, port = started(python, tmp_path/'space/app.py', tmp_path/'space', PYTHONPATH=None)

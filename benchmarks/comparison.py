@@ -504,6 +504,7 @@ def arguments(argv):
 def main(argv=None):
     args = arguments(argv)
     found, results = read_results(args.results), Path(args.results)
+    if args.what in ('table', 'plot') and not found: raise SystemExit(f'{results}: no runs yet; `python -m benchmarks.comparison` makes them')
     if args.what == 'table':
         text = table(found) + '\n' + difference_table(found)
         with write_atomically(results.with_suffix('.md')) as new: new.write_text(text + '\n', encoding='utf-8')

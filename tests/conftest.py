@@ -73,6 +73,22 @@ def installed(dist, tmp_path_factory):
     return environment(tmp_path_factory.mktemp('wheel')/'env', next(dist.glob('*.whl')))
 
 @pytest.fixture(scope='session')
+def small_pretrained(tmp_path_factory):
+    "A folder with a LLaMA of random parameters, `llm`, and an image tokenizer over its table, `tok`; its files are never changed"
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from v2flow_nbdev.data.sources import digits
+    from v2flow_nbdev.language.text_models import toy_v2flow, train_text_tokenizer
+    home = tmp_path_factory.mktemp('small')
+    tokenizer = train_text_tokenizer([c for r in digits('test')[:30] for c in r['captions']]); torch.manual_seed(0)
+    llm = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2))
+    toy_v2flow(llm, tokenizer).save_pretrained(home/'tok')
+    llm.save_pretrained(home/'llm'); tokenizer.save_pretrained(home/'llm')
+    return home
+
+@pytest.fixture(scope='session')
 def pipe():
     from v2flow_nbdev.language.pipeline import V2FlowPipeline
     return V2FlowPipeline.from_pretrained(shipped)

@@ -1,22 +1,7 @@
 "What makes a language model learn to draw sooner: every choice is one that a training takes, and a miniature goes through all"
 import json
-import pytest, torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import pytest
 from benchmarks import choices
-from v2flow_nbdev.data.sources import digits
-from v2flow_nbdev.language.text_models import toy_v2flow, train_text_tokenizer
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    "A LLaMA with random parameters and an image tokenizer over its table"
-    home = tmp_path_factory.mktemp('choices')
-    tokenizer = train_text_tokenizer([c for r in digits('test')[:30] for c in r['captions']]); torch.manual_seed(0)
-    llm = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2))
-    toy_v2flow(llm, tokenizer).save_pretrained(home/'tok')
-    llm.save_pretrained(home/'llm'); tokenizer.save_pretrained(home/'llm')
-    return home
 
 @pytest.mark.parametrize('name', choices.choices)
 def test_a_choice_changes_settings_of_a_training_and_nothing_else(name):
@@ -25,12 +10,12 @@ def test_a_choice_changes_settings_of_a_training_and_nothing_else(name):
     assert changed == {k for k,v in choices.choices[name].items()}
     assert one.training.seed == 3 and one.data == base.data
 
-def test_the_miniature_learns_measures_and_is_not_run_twice(folder, tmp_path, monkeypatch, capsys):
-    small = dict(pretrained=str(folder/'llm'), batch_size=4, compile=False, copies=0)
+def test_the_miniature_learns_measures_and_is_not_run_twice(small_pretrained, tmp_path, monkeypatch, capsys):
+    small = dict(pretrained=str(small_pretrained/'llm'), batch_size=4, compile=False, copies=0)
     whole, measure = choices.one_run, choices.measure
     monkeypatch.setattr(choices, 'one_run', lambda *args: whole(*args, **small))
     monkeypatch.setattr(choices, 'measure', lambda pipe: measure(pipe, 10))
-    call = ['run', '--tokenizer', str(folder/'tok'), '--steps', '2', '--only', 'base', 'no coarse token',
+    call = ['run', '--tokenizer', str(small_pretrained/'tok'), '--steps', '2', '--only', 'base', 'no coarse token',
             '--ids', str(tmp_path/'ids'), '--results', str(tmp_path/'found.json')]
     choices.main(call)
     found = json.loads((tmp_path/'found.json').read_text())

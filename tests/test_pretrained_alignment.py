@@ -2,30 +2,17 @@
 `peft` do, and a miniature goes through the whole benchmark"""
 import json
 import numpy as np, pytest, torch, torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import pretrained_alignment as pa
 from v2flow_nbdev.data.sources import digits
 from v2flow_nbdev.language.adapters import TargetLoss
 from v2flow_nbdev.language.pipeline import load_llm
-from v2flow_nbdev.language.text_models import collate, toy_v2flow, train_text_tokenizer
+from v2flow_nbdev.language.text_models import collate
 from v2flow_nbdev.language.visual_tokens import add_visual_tokens
 
 close = torch.testing.assert_close
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    "A LLaMA with random parameters and an image tokenizer over its table"
-    home = tmp_path_factory.mktemp('alignment')
-    tokenizer = train_text_tokenizer([c for r in digits('test')[:30] for c in r['captions']]); torch.manual_seed(0)
-    llm = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2))
-    toy_v2flow(llm, tokenizer).save_pretrained(home/'tok')
-    llm.save_pretrained(home/'llm'); tokenizer.save_pretrained(home/'llm')
-    return home
-
-@pytest.fixture(scope='module')
-def task(folder): return small_task(folder)
+def task(small_pretrained): return small_task(small_pretrained)
 
 def small_task(folder):
     return pa.make_task('digits', folder/'tok', folder/'llm', folder/'cache', compiled=False, dtype=torch.float32,
@@ -105,12 +92,12 @@ def test_plain_codes_are_means_of_latents_at_the_tokens_norm():
     close(rows[:3].norm(dim=1), (table - table.mean(0)).norm(dim=1).mean().expand(3))
     with pytest.raises(ValueError, match="start='zeros': use one of"): pa.starting_embeddings('zeros', codes, table, 0)
 
-def test_the_body_computes_what_transformers_and_peft_do(folder, task):
+def test_the_body_computes_what_transformers_and_peft_do(small_pretrained, task):
     "Loss, and the gradients of LoRA and of the new embeddings"
     from peft import LoraConfig, get_peft_model
     from v2flow_nbdev.models.tokenizer import V2Flow
-    llm, text = load_llm(folder/'llm')
-    visual = add_visual_tokens(llm, text, V2Flow.from_pretrained(folder/'tok'))
+    llm, text = load_llm(small_pretrained/'llm')
+    visual = add_visual_tokens(llm, text, V2Flow.from_pretrained(small_pretrained/'tok'))
     rows = pa.new_embeddings(task, 'codebook', 0)
     close(llm.get_input_embeddings().weight[visual.first:-2], rows[:-2])  # for begin and end it counts <s> too
     with torch.no_grad(): llm.get_input_embeddings().weight[visual.first:] = rows
@@ -138,7 +125,7 @@ def test_the_body_computes_what_transformers_and_peft_do(folder, task):
         for part, b, name in zip(a.grad.chunk(len(bs)), bs, group):
             close(part, own(name)[0].grad, atol=1e-5, rtol=1e-3); close(b.grad, own(name)[1].grad, atol=1e-5, rtol=1e-3)
 
-def test_a_miniature_goes_all_the_way(folder, task, tmp_path, monkeypatch, capsys):
+def test_a_miniature_goes_all_the_way(small_pretrained, task, tmp_path, monkeypatch, capsys):
     """Screening, the test, the table and the plot; what is there is not run again, and a run is the same after the
     model was loaded anew"""
     results = tmp_path/'found.json'
@@ -149,7 +136,7 @@ def test_a_miniature_goes_all_the_way(folder, task, tmp_path, monkeypatch, capsy
     pa.screen(task, results, ['lora', 'rows', 'all'], ['codebook', 'random'], 2); assert seen.n == 14
     runs = json.loads(results.read_text()); first = runs[0]
     assert len(first['dev']) == len(first['report']) == 2 and first['report'][1] != first['report'][0]
-    again = pa.one_run(small_task(folder), 'codebook', 'lora', 0, 1e-3, 4e-3)
+    again = pa.one_run(small_task(small_pretrained), 'codebook', 'lora', 0, 1e-3, 4e-3)
     assert all(again[k] == first[k] for k in first if 'seconds' not in k)
     with pytest.raises(ValueError, match='semantic: 2 learning rates are not tried'): pa.test(task, results, 'lora')
     pa.screen(task, results, ['lora'], pa.starts[1:3] + pa.starts[-2:], 1)

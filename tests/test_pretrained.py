@@ -246,6 +246,40 @@ def test_visual_tokens_are_scored_with_what_peft_trains(train, tied):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
     with torch.no_grad(): torch.testing.assert_close(TargetLoss(merge(model))(**batch).loss, loss.detach())
 
+@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize('chosen', [False, True])
+def test_plain_text_keeps_the_distribution_before(packed, chosen, monkeypatch):
+    "By hand: the KL divergence from the model without its adapter on plain text, in the place of cross-entropy; 0 at first"
+    from v2flow_nbdev.language import adapters
+    from v2flow_nbdev.language.sequences import image_to_text, pack, text_to_image
+    monkeypatch.setattr(adapters, 'may_choose', lambda device: chosen)
+    llm, tokenizer, visual = coarse_model(False)
+    ids = torch.arange(16).view(4, 4)
+    images = [text_to_image(visual, 0, [5, 6], ids, coarse=3), image_to_text(visual, 0, ids, [5, 1])]
+    texts = [([0], [7, 9, 30, 8, 1]), ([0], [11, 12, 1])]
+    joined = (lambda examples: pack(examples, 32)) if packed else collate
+    model = adapters.choose_trained(llm, 'lora', rank=2)
+    loss_of = lambda distillation, examples: adapters.TargetLoss(model, 6., coarse_weight=8.,
+                                                                 distillation=distillation)(**joined(examples)).loss
+    assert abs(loss_of(True, texts).item()) < 1e-6 < loss_of(False, texts).item()
+    torch.manual_seed(0)
+    for n,p in model.named_parameters(): p.data += 0.1*torch.randn_like(p)*('lora' in n)
+    def by_hand(prompt, target):
+        with torch.no_grad():
+            after = model(torch.tensor([prompt + target])).logits[0, :-1, :visual.first].log_softmax(-1)
+            with model.disable_adapter(): q = model(torch.tensor([prompt + target])).logits[0, :-1, :visual.first].softmax(-1)
+        return (q*(q.log() - after)).sum().item()
+    divergence, n, m = sum(by_hand(*t) for t in texts), 8, count_targets(joined(images), visual.first, 6., visual.coarse, 8.)
+    assert divergence > 0.01
+    torch.testing.assert_close(loss_of(True, texts).item(), divergence/n, atol=1e-5, rtol=1e-4)
+    images_alone = loss_of(True, images)
+    torch.testing.assert_close(images_alone, loss_of(False, images))               # a caption is no plain text
+    expect = (6*divergence + m*images_alone.item())/(6*n + m)
+    found = loss_of(True, images + texts); found.backward()
+    torch.testing.assert_close(found.item(), expect, atol=1e-5, rtol=1e-4)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match='train lora or new'): adapters.TargetLoss(coarse_model()[0], distillation=True)
+
 def test_a_field_of_the_data_becomes_coarse_tokens(whole, tmp_path):
     "By the command, with LoRA; a model trained further keeps them; what does not go together is refused"
     def run(out, llm, *settings):

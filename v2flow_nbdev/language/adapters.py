@@ -44,6 +44,24 @@ def among_visual(
         logits = logits.masked_fill(field[labels][:, None] != field, -torch.inf)
     return F.cross_entropy(logits, labels, reduction='none')
 
+def divergence(
+    scores,  # of the model, (N, V)
+    before,  # of the model as it was, (N, V)
+):           # nats, (N,)
+    "KL divergence of the model's distribution from that of the model as it was"
+    p, q = scores.log_softmax(-1), before.log_softmax(-1)
+    return (q.exp()*(q - p)).sum(-1)
+
+def plain_text(
+    input_ids,  # (B, L)
+    positions,  # of packed sequences, (B, L), each from 0; None: one sequence a row
+    first,      # id of the first new token
+):              # bool, (B, L)
+    "Which tokens belong to a sequence that holds no image"
+    sequence = torch.zeros_like(input_ids) if positions is None else (positions == 0).cumsum(1)
+    images = input_ids.new_zeros(len(input_ids), input_ids.shape[1] + 1)
+    return images.scatter_add(1, sequence, (input_ids >= first).long()).gather(1, sequence) == 0
+
 def target_loss(
     states,           # last hidden states, each at the position before its label, (B, L, E)
     labels,           # (B, L), -100 where nothing is to be predicted
@@ -52,22 +70,29 @@ def target_loss(
     text_weight,      # how much a text token counts beside a visual one
     visual_softmax,   # visual tokens are chosen among visual tokens, coarse ones among their field's
     coarse_weight=1., # how much a coarse token counts beside a visual one
+    before=None,      # states of the model as it was, (B, L, E): plain text is to keep what these say
+    plain=None,       # which labels are plain text, (B, L)
 ):                    # the weighted mean over targets
-    "Cross-entropy on targets alone; a token that opens an image stands where text might be, so it is chosen among all"
-    states, labels, c = states.flatten(0, 1), labels.flatten(), visual.coarse
-    choose = may_choose(labels.device)
-    if choose: kept = labels >= 0; states, labels = states[kept], labels[kept]
-    own = (labels >= visual.first) & visual_softmax
+    """Cross-entropy on targets alone; a token that opens an image stands where text might be, so it is chosen among
+    all. With `before`, plain text has the KL divergence from the model as it was in its place"""
+    distillation, choose, c = before is not None, may_choose(labels.device), visual.coarse
+    if not distillation: before, plain = states, torch.zeros_like(labels, dtype=torch.bool)
+    kept = labels >= 0
+    states, labels, before, plain = (t[kept] if choose else t.flatten(0, 1) for t in (states, labels, before, plain))
+    own = (labels >= visual.first) & visual_softmax & ~plain
     for begin in visual.begins: own = own & (labels != begin)
-    def among_all(x, y): return F.cross_entropy(head(x).float(), y, reduction='none')
+    def among_all(x, y, _): return F.cross_entropy(head(x).float(), y, reduction='none')
+    def among_own(x, y, _): return among_visual(x, y, head, visual)
+    def as_before(x, _, x0): return divergence(*(head(s)[:, :visual.first].float() for s in (x, x0)))
     if choose:
         each = states.new_zeros(len(labels), dtype=torch.float32)
-        for some, loss in ((own, partial(among_visual, head=head, visual=visual)), (~own, among_all)):
+        for some, loss in ((own, among_own), (plain, as_before), (~own & ~plain, among_all)):
             at = some.nonzero()[:, 0]
-            if len(at): each = each.index_put((at,), loss(states[at], labels[at]))
+            if len(at): each = each.index_put((at,), loss(states[at], labels[at], before[at]))
     else:
-        each = among_all(states, labels)
-        if visual_softmax: each = torch.where(own, among_visual(states, labels, head, visual), each)
+        each = among_all(states, labels, None)
+        if visual_softmax: each = torch.where(own, among_own(states, labels, None), each)
+        if distillation: each = torch.where(plain, as_before(states, None, before), each)
     weight = torch.where(labels < visual.first, text_weight, 1.)*(labels >= 0)
     if c: weight = weight.where((labels < c.start) | (labels >= c.stop), coarse_weight)
     return (weight*each).sum()/weight.sum()
@@ -76,15 +101,20 @@ def target_loss(
 class TargetLoss(torch.nn.Module):
     """A language model in training, with the loss on targets alone. With `visual_softmax`, a visual token is chosen
     among the visual tokens, as when an image is generated; a text token always among all. A text token may count
-    several times, and so may a coarse token: an image has hundreds of tokens, its caption ten, and a few coarse ones"""
+    several times, and so may a coarse token: an image has hundreds of tokens, its caption ten, and a few coarse ones.
+    With `distillation`, plain text is no longer to be predicted, but to be given the probabilities that the model gave
+    before: their KL divergence (learning without forgetting, Li & Hoiem, arXiv 1606.09282)"""
     def __init__(self,
         llm:nn.Module,         # a causal language model of `transformers` with visual tokens
         text_weight:float=1.,  # how much a text token counts beside a visual one
         visual_softmax:bool=True,  # visual tokens are chosen among visual tokens, coarse ones among their field's
         coarse_weight:float=1.,  # how much a coarse token counts beside a visual one
+        distillation:bool=False,  # plain text keeps the distribution before; needs a `peft` model, which still has it
     ):                         # `ValueError` for a model whose scores are not its head times its last states
         super().__init__()
-        self.llm, self.visual, self.visual_softmax = llm, VisualTokens.of(llm), False
+        if distillation and not hasattr(llm, 'disable_adapter'):
+            raise ValueError("distillation: the model before is that without its adapter; train lora or new")
+        self.llm, self.visual, self.visual_softmax, self.distillation = llm, VisualTokens.of(llm), False, False
         self.text_weight = self.coarse_weight = 1.
         self._no_split_modules = llm._no_split_modules  # what the training loop may ask of a language model
         theirs, ours = self.both_losses(collate([([0], [1, 2, self.visual.first]), ([0, 3], [self.visual.first])]))
@@ -93,6 +123,7 @@ class TargetLoss(torch.nn.Module):
             raise ValueError(f"{type(llm).__name__}: its scores are more than its head times its last states; leave "
                              f"text_weight and visual_softmax out, and coarse tokens")
         self.text_weight, self.visual_softmax, self.coarse_weight = text_weight, visual_softmax, coarse_weight
+        self.distillation = distillation
 
     @torch.no_grad()
     def both_losses(self, batch:dict)->tuple:
@@ -108,15 +139,28 @@ class TargetLoss(torch.nn.Module):
 
     def gradient_checkpointing_enable(self)->None: self.llm.gradient_checkpointing_enable()
 
+    @torch.no_grad()
+    def states_before(self, input_ids:torch.Tensor, **batch)->tuple:  # last states (B, L, E), which are plain text
+        "What the model without its adapter makes of plain text; on a CPU of the rows that have some alone"
+        plain = plain_text(input_ids, batch.get('position_ids'), self.visual.first)
+        rows = plain.any(1) if may_choose(plain.device) else slice(None)
+        with self.llm.disable_adapter():
+            some = {k: v[rows] if torch.is_tensor(v) else v for k,v in batch.items()}
+            found = self.llm.get_decoder()(input_ids=input_ids[rows], **some).last_hidden_state
+        states = found.new_zeros(*plain.shape, found.shape[-1]); states[rows] = found
+        return states, plain
+
     def forward(self,
         input_ids:torch.Tensor,  # (B, L)
         labels:torch.Tensor,     # (B, L), -100 where nothing is to be predicted
         attention_mask:torch.Tensor|None=None,  # not needed: padding stands on the right, and no token looks there
         **batch,                 # position_ids of packed sequences
     )->CausalLMOutput:           # `.loss`: the weighted mean over targets
+        before = self.states_before(input_ids, **batch) if self.distillation else ()
         states = self.llm.get_decoder()(input_ids=input_ids, **batch).last_hidden_state[:, :-1]
-        return CausalLMOutput(loss=target_loss(states, labels[:, 1:], self.llm.get_output_embeddings(), self.visual,
-                                               self.text_weight, self.visual_softmax, self.coarse_weight))
+        return CausalLMOutput(loss=target_loss(
+            states, labels[:, 1:], self.llm.get_output_embeddings(), self.visual, self.text_weight,
+            self.visual_softmax, self.coarse_weight, *(t[:, :-1] for t in before)))
 
 # %% ../../nbs/language/25_adapters.ipynb #44d1fc77
 @torch.no_grad()

@@ -53,6 +53,7 @@ class LLMConfig:
     visual_softmax:bool=False  # softmax of a visual token over visual tokens alone
     interpolate_weights:float=0.  # fraction of the initial parameters mixed into the last ones; needs `train: all`
     text_share:float=0.        # fraction of plain text instead of images, so that the language is kept
+    text_loss:str='tokens'     # on that text: tokens, or distillation: the distribution before, see `TargetLoss`
     own_texts:int=0            # of that text: so many texts that the language model writes itself before, `own_texts`
     texts:str=''               # file of that text, one a line; '': the captions; perplexity is measured on it too
     held_out_texts:str=''      # file of other text for the perplexity; '': held-out lines of `texts`
@@ -67,7 +68,7 @@ class LLMConfig:
             raise ValueError("store_base=False with train='all': all parameters were trained; use train='lora' or new")
         if not self.pretrained: raise ValueError("pretrained='': a folder or a Hub id is needed")
         known = dict(save_dtype=stored_dtypes, start=starts, head_start=('', *starts), train=ways,
-                     loss=('target', 'both'), attention=('', 'eager', 'sdpa'))
+                     loss=('target', 'both'), text_loss=('tokens', 'distillation'), attention=('', 'eager', 'sdpa'))
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(filter(None, values))}")
@@ -75,6 +76,9 @@ class LLMConfig:
                     'needs 0 to 1')
         for name in ('text_weight', 'coarse_weight'):
             if getattr(self, name) <= 0: raise ValueError(f"{name}={getattr(self, name)}: needs to be above 0")
+        if self.text_loss == 'distillation' and self.train == 'all':
+            raise ValueError("text_loss='distillation' with train='all': the model before is one without its adapter; "
+                             "use train='lora' or new")
         if self.rank < 1: raise ValueError(f"rank={self.rank}: needs at least 1")
         if self.pack < 0: raise ValueError(f"pack={self.pack}: needs 0 or more")
         if self.own_texts and (self.own_texts < 50 or self.texts or not self.text_share):

@@ -101,8 +101,10 @@ def in_training(llm, tuning):
     "A language model of which that is trained which `llm.train` says, with a loss of its own where it needs one"
     llm, begun = choose_trained(llm, tuning.train, tuning.rank, tuning.alpha), adapter_of(tuning)
     if begun: continue_adapter(llm, begun)
-    if tuning.text_weight == 1 and not tuning.visual_softmax and not tuning.coarse: return llm
-    with running(): return TargetLoss(llm, tuning.text_weight, tuning.visual_softmax, tuning.coarse_weight)
+    distillation = tuning.text_loss == 'distillation'
+    if not (tuning.text_weight != 1 or tuning.visual_softmax or tuning.coarse or distillation): return llm
+    with running():
+        return TargetLoss(llm, tuning.text_weight, tuning.visual_softmax, tuning.coarse_weight, distillation)
 
 def llm_scores(
     pipe,          # language model → pipeline

@@ -140,10 +140,12 @@ class TargetLoss(torch.nn.Module):
     def gradient_checkpointing_enable(self)->None: self.llm.gradient_checkpointing_enable()
 
     @torch.no_grad()
-    def states_before(self, input_ids:torch.Tensor, **batch)->tuple:  # last states (B, L, E), which are plain text
+    # last states (B, L, E), and which are plain text (B, L); nothing where none is
+    def states_before(self, input_ids:torch.Tensor, **batch)->tuple:
         "What the model without its adapter makes of plain text; on a CPU of the rows that have some alone"
         plain = plain_text(input_ids, batch.get('position_ids'), self.visual.first)
         rows = plain.any(1) if may_choose(plain.device) else slice(None)
+        if may_choose(plain.device) and not rows.any(): return ()
         with self.llm.disable_adapter():
             some = {k: v[rows] if torch.is_tensor(v) else v for k,v in batch.items()}
             found = self.llm.get_decoder()(input_ids=input_ids[rows], **some).last_hidden_state

@@ -14,10 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from torch import nn
 from ..base.images import check_counts
-from ..base.text import control_tokens, text_ids
+from ..base.text import control_tokens
 from ..models.resampler import gumbel
 from ..models.flow import constant_guidance
-from .text_models import first_id, last_id, max_sequence_length
+from .text_models import first_id, last_id, max_sequence_length, prompt_ids
 from .visual_tokens import VisualTokens
 from .sequences import code_ids, image_to_text
 from .decoding import decode_ids, decode_text, unsupported
@@ -218,10 +218,9 @@ def generate_image_ids(
     if isinstance(captions, str) or not len(captions):
         raise ValueError(f"captions={captions!r}: need a list of at least one text")
     check_counts(len(captions), 'images', generators=generator)
-    bos = first_id(tokenizer)
-    prompts = [[bos, *c] for c in text_ids(tokenizer, captions)]
+    prompts = prompt_ids(tokenizer, captions)
     return ids_after_prompts(
-        model, tokenizer, prompts, [[bos]]*len(prompts), grid, guidance_scale, callback, int8, generate_kwargs,
+        model, tokenizer, prompts, [p[:1] for p in prompts], grid, guidance_scale, callback, int8, generate_kwargs,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, generator=generator,
         guidance_schedule=guidance_schedule)
 

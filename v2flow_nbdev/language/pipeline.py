@@ -12,11 +12,10 @@ from typing import Any, Callable
 import torch
 from torch import nn
 from ..base.images import as_image, check_counts, check_images, to_pil, to_tensor
-from ..base.text import chat_ids, text_ids
 from ..models.flow import constant_guidance
 from ..models.tokenizer import V2Flow
 from .visual_tokens import VisualTokens
-from .text_models import first_id
+from .text_models import first_id, prompt_ids
 from .generation import generate_captions, ids_after_prompts
 from .loading import PipelineFolder, check_parts, complete_defaults, load_llm
 
@@ -277,9 +276,9 @@ class V2FlowPipeline(ImageReader):
         how:dict,                   # see `ids_after_prompts`
     )->torch.Tensor:                # ids, (B, N)
         "Captions → ids, from plain prompts or in a chat template, beside nothing or negative prompts"
-        B, bos = len(captions), first_id(self.tokenizer)
-        def ids_of(texts):
-            if chat_template: return chat_ids(self.tokenizer, texts, bos)
-            return [[bos, *c] for c in text_ids(self.tokenizer, texts)]
-        negatives = [[bos]]*B if negative_prompt is None else ids_of(negatives_each(negative_prompt, B//each, each))
-        return ids_after_prompts(self.llm, self.tokenizer, ids_of(captions), negatives, **how)
+        B, prompts = len(captions), prompt_ids(self.tokenizer, captions, chat_template)
+        if negative_prompt is None: negatives = [[first_id(self.tokenizer)]]*B
+        else:
+            driven_from = negatives_each(negative_prompt, B//each, each)
+            negatives = prompt_ids(self.tokenizer, driven_from, chat_template)
+        return ids_after_prompts(self.llm, self.tokenizer, prompts, negatives, **how)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from ..base.files import read_json, write_folder, write_json
 from ..base.folders import push_to_hub, resolve_folder
-from ..base.text import chat_ids, load_text_tokenizer, text_ids
-from .text_models import first_id
+from ..base.text import load_text_tokenizer
+from .text_models import prompt_ids
 from .generation import decode_caption, left_pad
 from .pipeline import check_output, prepare_images, to_output
 
@@ -60,12 +60,10 @@ class V2FlowProcessor:
         "What the models take"
         from transformers import BatchEncoding
         if text is None and images is None: raise ValueError("nothing to process: give text=, images= or both")
-        found, first = {}, first_id(self.tokenizer)
+        found = {}
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
-            rows = chat_ids(self.tokenizer, texts, first) if chat_template else [[first, *i] for i in
-                                                                                 text_ids(self.tokenizer, texts)]
-            found |= left_pad(rows)
+            found |= left_pad(prompt_ids(self.tokenizer, texts, chat_template))
         if images is not None: found['pixel_values'] = prepare_images(images, self.image_channels, self.image_size)
         return BatchEncoding(found)
 

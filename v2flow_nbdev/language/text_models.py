@@ -12,7 +12,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AddedToken
-from ..base.text import text_ids
+from ..base.text import chat_ids, text_ids
 from ..models.vocabulary import Vocabulary
 from ..models.tokenizer import V2Flow, V2FlowConfig
 
@@ -102,6 +102,16 @@ def last_id(
 )->int:         # the token that every text ends with
     "Its end-of-text token, or, where it has none, its begin-of-text token"
     return end_of_text(tokenizer, 'eos', 'bos')
+
+def prompt_ids(
+    tokenizer,            # text tokenizer
+    texts,                # captions
+    chat_template=False,  # of an instruct model: put each caption into it
+):                        # lists of ids, one a caption
+    "Captions as prompts: each begins with the token that every sequence begins with"
+    first = first_id(tokenizer)
+    if chat_template: return chat_ids(tokenizer, texts, first)
+    return [[first, *ids] for ids in text_ids(tokenizer, texts)]
 
 def text_sequences(
     tokenizer,        # text tokenizer

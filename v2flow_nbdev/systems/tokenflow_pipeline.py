@@ -14,8 +14,7 @@ from ..base.files import read_json, read_tensors, write_folder, write_json, writ
 from ..base.folders import push_to_hub, resolve_folder, with_card
 from ..base.images import check_counts, to_pil
 from ..base.tables import table_checksum
-from ..base.text import text_ids
-from ..language.text_models import check_attention, first_id, max_sequence_length
+from ..language.text_models import check_attention, first_id, max_sequence_length, prompt_ids
 from ..language.generation import check_sampling
 from ..language.loading import describe_pipeline, load_llm, move_llm, pipeline_files, read_index
 from ..language.pipeline import (
@@ -198,7 +197,7 @@ def caption_prompts(
     captions:list,       # B texts
 )->list:                 # B lists of text ids
     "What stands before an image that is to be written"
-    prompts, n = [[model.bos, *c] for c in text_ids(tokenizer, captions)], sum(model.counts)
+    prompts, n = prompt_ids(tokenizer, captions), sum(model.counts)
     longest, space = max(map(len, prompts)), max_sequence_length(model.llm) - n
     if longest > space:
         raise ValueError(f"a caption of {longest - 1} tokens is too long: this model takes {space - 1} beside an image "

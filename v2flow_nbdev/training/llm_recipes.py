@@ -61,9 +61,9 @@ def adapter_of(
     folder = llm_folder(tuning.pretrained)
     return folder if not tuning.store_base and (folder/'base.json').is_file() else None
 
-def base_of(tuning):
+def base_of(tuning, adapter):
     "What the model that is stored by reference is called"
-    return read_json(adapter_of(tuning)/'base.json', ['base'])['base'] if adapter_of(tuning) else tuning.pretrained
+    return read_json(adapter/'base.json', ['base'])['base'] if adapter else tuning.pretrained
 
 def checksum_of(
     llm,      # as it was loaded
@@ -76,14 +76,15 @@ def checksum_of(
 def load_models(
     recipe:LLMRecipe,
     coarse:list=(),  # the values that are to have a coarse token, a sorted list for each field
+    adapter:Path|None=None,  # that is trained further, see `adapter_of`
 ):  # (image tokenizer, language model, text tokenizer, its visual tokens, settings that a resumed run must share)
     "Both models, the language model with the visual tokens of the image tokenizer"
     tuning = recipe.llm
     with running():
         tok = load_tokenizer(recipe.image_tokenizer)
-        llm, tokenizer = load_llm(llm_folder(tuning.pretrained), merged=not adapter_of(tuning))
+        llm, tokenizer = load_llm(llm_folder(tuning.pretrained), merged=not adapter)
     settings = in_common(recipe, image_tokenizer=tok.codebook_checksum)
-    settings['llm']['pretrained'] = checksum_of(llm, adapter_of(tuning))
+    settings['llm']['pretrained'] = checksum_of(llm, adapter)
     torch.manual_seed(recipe.training.seed)
     with running():
         if tuning.attention: llm.set_attn_implementation(tuning.attention)
@@ -97,10 +98,10 @@ def load_models(
 # %% ../../nbs/training/48_llm_recipes.ipynb #e2fd0c85
 def unwrapped(model): return getattr(model, 'llm', model)
 
-def in_training(llm, tuning):
+def in_training(llm, tuning, adapter):
     "A language model of which that is trained which `llm.train` says, with a loss of its own where it needs one"
-    llm, begun = choose_trained(llm, tuning.train, tuning.rank, tuning.alpha), adapter_of(tuning)
-    if begun: continue_adapter(llm, begun)
+    llm = choose_trained(llm, tuning.train, tuning.rank, tuning.alpha)
+    if adapter: continue_adapter(llm, adapter)
     distillation = tuning.text_loss == 'distillation'
     if not (tuning.text_weight != 1 or tuning.visual_softmax or tuning.coarse or distillation): return llm
     with running():
@@ -140,7 +141,8 @@ def train_llm(
     check_fields(source, tuning)
     loaded = load_data(source) if tuning.coarse else None
     values = without_gaps([field_values(loaded[0], f, 'coarse') for f in tuning.coarse.split()])
-    tok, llm, tokenizer, visual, settings = load_models(recipe, [known_values(v) for v in values])
+    with running(): adapter = adapter_of(tuning)
+    tok, llm, tokenizer, visual, settings = load_models(recipe, [known_values(v) for v in values], adapter)
     def pipe(model): return V2FlowPipeline(tok.to(model.device), model, tokenizer, recipe.generation)
     pipe(llm)  # wrong defaults are found now, not at the end
     room, n = max_sequence_length(llm), max(h*w for h,w in visual.grids) + 4 + len(visual.coarse_fields)
@@ -148,7 +150,7 @@ def train_llm(
     if n > longest: raise ValueError(f"llm.pack={tuning.pack}: an image with its caption needs {n} tokens and more")
     torch.manual_seed(training.seed)  # every process begins with the same updates
     begun = {n: p.detach().clone() for n,p in llm.named_parameters()} if tuning.interpolate_weights else {}
-    llm = in_training(llm, tuning)
+    llm = in_training(llm, tuning, adapter)
     text_corpus(tuning, [])  # a missing file is found now
     device = join_processes(training)
     examples, often, held_out, sources = ids_of(source, tok.to(device), tuning.grids, out, tuning.rare, loaded)
@@ -169,7 +171,7 @@ def train_llm(
         model.save_pretrained(out/'adapter', save_embedding_layers=False)
     def save(folder):
         made = pipe(model)
-        if not tuning.store_base: made.base = base_of(tuning)
+        if not tuning.store_base: made.base = base_of(tuning, adapter)
         made.save_pretrained(folder, getattr(torch, tuning.save_dtype))
     finish(model, out, save, *sources)
     return pipe(model)

@@ -10,7 +10,7 @@ from check_notebooks import notebooks, root
 
 workers = 2
 # most of a minute each: they begin first, so that both workers end together
-longest = ['54_emoji', '82_app', '85_cli', '25_adapters', '12_latents', '19_tokenizer_training', '14_resampler',
+longest = ['54_emoji', '82_app', '85_cli', '26_adapters', '12_latents', '19_tokenizer_training', '14_resampler',
            '46_tokenizer_recipes', '55_alignment', '36_judge', '58_costs']
 
 def imports():

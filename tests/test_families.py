@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from v2flow_nbdev.data.sources import digit_captions
 from v2flow_nbdev.language.sequences import ImageTextSequences, check_packs, code_ids, image_to_text, image_tokens, text_to_image
-from v2flow_nbdev.language.adapters import TargetLoss
+from v2flow_nbdev.language.losses import TargetLoss
 from v2flow_nbdev.language.visual_tokens import VisualTokens, add_visual_tokens
 from v2flow_nbdev.language.text_models import (
     collate, first_id, last_id, named_ids, text_perplexity, text_sequences, train_text_tokenizer)

@@ -214,7 +214,7 @@ def test_coarse_tokens_start_apart_from_each_other_and_near_the_mean():
 
 def test_the_loss_of_a_coarse_token_is_over_coarse_tokens():
     "By hand, with weights; and what it is a mean over"
-    from v2flow_nbdev.language.adapters import TargetLoss
+    from v2flow_nbdev.language.losses import TargetLoss
     from v2flow_nbdev.language.sequences import text_to_image
     llm, tokenizer, visual = coarse_model()
     prompt, target = text_to_image(visual, 0, [5, 6], torch.arange(16).view(4, 4), coarse=3)
@@ -233,7 +233,8 @@ def test_the_loss_of_a_coarse_token_is_over_coarse_tokens():
 @pytest.mark.parametrize('train', ['new', 'lora'])
 def test_visual_tokens_are_scored_with_what_peft_trains(train, tied):
     "`peft` keeps new rows beside the table: they are scored, they get gradients, and merging changes no loss"
-    from v2flow_nbdev.language.adapters import TargetLoss, choose_trained, merge
+    from v2flow_nbdev.language.adapters import choose_trained, merge
+    from v2flow_nbdev.language.losses import TargetLoss
     from v2flow_nbdev.language.sequences import image_to_text, text_to_image
     llm, tokenizer, visual = coarse_model(tied)
     ids = torch.arange(16).view(4, 4)
@@ -250,16 +251,17 @@ def test_visual_tokens_are_scored_with_what_peft_trains(train, tied):
 @pytest.mark.parametrize('chosen', [False, True])
 def test_plain_text_keeps_the_distribution_before(packed, chosen, monkeypatch):
     "By hand: the KL divergence from the model without its adapter on plain text, in the place of cross-entropy; 0 at first"
-    from v2flow_nbdev.language import adapters
+    from v2flow_nbdev.language import losses
+    from v2flow_nbdev.language.adapters import choose_trained
     from v2flow_nbdev.language.sequences import image_to_text, pack, text_to_image
-    monkeypatch.setattr(adapters, 'may_choose', lambda device: chosen)
+    monkeypatch.setattr(losses, 'may_choose', lambda device: chosen)
     llm, tokenizer, visual = coarse_model(False)
     ids = torch.arange(16).view(4, 4)
     images = [text_to_image(visual, 0, [5, 6], ids, coarse=3), image_to_text(visual, 0, ids, [5, 1])]
     texts = [([0], [7, 9, 30, 8, 1]), ([0], [11, 12, 1])]
     joined = (lambda examples: pack(examples, 32)) if packed else collate
-    model = adapters.choose_trained(llm, 'lora', rank=2)
-    loss_of = lambda distillation, examples: adapters.TargetLoss(model, 6., coarse_weight=8.,
+    model = choose_trained(llm, 'lora', rank=2)
+    loss_of = lambda distillation, examples: losses.TargetLoss(model, 6., coarse_weight=8.,
                                                                  distillation=distillation)(**joined(examples)).loss
     assert abs(loss_of(True, texts).item()) < 1e-6 < loss_of(False, texts).item()
     torch.manual_seed(0)
@@ -278,7 +280,7 @@ def test_plain_text_keeps_the_distribution_before(packed, chosen, monkeypatch):
     found = loss_of(True, images + texts); found.backward()
     torch.testing.assert_close(found.item(), expect, atol=1e-5, rtol=1e-4)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    with pytest.raises(ValueError, match='train lora or new'): adapters.TargetLoss(coarse_model()[0], distillation=True)
+    with pytest.raises(ValueError, match='train lora or new'): losses.TargetLoss(coarse_model()[0], distillation=True)
 
 def test_a_field_of_the_data_becomes_coarse_tokens(whole, tmp_path):
     "By the command, with LoRA; a model trained further keeps them; what does not go together is refused"
@@ -462,21 +464,21 @@ def test_values_of_several_fields_get_numbers():
 
 def test_the_loss_of_a_coarse_token_is_over_its_own_field():
     "By hand, and where no position may be left out, as on a GPU"
-    from v2flow_nbdev.language import adapters
+    from v2flow_nbdev.language import losses
     from v2flow_nbdev.language.sequences import text_to_image
     llm, tokenizer, visual = fields_model()
     prompt, target = text_to_image(visual, 0, [5, 6], torch.arange(16).view(4, 4), coarse=[3, 2])
     batch, first = collate([(prompt, target)]), visual.first
-    losses = []
+    found = []
     with torch.no_grad():
         logits = llm(batch['input_ids']).logits[0, len(prompt) - 1:-1].double()
         def kind(i): return next((f for f,r in enumerate(visual.coarse_fields) if i in r), None)
         each = [l[[i for i in range(first, len(l)) if kind(i) == kind(t)]].logsumexp(-1) - l[t] for l,t in zip(logits, target)]
         for choose in (True, False):
             with pytest.MonkeyPatch.context() as m:
-                m.setattr(adapters, 'may_choose', lambda device: choose)
-                losses.append(adapters.TargetLoss(llm, coarse_weight=8)(**batch).loss)
-    for loss in losses: torch.testing.assert_close(loss.double(), (8*sum(each[:2]) + sum(each[2:]))/(16 + 17), atol=1e-5, rtol=1e-5)
+                m.setattr(losses, 'may_choose', lambda device: choose)
+                found.append(losses.TargetLoss(llm, coarse_weight=8)(**batch).loss)
+    for loss in found: torch.testing.assert_close(loss.double(), (8*sum(each[:2]) + sum(each[2:]))/(16 + 17), atol=1e-5, rtol=1e-5)
     assert count_targets(batch, first, coarse=visual.coarse, coarse_weight=8) == 33
 
 @pytest.mark.parametrize('guidance, temperature', [(1., 0.), (1.5, 0.), (1.5, 1.)])

@@ -4,7 +4,7 @@ import json
 import numpy as np, pytest, torch, torch.nn.functional as F
 from benchmarks import pretrained_alignment as pa
 from v2flow_nbdev.data.sources import digits
-from v2flow_nbdev.language.adapters import TargetLoss
+from v2flow_nbdev.language.losses import TargetLoss
 from v2flow_nbdev.language.pipeline import load_llm
 from v2flow_nbdev.language.text_models import collate
 from v2flow_nbdev.language.visual_tokens import add_visual_tokens

@@ -2,7 +2,7 @@
 from types import SimpleNamespace
 import pytest, torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from v2flow_nbdev.language.adapters import TargetLoss
+from v2flow_nbdev.language.losses import TargetLoss
 from v2flow_nbdev.language.text_models import collate, toy_llama, toy_v2flow
 from v2flow_nbdev.language.visual_tokens import add_visual_tokens
 from v2flow_nbdev.models.autoencoder import AutoencoderTraining, small_autoencoder
@@ -65,7 +65,7 @@ def trainer_of(make, **how):
 
 @pytest.mark.parametrize('kind', kinds)
 def test_a_step_waits_for_nothing_and_queues_few_operations(kind, monkeypatch):
-    monkeypatch.setattr('v2flow_nbdev.language.adapters.may_choose', lambda device: False)  # as on a GPU
+    monkeypatch.setattr('v2flow_nbdev.language.losses.may_choose', lambda device: False)  # as on a GPU
     make, batches, ceilings = kinds[kind]
     trainer = trainer_of(make)
     batches = batches() if callable(batches) else batches

@@ -20,7 +20,8 @@ from ..base.text import text_ids
 from ..language.text_models import collate, count_targets, max_sequence_length
 from ..language.visual_tokens import VisualTokens, add_visual_tokens
 from ..language.sequences import ImageTextSequences, check_packs, pack
-from ..language.adapters import TargetLoss, choose_trained, continue_adapter, interpolate_weights
+from ..language.losses import TargetLoss
+from ..language.adapters import choose_trained, continue_adapter, interpolate_weights
 from ..language.loading import load_llm
 from ..language.pipeline import V2FlowPipeline
 from .failures import running

@@ -289,7 +289,8 @@ def test_a_field_of_the_data_becomes_coarse_tokens(whole, tmp_path):
                       f'image_tokenizer={whole}/tok/model', f'llm.pretrained={llm}', 'training.evaluate_every=0',
                       'training.trackers=[]', 'data.copies=0', 'training.steps=2', 'training.batch_size=4', *settings)
     ended(run('a', whole/'llama', 'llm.coarse=label', 'llm.train=lora', 'llm.store_base=false',
-              'llm.visual_softmax=true', 'llm.write_noise=0.3', 'llm.own_texts=60', 'llm.text_share=0.3'))
+              'llm.visual_softmax=true', 'llm.write_noise=0.3', 'llm.own_texts=60', 'llm.text_share=0.3',
+              'llm.text_loss=distillation'))
     assert len((tmp_path/'a/own_texts.txt').read_text().splitlines()) == 60
     trained = tmp_path/'a/model/llm'
     assert len(VisualTokens.of(load_llm(trained)[0]).coarse) == 10
@@ -303,6 +304,19 @@ def test_a_field_of_the_data_becomes_coarse_tokens(whole, tmp_path):
     assert done.returncode == 2 and "llm.coarse='label': a folder of ids keeps captions alone" in done.stderr
     done = run('f', whole/'llama', 'llm.own_texts=60')
     assert done.returncode == 2 and 'own_texts=60: needs at least 50, a text_share, and no texts' in done.stderr
+    done = run('g', whole/'llama', 'llm.text_loss=distillation', 'llm.text_share=0.3')
+    assert done.returncode == 2 and "text_loss='distillation' with train='all'" in done.stderr
+
+def test_own_texts_are_the_base_s(tmp_path):
+    "An adapter that is trained further may have forgotten: it is switched off while texts are written"
+    from v2flow_nbdev.language.adapters import choose_trained
+    from v2flow_nbdev.training.llm_data import LLMConfig, texts_of_its_own
+    llm, tokenizer, _ = coarse_model()
+    tuning = LLMConfig(pretrained='x', train='lora', own_texts=50, text_share=0.1)
+    base = texts_of_its_own(tuning, llm, tokenizer, tmp_path/'base')
+    model = choose_trained(llm, 'lora', rank=2)
+    for n,p in model.named_parameters(): p.data += 10*('lora' in n)
+    assert texts_of_its_own(tuning, model, tokenizer, tmp_path/'adapter') == base
 
 def test_an_adapter_is_trained_further_as_itself(whole, tmp_path):
     """It begins where it ended, its base stays the one that it names, and another rank is refused in a line; a step

@@ -7,6 +7,7 @@ __all__ = ['LLMConfig', 'LLMRecipe', 'EncodingRecipe', 'encode_images']
 
 # %% ../../nbs/training/47_llm_data.ipynb #47a0c003
 import torch
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from torch.utils.data import ConcatDataset
@@ -222,7 +223,9 @@ def texts_of_its_own(tuning, llm, tokenizer, out):
     if not tuning.own_texts: return []
     if file.exists(): return file.read_text(encoding='utf-8').splitlines()
     if is_main_process(): say(f'the language model writes {tuning.own_texts:,} texts')
-    texts = own_texts(llm, tokenizer, tuning.own_texts)
+    # an adapter that is trained further is switched off: the language to keep is the base's
+    with llm.disable_adapter() if hasattr(llm, 'disable_adapter') else nullcontext():
+        texts = own_texts(llm, tokenizer, tuning.own_texts)
     if is_main_process():
         out.mkdir(parents=True, exist_ok=True)
         with write_atomically(file) as new: new.write_text('\n'.join(texts) + '\n', encoding='utf-8')

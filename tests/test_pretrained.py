@@ -358,8 +358,19 @@ def test_an_adapter_is_cut_to_a_lower_rank(whole, tmp_path):
     kept = torch.linalg.svdvals(full)[:2].square().sum()/full.square().sum()
     assert cut['x.lora_A.weight'].shape == (2, 20) and abs(lost - (1 - kept)) < 1e-5
     torch.testing.assert_close((full - low).square().sum(), (1 - kept)*full.square().sum())
-    def shrink(rank): return subprocess.run([sys.executable, '-m', 'benchmarks.shrink', whole/'run/model', tmp_path/'small',
-                                             '--rank', str(rank)], cwd=root, capture_output=True, text=True)
+    byte, rounded = lower_rank(weights, dict(r=4, lora_alpha=8), 4, torch.float8_e4m3fn)
+    assert byte['x.lora_A.weight'].element_size() == 1 and 1e-5 < rounded < 0.005
+    def shrink(rank, *more): return subprocess.run([sys.executable, '-m', 'benchmarks.shrink', whole/'run/model', tmp_path/'small',
+                                                    '--rank', str(rank), *more], cwd=root, capture_output=True, text=True)
+    assert 'rank 2 → 2' in ended(shrink(2, '--float8')).stdout
+    near, was = (V2FlowPipeline.from_pretrained(f).llm.state_dict() for f in (tmp_path/'small', whole/'run/model'))
+    for n,p in was.items(): torch.testing.assert_close(near[n], p, atol=0.05*p.abs().max().item(), rtol=0.1)
+    from peft import PeftModel
+    from v2flow_nbdev.language.adapters import add_adapter
+    base, words = load_llm(whole/'llama')
+    room, _ = add_adapter(base, words, base.get_input_embeddings().weight.detach().clone(), tmp_path/'small/llm', merged=False)
+    theirs = PeftModel.from_pretrained(room, tmp_path/'small/llm').merge_and_unload().state_dict()   # as anybody loads it
+    for n,p in theirs.items(): torch.testing.assert_close(near[n], p, atol=1e-5, rtol=1e-4)
     assert 'rank 2 → 1' in ended(shrink(1)).stdout
     assert V2FlowPipeline.from_pretrained(tmp_path/'small')('a six').images[0].size == (8, 8)
     assert shrink(3).stderr == 'benchmarks.shrink: --rank 3: the adapter has rank 2\n'

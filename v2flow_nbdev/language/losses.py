@@ -71,23 +71,26 @@ def target_loss(
     """Cross-entropy on targets alone; a token that opens an image stands where text might be, so it is chosen among
     all. With `before`, plain text has the KL divergence from the model as it was in its place"""
     distillation, choose, c = before is not None, may_choose(labels.device), visual.coarse
-    if not distillation: before, plain = states, torch.zeros_like(labels, dtype=torch.bool)
-    kept = labels >= 0
-    states, labels, before, plain = (t[kept] if choose else t.flatten(0, 1) for t in (states, labels, before, plain))
-    own = (labels >= visual.first) & visual_softmax & ~plain
+    columns = [states, labels] + [before, plain]*distillation
+    if choose: kept = labels >= 0; columns = [t[kept] for t in columns]
+    else: columns = [t.flatten(0, 1) for t in columns]
+    states, labels, *taught = columns
+    own = (labels >= visual.first) & visual_softmax
     for begin in visual.begins: own = own & (labels != begin)
-    def among_all(x, y, _): return F.cross_entropy(head(x).float(), y, reduction='none')
-    def among_own(x, y, _): return among_visual(x, y, head, visual)
-    def as_before(x, _, x0): return divergence(*(head(s)[:, :visual.first].float() for s in (x, x0)))
+    def among_all(x, y): return F.cross_entropy(head(x).float(), y, reduction='none')
+    def among_own(x, y): return among_visual(x, y, head, visual)
+    def as_before(x, x0): return divergence(*(head(s)[:, :visual.first].float() for s in (x, x0)))
     if choose:
         each = states.new_zeros(len(labels), dtype=torch.float32)
-        for some, loss in ((own, among_own), (plain, as_before), (~own & ~plain, among_all)):
+        parts = [(own, among_own, labels), (~own, among_all, labels)]
+        if distillation: parts[1:] = [(taught[1], as_before, taught[0]), (~own & ~taught[1], among_all, labels)]
+        for some, loss, wanted in parts:
             at = some.nonzero()[:, 0]
-            if len(at): each = each.index_put((at,), loss(states[at], labels[at], before[at]))
+            if len(at): each = each.index_put((at,), loss(states[at], wanted[at]))
     else:
-        each = among_all(states, labels, None)
-        if visual_softmax: each = torch.where(own, among_own(states, labels, None), each)
-        if distillation: each = torch.where(plain, as_before(states, None, before), each)
+        each = among_all(states, labels)
+        if visual_softmax: each = torch.where(own, among_own(states, labels), each)
+        if distillation: each = torch.where(taught[1], as_before(states, taught[0]), each)
     weight = torch.where(labels < visual.first, text_weight, 1.)*(labels >= 0)
     if c: weight = weight.where((labels < c.start) | (labels >= c.stop), coarse_weight)
     return (weight*each).sum()/weight.sum()

@@ -15,7 +15,7 @@ import argparse, json, tempfile, time
 from pathlib import Path
 import numpy as np, torch
 from torch.utils.data import Dataset
-from v2flow_nbdev.base.files import write_atomically
+from benchmarks.choices import by_choice, read_results, run_missing
 from v2flow_nbdev.base.gguf import llm_folder
 from v2flow_nbdev.base.text import text_ids
 from v2flow_nbdev.data.sources import emoji
@@ -24,7 +24,7 @@ from v2flow_nbdev.evaluation.pretrained import as_scores, bases_of, framed_capti
 from v2flow_nbdev.language.adapters import choose_trained
 from v2flow_nbdev.language.losses import TargetLoss
 from v2flow_nbdev.language.pipeline import load_llm
-from v2flow_nbdev.language.sequences import inverse_sqrt_frequency
+from v2flow_nbdev.language.sequences import cumulative_weights, drawn_index, inverse_sqrt_frequency
 from v2flow_nbdev.language.text_models import collate, first_id, own_texts, text_sequences
 from v2flow_nbdev.language.visual_tokens import add_visual_tokens
 from v2flow_nbdev.models.tokenizer import V2Flow
@@ -53,14 +53,14 @@ class Names(Dataset):
         self.captions = [[c] for c in framed_captions(examples)] if frame else [r['captions'] for r in examples]
         self.tokenizer, self.numbers, self.begin, self.coarse = tokenizer, numbers, visual.begin(visual.grid), visual.coarse
         self.texts, self.text_share, self.bos = text_sequences(tokenizer, texts) if texts else [], text_share, first_id(tokenizer)
-        self.sums = inverse_sqrt_frequency(numbers).double().cumsum(0)
+        self.sums = cumulative_weights(inverse_sqrt_frequency(numbers), len(numbers))
 
     def __len__(self): return len(self.captions)
 
     def __getitem__(self, i):
-        text, which, often = torch.rand(3, dtype=torch.float64).tolist()
+        text, which = torch.rand(2).tolist()
         if text < self.text_share: return self.texts[int(which*len(self.texts))]
-        i = torch.searchsorted(self.sums, often*self.sums[-1]).item()
+        i = drawn_index(self.sums)
         ids = text_ids(self.tokenizer, [self.captions[i][int(which*len(self.captions[i]))]])[0]
         return [self.bos, *ids, self.begin], [self.coarse[self.numbers[i]]]
 
@@ -107,28 +107,10 @@ def one_run(name, tokenizer_folder, llm_name, steps, seed, n=None, batch_size=32
     return dict(choice=name, seed=seed, steps=steps, batch_size=batch_size, changes=choices[name], points=points,
                 cpu_seconds=round(time.process_time() - began))
 
-def read_results(path): return json.loads(Path(path).read_text(encoding='utf-8')) if Path(path).exists() else []
-
-def run(args):
-    "The choices that the file lacks"
-    for seed in args.seeds:
-        for name in args.only:
-            found = read_results(args.results)
-            if any((r['choice'], r['seed'], r['steps']) == (name, seed, args.steps) for r in found): continue
-            found.append(one := one_run(name, args.tokenizer, args.llm, args.steps, seed))
-            with write_atomically(Path(args.results)) as new:
-                new.write_text(json.dumps(found, ensure_ascii=False).replace('}, {"choice"', '},\n{"choice"') + '\n', encoding='utf-8')
-            print(f"{name}, seed {seed}: {one['points'][-1]} ({one['cpu_seconds']} s of CPU)", flush=True)
-
-def by_choice(found):
-    "name → its runs, in the order of `choices`; those with as many steps as most"
-    steps = max({r['steps'] for r in found}, key=[r['steps'] for r in found].count)
-    return {name: runs for name in choices if (runs := [r for r in found if (r['choice'], r['steps']) == (name, steps)])}
-
 def table(found):
     "Markdown; ± is the standard error over bases, of one seed"
     lines = ['| one thing changed | seeds | sequences | named after a quarter | half | the end | loss at the end |', '|---|--:|--:|--:|--:|--:|--:|']
-    for name, runs in by_choice(found).items() if found else ():
+    for name, runs in by_choice(found, choices).items() if found else ():
         points = [[r['points'][i] for r in runs] for i in (0, 1, -1)]
         at = [f"{100*np.mean([p['named'] for p in some]):.1f} ± {100*np.mean([p['named_se'] for p in some]):.1f} %" for some in points]
         lines.append(f"| {name} | {len(runs)} | {runs[0]['steps']*runs[0]['batch_size']:,} | {' | '.join(at)} | "
@@ -141,7 +123,7 @@ def plot(found, out):
     import matplotlib.pyplot as plt
     if not found: raise SystemExit('no runs to plot yet')
     fig, ax = plt.subplots(figsize=(7.2, 3.4), dpi=80, layout='constrained')
-    for i, (name, runs) in enumerate(by_choice(found).items()):
+    for i, (name, runs) in enumerate(by_choice(found, choices).items()):
         at = [p['step']*runs[0]['batch_size'] for p in runs[0]['points']]
         y = np.mean([[100*p['named'] for p in r['points']] for r in runs], 0)
         ax.plot(at, y, marker='o', ms=3, lw=2.2 if name == 'base' else 1, color='k' if name == 'base' else f'C{i % 10}', label=name)
@@ -163,6 +145,6 @@ def main(argv=None):
     args = arguments(argv)
     if args.what == 'table': return print(table(read_results(args.results)))
     if args.what == 'plot': return plot(read_results(args.results), Path(args.results).with_suffix('.png'))
-    run(args)
+    run_missing(args, lambda name, seed: one_run(name, args.tokenizer, args.llm, args.steps, seed))
 
 if __name__ == '__main__': main()

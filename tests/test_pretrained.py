@@ -247,6 +247,14 @@ def test_visual_tokens_are_scored_with_what_peft_trains(train, tied):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
     with torch.no_grad(): torch.testing.assert_close(TargetLoss(merge(model))(**batch).loss, loss.detach())
 
+def test_new_embeddings_alone_cannot_forget():
+    "`new` leaves text as it was, so its divergence is 0, and stays it"
+    from v2flow_nbdev.language.adapters import choose_trained
+    from v2flow_nbdev.language.losses import TargetLoss
+    model = TargetLoss(choose_trained(coarse_model()[0], 'new'), distillation=True)
+    for p in model.parameters(): p.data += 0.1*p.requires_grad
+    assert abs(model(**collate([([0], [7, 9, 30, 1])])).loss.item()) < 1e-6
+
 @pytest.mark.parametrize('packed', [False, True])
 @pytest.mark.parametrize('chosen', [False, True])
 def test_plain_text_keeps_the_distribution_before(packed, chosen, monkeypatch):

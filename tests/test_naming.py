@@ -28,6 +28,9 @@ def test_a_sequence_is_a_caption_and_the_token_of_its_base():
     assert 0.18 < sum(t == [visual.coarse[1]] for _, t in seen)/400 < 0.32
     data = named(texts=['some words'], text_share=0.5)[-1]
     assert 0.4 < sum(len(t) > 1 for _, t in (data[0] for _ in range(400)))/400 < 0.6
+    _, tokenizer, visual, data = named(words=[('a word', torch.tensor([0., 1.]))], word_share=0.5)
+    told = [t for p, t in (data[0] for _ in range(400)) if p[1:-1] == text_ids(tokenizer, ['a word'])[0]]
+    assert 0.4 < len(told)/400 < 0.6 and all(t == [visual.coarse[1]] for t in told)
 
 def test_rows_begin_as_names_and_noise_is_of_the_training():
     llm, tokenizer, visual, _ = named()

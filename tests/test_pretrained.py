@@ -1,6 +1,6 @@
 """A pretrained language model: its vocabulary and its parameters by reference, what was trained beside it; frozen ids
 are computed once; a flow decoder that is trained further"""
-import json, os, shutil
+import copy, json, os, shutil
 import pytest, torch
 from PIL import Image
 from conftest import root, shipped, v2flow
@@ -177,6 +177,18 @@ def test_the_shipped_adapter_draws_and_reads(tmp_path):
     asked = tokenizer('The capital of France is', return_tensors='pt')
     assert 'Paris' in tokenizer.decode(llm.generate(**asked, max_new_tokens=4, do_sample=False)[0])
 
+@pytest.mark.skipif(not (cache_folder()/'smollm2/config.json').is_file(), reason='make smollm2')
+def test_smollm2_says_what_a_word_is_near_to():
+    "Without any training, and of words that are in no caption; a name that is near to all words would be first each time"
+    from v2flow_nbdev.data.sources import emoji
+    from v2flow_nbdev.language.adapters import word_scores
+    llm, tokenizer = load_llm(llm_folder('smollm2'))
+    near = {'lemons': 'lemon', 'guitarist': 'guitar', 'kitty': 'cat face', 'schools': 'school', 'automobile': 'automobile'}
+    names = sorted({r['base'] for r in emoji('train')})[::3] + [*near.values()]
+    found = word_scores(llm, tokenizer, [*near], names, 'an emoji of a {}').topk(3).indices.tolist()
+    right = sum(name in [names[i] for i in row] for name, row in zip(near.values(), found))
+    assert right >= 4 and len({row[0] for row in found}) >= 4, [[names[i] for i in row] for row in found]
+
 def coarse_model(tied=False):
     "A LLaMA with 32 visual tokens and 10 coarse ones, and its parts"
     llm, tokenizer = toy_llama(captions*4)
@@ -314,6 +326,45 @@ def test_a_field_of_the_data_becomes_coarse_tokens(whole, tmp_path):
     assert done.returncode == 2 and 'own_texts=60: needs at least 50, a text_share, and no texts' in done.stderr
     done = run('g', whole/'llama', 'llm.text_loss=distillation', 'llm.text_share=0.3')
     assert done.returncode == 2 and "text_loss='distillation' with train='all'" in done.stderr
+
+def test_words_that_the_model_knows_are_in_the_mix(whole, tmp_path):
+    "By the command; the answers are kept, so that a run which continues does not ask again; wrong settings are refused in a line"
+    (tmp_path/'exam.txt').write_text('Sevens and digits')
+    def run(out, *settings):
+        return v2flow('train-llm', '--config', 'configs/digits-llm.yaml', '--out', tmp_path/out, f'image_tokenizer={whole}/tok/model',
+                      f'llm.pretrained={whole}/llama', 'training.evaluate_every=0', 'training.trackers=[]', 'data.copies=0',
+                      'training.steps=2', 'training.batch_size=4', 'llm.word_frame=a handwritten {}', *settings)
+    known = 'llm.coarse=label', 'llm.train=lora', 'llm.store_base=false', 'llm.word_share=0.5', f'llm.held_out_words={tmp_path}/exam.txt'
+    done = run('a', *known)
+    if done.returncode == 1: assert 'is near to a name; leave word_share out' in done.stderr    # it knows little of words
+    assert 'is asked what it knows of' in done.stderr
+    scores = read_tensors(tmp_path/'a/words.safetensors')['scores']
+    assert scores.shape[1] == 10 and scores.float().mean(0).abs().max() < 0.01
+    done = run('a', '--resume', *known)
+    assert 'is asked what it knows of' not in done.stderr
+    for settings, why in ((['llm.word_share=0.5'], 'word_frame='), (['llm.coarse=label', 'llm.held_out_words=none.txt'], 'none.txt'),
+                          (['llm.coarse=label', 'llm.word_frame=a word'], 'needs {} once'),
+                          (['llm.coarse=label', 'llm.word_share=0.7', 'llm.text_share=0.7'], 'no more than 1 in all')):
+        done = run('b', *settings)
+        assert done.returncode != 0 and why in done.stderr.splitlines()[-1], done.stderr
+
+def test_rows_begin_as_what_the_model_knows_where_peft_keeps_them(tmp_path):
+    "The rows of the first field alone, in a table of their own and in a tied one; the adapter's folder has them"
+    from v2flow_nbdev.language.adapters import choose_trained, name_by_knowledge, save_adapter
+    from v2flow_nbdev.language.losses import rows_of
+    for tied in (False, True):
+        llm, tokenizer, visual = coarse_model(tied)
+        words, scores = ['six', 'seven', 'digit', 'image'], torch.randn(4, 10)
+        for train in ('new', 'lora'):
+            model = choose_trained(copy.deepcopy(llm), train, rank=2)
+            before = rows_of(model.get_output_embeddings()).detach().clone()
+            name_by_knowledge(model, tokenizer, words, scores, 'a handwritten {}')
+            changed = (rows_of(model.get_output_embeddings()).detach() != before).any(1).nonzero()[:, 0].tolist()
+            assert changed == [*visual.coarse_fields[0]], (tied, train)
+            save_adapter(model, tmp_path/f'{tied}-{train}', 'x')
+            stored = read_tensors(tmp_path/f'{tied}-{train}'/'adapter_model.safetensors')
+            rows = rows_of(model.get_output_embeddings()).detach()[visual.first:]
+            assert any(t.shape == rows.shape and torch.allclose(t.float(), rows, atol=1e-5) for t in stored.values()), (tied, train)
 
 def test_own_texts_are_the_base_s(tmp_path):
     "An adapter that is trained further may have forgotten: it is switched off while texts are written"

@@ -40,7 +40,7 @@ base = dict(train='lora', rank=16, lr=5e-4, embedding_lr=4., rows='small', noise
 choices = {                                           # name → what of `base` is another
     'base': {},
     'rows begin as their names': dict(rows='names'),
-    'rows begin as what it knows of words': dict(rows='known'),
+    'rows begin as what it knows of words': dict(rows='known'),   # four times as sharply as a training's
     'and words stay in the mix': dict(rows='known', word_share=0.3),
     'new embeddings alone': dict(train='new', lr=2e-3, embedding_lr=1.),
     'all parameters': dict(train='all', lr=5e-5, embedding_lr=40.),
@@ -109,8 +109,8 @@ def one_run(name, tokenizer_folder, llm_name, steps, seed, n=None, batch_size=32
     torch.manual_seed(seed)
     visual = add_visual_tokens(llm, tokenizer, V2Flow.from_pretrained(tokenizer_folder), seed=seed, coarse=[len(bases)])
     if how['rows'] == 'names': rows_as_names(llm, tokenizer, visual, bases)
-    if how['rows'] == 'known': name_by_knowledge(llm, tokenizer, *known_words(llm_name), frame)
-    words = word_examples(*known_words(llm_name), frame) if how['word_share'] else ()
+    if how['rows'] == 'known': name_by_knowledge(llm, tokenizer, *known_words(llm_name), frame, scale=16.)
+    words = word_examples(*known_words(llm_name), frame, least=1., tau=0.0875) if how['word_share'] else ()
     if how['noise']: noisy(llm, how['noise'])
     llm.set_attn_implementation('eager')
     model = TargetLoss(choose_trained(llm, how['train'], how['rank']), distillation=bool(texts))

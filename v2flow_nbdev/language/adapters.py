@@ -132,14 +132,14 @@ def word_scores(
     names,      # M, three or more
     frame,      # a caption with `{}` in the place of a word
 ):              # (N, M), in standard deviations
-    "How near each word is to each name, as a language model sees it: the sum of `readings`"
+    "How near each word is to each name, as a language model sees it: the mean of `readings`"
     total = 0.
     for before, after, where, depth in readings:
         before, after = (frame.split('{}') if before == '{frame}' else (before, after))
         s = word_states(llm, tokenizer, [*words, *names], before, after, where, depth)
         near = whitened_cosines(s[:len(words)], s[len(words):])
         total = total + (near - near.mean(1, keepdim=True))/near.std(1, keepdim=True)
-    return total - total.mean(0)
+    return (total - total.mean(0))/len(readings)
 
 # %% ../../nbs/language/26_adapters.ipynb #d1571109
 def rows_toward(

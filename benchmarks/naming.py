@@ -110,7 +110,7 @@ def one_run(name, tokenizer_folder, llm_name, steps, seed, n=None, batch_size=32
     visual = add_visual_tokens(llm, tokenizer, V2Flow.from_pretrained(tokenizer_folder), seed=seed, coarse=[len(bases)])
     if how['rows'] == 'names': rows_as_names(llm, tokenizer, visual, bases)
     if how['rows'] == 'known': name_by_knowledge(llm, tokenizer, *known_words(llm_name), frame, scale=16.)
-    words = word_examples(*known_words(llm_name), frame, least=1., tau=0.0875) if how['word_share'] else ()
+    words = word_examples(*known_words(llm_name), frame, part=1., tau=0.0875) if how['word_share'] else ()
     if how['noise']: noisy(llm, how['noise'])
     llm.set_attn_implementation('eager')
     model = TargetLoss(choose_trained(llm, how['train'], how['rank']), distillation=bool(texts))

@@ -80,10 +80,11 @@ def whole_words(
     left_out = {f for w in re.findall('[a-z]+', held_out.lower()) for f in forms(w)}
     return sorted({t[1:] for t in tokenizer.get_vocab() if re.fullmatch('[Ġ▁][a-z]{3,}', t)} - left_out)
 
-# text before a word, ids or text after it, where it is read, and after which part of the layers: chosen for SmolLM2 on
-# dev. The first layers know the spelling, the middle ones what is meant; the end of a sentence knows it late
-readings = (('{frame}', '', 'word', 0.3), ('{frame}', '', 'end', 1.), ('The word "', '" means', 'end', 0.93),
-            ('A ', ', also called', 'end', 0.93))
+# %% ../../nbs/language/26_adapters.ipynb #d157110e
+# sentences for a word, where each is read, and after which part of the layers: chosen for SmolLM2 on dev. The first
+# layers know the spelling, the middle ones what is meant; the end of a sentence knows it late
+readings = {'frame': (('word', 0.3), ('end', 1.)), 'The word "{}" means': (('end', 0.93),),
+            'A {}, also called': (('end', 0.93),)}
 
 @torch.no_grad()
 def word_states(
@@ -92,26 +93,27 @@ def word_states(
     words,           # N
     before,          # text before each
     after,           # text after it, or token ids
-    where='end',     # word: the mean over its tokens; end: the last token of all
-    depth=1.,        # after which part of the layers
+    reads=(('end', 1.),),  # word: the mean over its tokens; end: the last token of all; after which part of the layers
     batch_size=128,  # words at once
-):                   # hidden states, (N, E) float32, on the CPU
+):                   # hidden states for each of `reads`, (N, E) float32, on the CPU
     "What a language model makes of words in one sentence"
     rest = text_ids(tokenizer, [after])[0] if isinstance(after, str) else after
     begun, own = len(text_ids(tokenizer, [before.rstrip()])[0]), text_ids(tokenizer, [before + w for w in words])
-    order, found = sorted(range(len(words)), key=lambda i: len(own[i])), [None]*len(words)
+    order = sorted(range(len(words)), key=lambda i: len(own[i]))
+    found = [torch.zeros(len(words), llm.config.get_text_config().hidden_size) for _ in reads]
     for k in range(0, len(order), batch_size):
         part = order[k:k + batch_size]
         # padding stands on the right, where no token looks
         ids = collate([([first_id(tokenizer)], own[i] + rest) for i in part])['input_ids'].to(llm.device)
         states = llm.get_decoder()(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
         at, ends = torch.arange(ids.shape[1]), torch.tensor([[len(own[i])] for i in part])
-        kept = (at > begun) & (at <= ends) if where == 'word' else at == ends + len(rest)
-        share = (kept/kept.sum(1, keepdim=True)).to(ids.device)[..., None]
-        some = (states[round(depth*(len(states) - 1))].float()*share).sum(1).cpu()
-        for i,s in zip(part, some): found[i] = s
-    return torch.stack(found)
+        for into, (where, depth) in zip(found, reads):
+            kept = (at > begun) & (at <= ends) if where == 'word' else at == ends + len(rest)
+            share = (kept/kept.sum(1, keepdim=True)).to(ids.device)[..., None]
+            into[part] = (states[round(depth*(len(states) - 1))].float()*share).sum(1).cpu()
+    return found
 
+# %% ../../nbs/language/26_adapters.ipynb #d157110f
 def whitened_cosines(
     asked,     # (N, E)
     known,     # (M, E)
@@ -133,13 +135,14 @@ def word_scores(
     frame,      # a caption with `{}` in the place of a word
 ):              # (N, M), in standard deviations
     "How near each word is to each name, as a language model sees it: the mean of `readings`"
-    total = 0.
-    for before, after, where, depth in readings:
-        before, after = (frame.split('{}') if before == '{frame}' else (before, after))
-        s = word_states(llm, tokenizer, [*words, *names], before, after, where, depth)
-        near = whitened_cosines(s[:len(words)], s[len(words):])
-        total = total + (near - near.mean(1, keepdim=True))/near.std(1, keepdim=True)
-    return (total - total.mean(0))/len(readings)
+    found = []
+    for sentence, reads in readings.items():
+        before, after = (frame if sentence == 'frame' else sentence).split('{}')
+        for s in word_states(llm, tokenizer, [*words, *names], before, after, reads):
+            near = whitened_cosines(s[:len(words)], s[len(words):])
+            found.append((near - near.mean(1, keepdim=True))/near.std(1, keepdim=True))
+    mean = sum(found)/len(found)
+    return mean - mean.mean(0)
 
 # %% ../../nbs/language/26_adapters.ipynb #d1571109
 def rows_toward(
@@ -183,7 +186,7 @@ def name_by_knowledge(
     own, (before, after) = visual.coarse_fields[0], frame.split('{}')
     table = rows_of(llm.get_output_embeddings()).detach()[own.start:own.stop].float().cpu()
     after = text_ids(tokenizer, [after])[0] if after else []
-    states = word_states(llm, tokenizer, words, before, [*after, visual.begin(visual.grid)])
+    states, = word_states(llm, tokenizer, words, before, [*after, visual.begin(visual.grid)])
     set_rows(llm, own, rows_toward(states, scores, table, **how))
 
 # %% ../../nbs/language/26_adapters.ipynb #d157110c
@@ -191,12 +194,11 @@ def word_examples(
     words,       # N
     scores,      # see `word_scores`, (N, M)
     frame,       # a caption with `{}` in the place of a word
-    least=4.,    # a word has a name with this score, or is left out
+    part=0.4,    # of the words, those whose nearest name has the highest scores; of the others little was said
     tau=0.35,    # the temperature of the scores
-):               # [(caption, running sum of the names' probabilities, (M,)), …]; `ValueError` where no word is left
+):               # [(caption, running sum of the names' probabilities, (M,)), …]
     "Words of which the model before said something, with the names as likely as it said"
-    kept = (scores.max(1).values > least).nonzero()[:, 0].tolist()
-    if not kept: raise ValueError(f"words: none of {len(words):,} is near to a name; leave word_share out")
+    kept = scores.max(1).values.topk(max(1, round(part*len(words)))).indices.sort().values.tolist()
     return [(framed(frame, words[i]), (scores[i]/tau).double().softmax(0).cumsum(0).float()) for i in kept]
 
 # %% ../../nbs/language/26_adapters.ipynb #62a7e977

@@ -270,7 +270,10 @@ def language_kept(recipe, llm, tokenizer, examples, out, device):
 # %% ../../nbs/training/47_llm_data.ipynb #47a0c014
 def held_out_words(tuning):
     "The text none of whose words may be asked; a missing file is an error that says so"
-    return Path(tuning.held_out_words).read_text(encoding='utf-8') if tuning.held_out_words else ''
+    file = Path(tuning.held_out_words)
+    if tuning.held_out_words and not file.is_file():
+        raise FileNotFoundError(f"llm.held_out_words={tuning.held_out_words}: no such file")
+    return file.read_text(encoding='utf-8') if tuning.held_out_words else ''
 
 def words_known(
     tuning,     # an `LLMConfig` with a `word_frame`

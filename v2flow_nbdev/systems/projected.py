@@ -20,19 +20,22 @@ def frozen_table(
     vocabulary:Vocabulary|None,  # whose tokens are chosen from; None: random rows
     codebook_size:int,           # K
     dim:int,                     # E of random rows; tokens have their own
-    rows:str='farthest',         # from the average: 'farthest', 'nearest'; any: 'sample'; no tokens: 'random'
+    rows:str='farthest',         # 'farthest', 'nearest': from the average; 'sample'; 'matched', 'random': no tokens
 )->torch.Tensor:                 # (K, E), of norm 1 on average; the same each time
     "Embeddings of K tokens (TA-Tok, arXiv 2506.18898), or K random vectors (SimVQ, arXiv 2411.02038)"
-    known = 'farthest', 'nearest', 'sample', 'random'
+    known = 'farthest', 'nearest', 'sample', 'matched', 'random'
     if rows not in known: raise ValueError(f"rows={rows!r}: use one of {', '.join(known)}")
     generator = torch.Generator().manual_seed(0)
     if vocabulary is None or rows == 'random':
         return torch.randn(codebook_size, dim, generator=generator, device='cpu')/dim**0.5
     x = vocabulary.centred/vocabulary.code_scale
+    # of the tokens' covariance
+    if rows == 'matched': return torch.randn(codebook_size, len(x), generator=generator) @ x/len(x)**0.5
     if rows == 'sample': order = torch.randperm(len(x), generator=generator)
     else: order = x.norm(dim=-1).argsort(descending=rows == 'farthest', stable=True)
-    a, b = torch.randint(len(x), (2, max(0, codebook_size - len(x))), generator=generator)
-    between = torch.lerp(x[a], x[b], torch.rand(len(a), 1, generator=generator))   # where there are too few tokens
+    n = max(0, codebook_size - len(x))                                              # where there are too few tokens
+    a, away = torch.randint(len(x), (n,), generator=generator), torch.randint(1, len(x), (n,), generator=generator)
+    between = torch.lerp(x[a], x[(a + away) % len(x)], torch.rand(n, 1, generator=generator))
     return torch.cat([x[order[:codebook_size]], between])
 
 # %% ../../nbs/systems/72_projected.ipynb #58f6d354

@@ -78,18 +78,18 @@ def one_run(name, tokenizer, steps, seed, ids=None, **changes):
 
 def read_results(path): return json.loads(Path(path).read_text(encoding='utf-8')) if Path(path).exists() else []
 
-def run(args):
-    "The choices that the file lacks"
+def run_missing(args, one_run):
+    "The choices that the file lacks, by `one_run(name, seed)`; also for `benchmarks.naming`"
     for seed in args.seeds:
         for name in args.only:
             found = read_results(args.results)
             if any((r['choice'], r['seed'], r['steps']) == (name, seed, args.steps) for r in found): continue
-            found.append(one := one_run(name, args.tokenizer, args.steps, seed, args.ids))
+            found.append(one := one_run(name, seed))
             with write_atomically(Path(args.results)) as new:
                 new.write_text(json.dumps(found, ensure_ascii=False).replace('}, {"choice"', '},\n{"choice"') + '\n', encoding='utf-8')
             print(f"{name}, seed {seed}: {one['points'][-1]} ({one['cpu_seconds']} s of CPU)", flush=True)
 
-def by_choice(found):
+def by_choice(found, choices=choices):
     "name → its runs, in the order of `choices`; those with as many steps as most"
     steps = max({r['steps'] for r in found}, key=[r['steps'] for r in found].count)
     return {name: runs for name in choices if (runs := [r for r in found if (r['choice'], r['steps']) == (name, steps)])}
@@ -139,6 +139,6 @@ def main(argv=None):
     args = arguments(argv)
     if args.what == 'table': return print(table(read_results(args.results)))
     if args.what == 'plot': return plot(read_results(args.results), Path(args.results).with_suffix('.png'))
-    run(args)
+    run_missing(args, lambda name, seed: one_run(name, args.tokenizer, args.steps, seed, args.ids))
 
 if __name__ == '__main__': main()

@@ -4,6 +4,7 @@ each model.
     python -m benchmarks.words data/checkpoints/emoji --name llama-6.8M --images 1 --n 200     # 200 keywords of dev
     python -m benchmarks.words MODEL                           # 789 keywords of dev, three images each
     python -m benchmarks.words MODEL --naming --heeding        # no image: coarse tokens, and what a caption saves; a minute
+    python -m benchmarks.words MODEL --prose                   # perplexity of held-out prose, and that of the base of its adapter
     python -m benchmarks.words smollm2 --retrieval             # the nearest training caption by hidden state, and its image
     python -m benchmarks.words MODEL --split test              # once for each name: the second time is refused
 
@@ -14,17 +15,19 @@ row takes all figures that the model can have in one run; its retrieval uses the
 import argparse, json, re, sys, time
 from pathlib import Path
 import torch, transformers
-from v2flow_nbdev.base.files import check_writable, write_atomically
+from v2flow_nbdev.base.files import check_writable, find_data, local_path, read_json, write_atomically
 from v2flow_nbdev.base.gguf import llm_folder
 from v2flow_nbdev.base.images import to_tensor
-from v2flow_nbdev.base.precision import resolve_device
+from v2flow_nbdev.base.precision import multiplies_bf16, resolve_device
 from v2flow_nbdev.data.sources import emoji
 from v2flow_nbdev.evaluation.emoji import emoji_judge
 from v2flow_nbdev.evaluation.likelihood import heeding, naming_marks
 from v2flow_nbdev.evaluation.pretrained import (
     KeywordExam, as_scores, bases_of, draw_keywords, keyword_sheet, load_keywords, retrieve_captions)
 from v2flow_nbdev.language.pipeline import V2FlowPipeline, load_llm
+from v2flow_nbdev.language.text_models import text_perplexity
 from v2flow_nbdev.language.visual_tokens import VisualTokens
+from v2flow_nbdev.training.recipes import text_lines
 
 def rows_of(path):
     "The rows of a file that this command wrote; none where there is no file"
@@ -53,6 +56,16 @@ def values_of(visual, examples):
     known = {f: sorted({r[f] for r in examples}) for f in ('base', 'tone', 'sex')}
     return {f: v for n in visual.coarse_sizes for f, v in known.items() if len(v) == n}
 
+def prose_of(pipe, folder):
+    "Perplexity of held-out prose, and what the language model had that its adapter was trained on"
+    texts, some = text_lines(find_data('prose')/'persuasion.txt')
+    base, tokenizer = load_llm(llm_folder(read_json(Path(folder)/'llm/base.json', ['base'])['base']))
+    found = {}
+    for name, llm, words in (('prose', pipe.llm, pipe.tokenizer), ('prose_before', base.to(pipe.device), tokenizer)):
+        with torch.autocast(pipe.device.type, torch.bfloat16, enabled=multiplies_bf16(pipe.device)):
+            found[name] = text_perplexity(llm.eval(), words, texts + some)
+    return found
+
 def drawn(args, keywords):
     "What a pipeline draws, names and heeds: figures, and what the sheet shows"
     pipe, found, shown = V2FlowPipeline.from_pretrained(args.model, dtype=None, device=resolve_device()), {}, None
@@ -60,13 +73,14 @@ def drawn(args, keywords):
     visual = VisualTokens.of(pipe.llm)
     if tuple(size := pipe.image_tokenizer.config.image_size) != (64, 64):
         raise ValueError(f"{args.model}: images of {size[0]}×{size[1]} pixels; the emoji have 64×64")
-    if args.naming or visual.coarse_sizes[:1] == (len(bases),):
+    if args.naming or (args.split == 'test' and visual.coarse_sizes[:1] == (len(bases),)):
         marks = dict(naming=naming_marks(pipe.llm, pipe.tokenizer, keywords, bases))
         found |= as_scores(marks) | dict(naming_n=len(keywords))
     if args.heeding:
         told = heeding(pipe, emoji('held_out_compositions'), values_of(visual, examples))
         found |= {k if k == 'heeding' else f'heeding_{k}': v for k, v in told.items()}
-    if not (args.naming or args.heeding) or args.split == 'test':
+    if args.prose: found |= prose_of(pipe, local_path(args.model))
+    if not (args.naming or args.heeding or args.prose) or args.split == 'test':
         images = draw_keywords(pipe, keywords, args.images, args.seed, args.batch_size, say)
         exam = KeywordExam(emoji_judge(), examples)
         marks = exam.marks(images, keywords)
@@ -91,14 +105,14 @@ def arguments():
     p.add_argument('--images', type=int, default=3, help='for each keyword'); p.add_argument('--n', type=int, help='so many keywords; else all')
     p.add_argument('--seed', type=int, default=0); p.add_argument('--batch-size', type=int, default=64)
     p.add_argument('--retrieval', action='store_true'); p.add_argument('--naming', action='store_true')
-    p.add_argument('--heeding', action='store_true')
+    p.add_argument('--heeding', action='store_true'); p.add_argument('--prose', action='store_true')
     p.add_argument('--out', type=Path, default=Path(__file__).resolve().with_name('words.json'))
     args = p.parse_args()
     args.name = args.name or Path(args.model).resolve().name
     if not re.fullmatch(r'[\w.+-]+', args.name): p.error(f"--name {args.name}: letters, digits and . + - _ alone: a file is named by it")
     for k in ('images', 'n', 'batch_size'):
         if (v := getattr(args, k)) is not None and v < 1: p.error(f"--{k.replace('_', '-')} {v}: needs 1 or more")
-    if args.retrieval and (args.naming or args.heeding): p.error('--retrieval: a language model alone neither names nor heeds')
+    if args.retrieval and (args.naming or args.heeding or args.prose): p.error('--retrieval: a language model alone neither names nor heeds')
     rows = rows_of(args.out)
     if args.split == 'test' and row_of(rows, args.name, 'test'): p.error(f"{args.name}: has a test row already; it is run once")
     args.layer = row_of(rows, args.name, 'dev').get('layer') if args.split == 'test' else None

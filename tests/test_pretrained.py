@@ -1,6 +1,6 @@
 """A pretrained language model: its vocabulary and its parameters by reference, what was trained beside it; frozen ids
 are computed once; a flow decoder that is trained further"""
-import json, os, shutil
+import copy, json, os, shutil
 import pytest, torch
 from PIL import Image
 from conftest import root, shipped, v2flow
@@ -177,6 +177,18 @@ def test_the_shipped_adapter_draws_and_reads(tmp_path):
     asked = tokenizer('The capital of France is', return_tensors='pt')
     assert 'Paris' in tokenizer.decode(llm.generate(**asked, max_new_tokens=4, do_sample=False)[0])
 
+@pytest.mark.skipif(not (cache_folder()/'smollm2/config.json').is_file(), reason='make smollm2')
+def test_smollm2_says_what_a_word_is_near_to():
+    "Without any training, and of words that are in no caption; a name that is near to all words would be first each time"
+    from v2flow_nbdev.data.sources import emoji
+    from v2flow_nbdev.language.adapters import word_scores
+    llm, tokenizer = load_llm(llm_folder('smollm2'))
+    near = {'lemons': 'lemon', 'guitarist': 'guitar', 'kitty': 'cat face', 'schools': 'school', 'automobile': 'automobile'}
+    names = sorted({r['base'] for r in emoji('train')})[::3] + [*near.values()]
+    found = word_scores(llm, tokenizer, [*near], names, 'an emoji of a {}').topk(3).indices.tolist()
+    right = sum(name in [names[i] for i in row] for name, row in zip(near.values(), found))
+    assert right >= 4 and len({row[0] for row in found}) >= 4, [[names[i] for i in row] for row in found]
+
 def coarse_model(tied=False):
     "A LLaMA with 32 visual tokens and 10 coarse ones, and its parts"
     llm, tokenizer = toy_llama(captions*4)
@@ -247,6 +259,14 @@ def test_visual_tokens_are_scored_with_what_peft_trains(train, tied):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
     with torch.no_grad(): torch.testing.assert_close(TargetLoss(merge(model))(**batch).loss, loss.detach())
 
+def test_new_embeddings_alone_cannot_forget():
+    "`new` leaves text as it was, so its divergence is 0, and stays it"
+    from v2flow_nbdev.language.adapters import choose_trained
+    from v2flow_nbdev.language.losses import TargetLoss
+    model = TargetLoss(choose_trained(coarse_model()[0], 'new'), distillation=True)
+    for p in model.parameters(): p.data += 0.1*p.requires_grad
+    assert abs(model(**collate([([0], [7, 9, 30, 1])])).loss.item()) < 1e-6
+
 @pytest.mark.parametrize('packed', [False, True])
 @pytest.mark.parametrize('chosen', [False, True])
 def test_plain_text_keeps_the_distribution_before(packed, chosen, monkeypatch):
@@ -289,7 +309,8 @@ def test_a_field_of_the_data_becomes_coarse_tokens(whole, tmp_path):
                       f'image_tokenizer={whole}/tok/model', f'llm.pretrained={llm}', 'training.evaluate_every=0',
                       'training.trackers=[]', 'data.copies=0', 'training.steps=2', 'training.batch_size=4', *settings)
     ended(run('a', whole/'llama', 'llm.coarse=label', 'llm.train=lora', 'llm.store_base=false',
-              'llm.visual_softmax=true', 'llm.write_noise=0.3', 'llm.own_texts=60', 'llm.text_share=0.3'))
+              'llm.visual_softmax=true', 'llm.write_noise=0.3', 'llm.own_texts=60', 'llm.text_share=0.3',
+              'llm.text_loss=distillation'))
     assert len((tmp_path/'a/own_texts.txt').read_text().splitlines()) == 60
     trained = tmp_path/'a/model/llm'
     assert len(VisualTokens.of(load_llm(trained)[0]).coarse) == 10
@@ -303,6 +324,56 @@ def test_a_field_of_the_data_becomes_coarse_tokens(whole, tmp_path):
     assert done.returncode == 2 and "llm.coarse='label': a folder of ids keeps captions alone" in done.stderr
     done = run('f', whole/'llama', 'llm.own_texts=60')
     assert done.returncode == 2 and 'own_texts=60: needs at least 50, a text_share, and no texts' in done.stderr
+    done = run('g', whole/'llama', 'llm.text_loss=distillation', 'llm.text_share=0.3')
+    assert done.returncode == 2 and "text_loss='distillation' with train='all'" in done.stderr
+
+def test_words_that_the_model_knows_are_in_the_mix(whole, tmp_path):
+    "By the command; the answers are kept, so that a run which continues does not ask again; wrong settings are refused in a line"
+    (tmp_path/'exam.txt').write_text('Sevens and digits')
+    def run(out, *settings):
+        return v2flow('train-llm', '--config', 'configs/digits-llm.yaml', '--out', tmp_path/out, f'image_tokenizer={whole}/tok/model',
+                      f'llm.pretrained={whole}/llama', 'training.evaluate_every=0', 'training.trackers=[]', 'data.copies=0',
+                      'training.steps=2', 'training.batch_size=4', 'llm.word_frame=a handwritten {}', *settings)
+    known = 'llm.coarse=label', 'llm.train=lora', 'llm.store_base=false', 'llm.word_share=0.5', f'llm.held_out_words={tmp_path}/exam.txt'
+    assert 'is asked what it knows of' in ended(run('a', *known)).stderr
+    assert len(VisualTokens.of(load_llm(tmp_path/'a/model/llm')[0]).coarse) == 10
+    scores = read_tensors(tmp_path/'a/words.safetensors')['scores']
+    assert scores.shape[1] == 10 and scores.float().mean(0).abs().max() < 0.01
+    assert 'is asked what it knows of' not in ended(run('a', '--resume', *known)).stderr
+    for settings, why in ((['llm.word_share=0.5'], 'word_frame='), (['llm.coarse=label', 'llm.held_out_words=none.txt'], 'none.txt'),
+                          (['llm.coarse=label', 'llm.word_frame=a word'], 'needs {} once'),
+                          (['llm.coarse=label', 'llm.word_share=0.7', 'llm.text_share=0.7'], 'no more than 1 in all')):
+        done = run('b', *settings)
+        assert done.returncode != 0 and why in done.stderr.splitlines()[-1], done.stderr
+
+def test_rows_begin_as_what_the_model_knows_where_peft_keeps_them(tmp_path):
+    "The rows of the first field alone, in a table of their own and in a tied one; the adapter's folder has them"
+    from v2flow_nbdev.language.adapters import choose_trained, name_by_knowledge, save_adapter
+    from v2flow_nbdev.language.losses import rows_of
+    for tied in (False, True):
+        llm, tokenizer, visual = coarse_model(tied)
+        words, scores = ['six', 'seven', 'digit', 'image'], torch.randn(4, 10)
+        for train in ('new', 'lora'):
+            model = choose_trained(copy.deepcopy(llm), train, rank=2)
+            before = rows_of(model.get_output_embeddings()).detach().clone()
+            name_by_knowledge(model, tokenizer, words, scores, 'a handwritten {}')
+            changed = (rows_of(model.get_output_embeddings()).detach() != before).any(1).nonzero()[:, 0].tolist()
+            assert changed == [*visual.coarse_fields[0]], (tied, train)
+            save_adapter(model, tmp_path/f'{tied}-{train}', 'x')
+            stored = read_tensors(tmp_path/f'{tied}-{train}'/'adapter_model.safetensors')
+            rows = rows_of(model.get_output_embeddings()).detach()[visual.first:]
+            assert any(t.shape == rows.shape and torch.allclose(t.float(), rows, atol=1e-5) for t in stored.values()), (tied, train)
+
+def test_own_texts_are_the_base_s(tmp_path):
+    "An adapter that is trained further may have forgotten: it is switched off while texts are written"
+    from v2flow_nbdev.language.adapters import choose_trained
+    from v2flow_nbdev.training.llm_data import LLMConfig, texts_of_its_own
+    llm, tokenizer, _ = coarse_model()
+    tuning = LLMConfig(pretrained='x', train='lora', own_texts=50, text_share=0.1)
+    base = texts_of_its_own(tuning, llm, tokenizer, tmp_path/'base')
+    model = choose_trained(llm, 'lora', rank=2)
+    for n,p in model.named_parameters(): p.data += 10*('lora' in n)
+    assert texts_of_its_own(tuning, model, tokenizer, tmp_path/'adapter') == base
 
 def test_an_adapter_is_trained_further_as_itself(whole, tmp_path):
     """It begins where it ended, its base stays the one that it names, and another rank is refused in a line; a step
@@ -344,8 +415,19 @@ def test_an_adapter_is_cut_to_a_lower_rank(whole, tmp_path):
     kept = torch.linalg.svdvals(full)[:2].square().sum()/full.square().sum()
     assert cut['x.lora_A.weight'].shape == (2, 20) and abs(lost - (1 - kept)) < 1e-5
     torch.testing.assert_close((full - low).square().sum(), (1 - kept)*full.square().sum())
-    def shrink(rank): return subprocess.run([sys.executable, '-m', 'benchmarks.shrink', whole/'run/model', tmp_path/'small',
-                                             '--rank', str(rank)], cwd=root, capture_output=True, text=True)
+    byte, rounded = lower_rank(weights, dict(r=4, lora_alpha=8), 4, torch.float8_e4m3fn)
+    assert byte['x.lora_A.weight'].element_size() == 1 and 1e-5 < rounded < 0.005
+    def shrink(rank, *more): return subprocess.run([sys.executable, '-m', 'benchmarks.shrink', whole/'run/model', tmp_path/'small',
+                                                    '--rank', str(rank), *more], cwd=root, capture_output=True, text=True)
+    assert 'rank 2 → 2' in ended(shrink(2, '--float8')).stdout
+    near, was = (V2FlowPipeline.from_pretrained(f).llm.state_dict() for f in (tmp_path/'small', whole/'run/model'))
+    for n,p in was.items(): torch.testing.assert_close(near[n], p, atol=0.05*p.abs().max().item(), rtol=0.1)
+    from peft import PeftModel
+    from v2flow_nbdev.language.adapters import add_adapter
+    base, words = load_llm(whole/'llama')
+    room, _ = add_adapter(base, words, base.get_input_embeddings().weight.detach().clone(), tmp_path/'small/llm', merged=False)
+    theirs = PeftModel.from_pretrained(room, tmp_path/'small/llm').merge_and_unload().state_dict()   # as anybody loads it
+    for n,p in theirs.items(): torch.testing.assert_close(near[n], p, atol=1e-5, rtol=1e-4)
     assert 'rank 2 → 1' in ended(shrink(1)).stdout
     assert V2FlowPipeline.from_pretrained(tmp_path/'small')('a six').images[0].size == (8, 8)
     assert shrink(3).stderr == 'benchmarks.shrink: --rank 3: the adapter has rank 2\n'

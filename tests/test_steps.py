@@ -2,6 +2,7 @@
 from types import SimpleNamespace
 import pytest, torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from v2flow_nbdev.language.adapters import choose_trained
 from v2flow_nbdev.language.losses import TargetLoss
 from v2flow_nbdev.language.text_models import collate, toy_llama, toy_v2flow
 from v2flow_nbdev.language.visual_tokens import add_visual_tokens
@@ -49,6 +50,7 @@ def decoder():
 def llm(loss=False):
     model, tokenizer_ = toy_llama(['a red square', 'a blue circle']*4)
     visual = add_visual_tokens(model, tokenizer_, toy_v2flow(model, tokenizer_))
+    if loss == 'distillation': return TargetLoss(choose_trained(model, 'lora', 2), 2., distillation=True)
     return TargetLoss(model, 2.) if loss else model
 
 images = lambda channels, side: [dict(images=torch.rand(8, channels, side, side)*2 - 1)]
@@ -56,7 +58,8 @@ texts = lambda: [collate([([0], [1, 2, 30, 31]), ([0, 3], [4])])]*2
 kinds = dict(  # how to make it, its batches, ceilings of operations by step: the first, one with codes, one with frozen codes
     tokenizer=(tokenizer, images(1, 8), {0: 1630, 3: 1370, 8: 1020}), decoder=(decoder, images(3, 16), {1: 1870}),
     autoencoder=(lambda: AutoencoderTraining(small_autoencoder(4, 8, halvings=2), 0.1), images(3, 16), {1: 500}),
-    llm=(llm, texts, {1: 1105}), target_loss=(lambda: llm(True), texts, {1: 1170}))
+    llm=(llm, texts, {1: 1105}), target_loss=(lambda: llm(True), texts, {1: 1170}),
+    distillation=(lambda: llm('distillation'), texts, {1: 2400}))
 
 def trainer_of(make, **how):
     torch.manual_seed(0)

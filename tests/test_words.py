@@ -207,3 +207,19 @@ def test_a_wrong_call_says_so_in_one_line(tmp_path, monkeypatch):
     assert 'nowhere' in (why := run(monkeypatch, tmp_path/'nowhere', '--out', tmp_path/'w.json')) and '\n' not in why
     assert run(monkeypatch, 'x', '--name', '../x') == run(monkeypatch, 'x', '--images', '0') == 2
     assert not (tmp_path/'w.json').exists()
+
+def test_prose_is_measured_beside_that_of_the_base(small_pretrained, tmp_path):
+    "An adapter that has learned nothing yet has the perplexity of its base; a model without one is told so in a line"
+    from types import SimpleNamespace
+    from v2flow_nbdev.language.adapters import choose_trained, save_adapter
+    from v2flow_nbdev.language.loading import load_llm
+    from v2flow_nbdev.language.visual_tokens import add_visual_tokens
+    from v2flow_nbdev.models.tokenizer import V2Flow
+    llm, tokenizer = load_llm(small_pretrained/'llm')
+    add_visual_tokens(llm, tokenizer, V2Flow.from_pretrained(small_pretrained/'tok'))
+    model = choose_trained(llm, 'lora', rank=2)
+    save_adapter(model, tmp_path/'llm', str(small_pretrained/'llm'))
+    pipe = SimpleNamespace(llm=model.get_base_model(), tokenizer=tokenizer, device=torch.device('cpu'))
+    found = words.prose_of(pipe, tmp_path)
+    assert found['prose'] == pytest.approx(found['prose_before'], rel=1e-4) and found['prose'] > 50
+    with pytest.raises(OSError, match='base.json'): words.prose_of(pipe, tmp_path/'other')

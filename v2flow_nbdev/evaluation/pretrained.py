@@ -14,13 +14,13 @@ import numpy as np, torch, torch.nn.functional as F
 from ..base.files import find_data, read_json
 from ..base.images import check_counts, image_grid, to_pil, to_tensor
 from ..base.text import text_ids
+from ..language.adapters import framed, whitened_cosines
 from ..language.text_models import collate, first_id
 from ..language.pipeline import V2FlowPipeline
 from ..data.sources import emoji
 from .judges import ImageClassifier, blurred
 from .compositions import marked
 from .emoji import generate_emoji
-from .alignment import principal_axes
 
 # %% ../../nbs/evaluation/56_pretrained.ipynb #0e08d569
 def load_keywords(
@@ -41,10 +41,8 @@ def load_keywords(
 def in_frame(
     keyword:str,  # 'hippo'
 )->str:           # 'an emoji of a hippo'
-    """The one caption of a keyword, with the article of its sound: `an hr` is spelled out, for it has no vowel, and
-    `a universal` begins as `you` does"""
-    an = r"(?!uni(?![mn])|eu.|ewe|on(c?)e\b|u[^h]?$)[aeiou]|hour|honou?r|honest|heir|8|[fhlmnrsx][^aeiouy]*$"
-    return f"an emoji of {'an' if re.match(an, keyword.lower()) else 'a'} {keyword}"
+    "The one caption of a keyword"
+    return framed('an emoji of a {}', keyword)
 
 # %% ../../nbs/evaluation/56_pretrained.ipynb #c188c3bd
 def bases_of(
@@ -255,10 +253,7 @@ def caption_distances(
 )->torch.Tensor:         # (K, N), 0 to 2
     """1 − cosine, whitened: along the training captions' principal axes, each in units of its standard deviation, so
     that the few directions in which all states agree do not decide"""
-    mean, axes, fractions = principal_axes(known, min(dims, known.shape[1]))
-    scale = fractions[:axes.shape[1]].clamp_min(1e-12).sqrt()
-    def white(x): return F.normalize((x.double() - mean) @ axes/scale, dim=-1)
-    return (1 - white(asked) @ white(known).T).float()
+    return 1 - whitened_cosines(asked, known, dims)
 
 # %% ../../nbs/evaluation/56_pretrained.ipynb #006379e9
 def retrieve_captions(

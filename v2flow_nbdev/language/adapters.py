@@ -6,13 +6,16 @@
 __all__ = ['interpolate_weights']
 
 # %% ../../nbs/language/26_adapters.ipynb #ada00003
+import re
 from copy import deepcopy
 from pathlib import Path
-import torch
+import torch, torch.nn.functional as F
 from torch import nn
 from ..base.files import read_json, read_tensors, write_json, write_tensors
 from ..base.tables import table_checksum
-from .text_models import named_ids, with_tokens
+from ..base.text import text_ids
+from .losses import rows_of
+from .text_models import collate, first_id, named_ids, with_tokens
 from .visual_tokens import VisualTokens
 
 # %% ../../nbs/language/26_adapters.ipynb #44d1fc77
@@ -56,6 +59,147 @@ def merge(
 )->nn.Module:  # an ordinary `transformers` model
     "Put what `peft` keeps beside the parameters into them"
     return deepcopy(model).merge_and_unload() if hasattr(model, 'merge_and_unload') else model
+
+# %% ../../nbs/language/26_adapters.ipynb #d1571106
+def framed(
+    frame,  # a caption with `{}` in the place of a word, 'an emoji of a {}'
+    word,   # 'owl'
+):          # 'an emoji of an owl'
+    """A word in its caption, with the article of its sound: `an hr` is spelled out, for it has no vowel, and
+    `a universal` begins as `you` does"""
+    an = r"(?!uni(?![mn])|eu.|ewe|on(c?)e\b|u[^h]?$)[aeiou]|hour|honou?r|honest|heir|8|[fhlmnrsx][^aeiouy]*$"
+    if re.match(an, word.lower()): frame = re.sub(r'\ba {}', 'an {}', frame)
+    return frame.replace('{}', word)
+
+def whole_words(
+    tokenizer,    # a text tokenizer
+    held_out='',  # text none of whose words may be asked, in singular or plural
+):                # sorted
+    "Lower-case words of three letters or more that are one token of a text tokenizer, with the blank before them"
+    def forms(w): return {w, w.removesuffix('s'), w.removesuffix('es'), f'{w}s', f'{w}es'}
+    left_out = {f for w in re.findall('[a-z]+', held_out.lower()) for f in forms(w)}
+    return sorted({t[1:] for t in tokenizer.get_vocab() if re.fullmatch('[Ġ▁][a-z]{3,}', t)} - left_out)
+
+# %% ../../nbs/language/26_adapters.ipynb #d157110e
+# sentences for a word, where each is read, and after which part of the layers: chosen for SmolLM2 on dev. The first
+# layers know the spelling, the middle ones what is meant; the end of a sentence knows it late
+readings = {'frame': (('word', 0.3), ('end', 1.)), 'The word "{}" means': (('end', 0.93),),
+            'A {}, also called': (('end', 0.93),)}
+
+@torch.no_grad()
+def word_states(
+    llm,             # a causal language model
+    tokenizer,       # its text tokenizer
+    words,           # N
+    before,          # text before each
+    after,           # text after it, or token ids
+    reads=(('end', 1.),),  # word: the mean over its tokens; end: the last token of all; after which part of the layers
+    batch_size=128,  # words at once
+):                   # hidden states for each of `reads`, (N, E) float32, on the CPU
+    "What a language model makes of words in one sentence"
+    rest = text_ids(tokenizer, [after])[0] if isinstance(after, str) else after
+    begun, own = len(text_ids(tokenizer, [before.rstrip()])[0]), text_ids(tokenizer, [before + w for w in words])
+    order = sorted(range(len(words)), key=lambda i: len(own[i]))
+    found = [torch.zeros(len(words), llm.config.get_text_config().hidden_size) for _ in reads]
+    for k in range(0, len(order), batch_size):
+        part = order[k:k + batch_size]
+        # padding stands on the right, where no token looks
+        ids = collate([([first_id(tokenizer)], own[i] + rest) for i in part])['input_ids'].to(llm.device)
+        states = llm.get_decoder()(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+        at, ends = torch.arange(ids.shape[1]), torch.tensor([[len(own[i])] for i in part])
+        for into, (where, depth) in zip(found, reads):
+            kept = (at > begun) & (at <= ends) if where == 'word' else at == ends + len(rest)
+            share = (kept/kept.sum(1, keepdim=True)).to(ids.device)[..., None]
+            into[part] = (states[round(depth*(len(states) - 1))].float()*share).sum(1).cpu()
+    return found
+
+# %% ../../nbs/language/26_adapters.ipynb #d157110f
+def whitened_cosines(
+    asked,     # (N, E)
+    known,     # (M, E)
+    dims=200,  # principal axes that are kept
+):             # (N, M), -1 to 1
+    "Cosines along the principal axes of `known`, each in units of its standard deviation"
+    mean = known.double().mean(0)
+    values, axes = torch.linalg.eigh(torch.cov(known.double().T))
+    dims = min(dims, len(known) - 1, len(values))
+    axes = axes[:, -dims:]/values[-dims:].clamp_min(1e-12*values.max()).sqrt()
+    def white(x): return F.normalize((x.double() - mean) @ axes, dim=-1)
+    return (white(asked) @ white(known).T).float()
+
+def word_scores(
+    llm,        # a causal language model
+    tokenizer,  # its text tokenizer
+    words,      # N
+    names,      # M, three or more
+    frame,      # a caption with `{}` in the place of a word
+):              # (N, M), in standard deviations
+    "How near each word is to each name, as a language model sees it: the mean of `readings`"
+    found = []
+    for sentence, reads in readings.items():
+        before, after = (frame if sentence == 'frame' else sentence).split('{}')
+        for s in word_states(llm, tokenizer, [*words, *names], before, after, reads):
+            near = whitened_cosines(s[:len(words)], s[len(words):])
+            found.append((near - near.mean(1, keepdim=True))/near.std(1, keepdim=True))
+    mean = sum(found)/len(found)
+    return mean - mean.mean(0)
+
+# %% ../../nbs/language/26_adapters.ipynb #d1571109
+def rows_toward(
+    states,        # before the new token, (N, E)
+    scores,        # of each of the M names, (N, M)
+    rows,          # that the names' tokens have, (M, E)
+    strength=0.5,  # by which they are kept
+    scale=4.,      # nats for each unit of a score
+):                 # (M, E)
+    "Rows whose products with the states are the scores, as far as they stay near what they were (ridge regression)"
+    states, gap = states.double(), scale*scores - states.double() @ rows.double().T
+    second = states.T @ states/len(states)
+    kept = strength*second.diagonal().mean()*torch.eye(len(second))
+    change = torch.linalg.solve(second + kept, states.T @ (gap - gap.mean(1, keepdim=True))/len(states))
+    return rows + change.T.float()
+
+@torch.no_grad()
+def set_rows(
+    llm,   # a language model with visual tokens, perhaps of `choose_trained`; changed in place
+    ids,   # range of new tokens
+    rows,  # (len(ids), E)
+):
+    "Write output embeddings of new tokens, where `peft` keeps them too: in a tied table they are the input's as well"
+    table = llm.get_output_embeddings()
+    own = getattr(table, 'token_adapter', table)
+    if not hasattr(own, 'token_indices'): table.weight[ids.start:ids.stop] = rows.to(table.weight)
+    else:
+        delta = own.trainable_tokens_delta['default']; at = own.token_indices['default'].index(ids.start)
+        delta[at:at + len(ids)] = rows.to(delta)
+
+def name_by_knowledge(
+    llm,        # a language model with visual tokens, perhaps of `choose_trained`; changed in place
+    tokenizer,  # its text tokenizer
+    words,      # N
+    scores,     # of each name, see `word_scores`, (N, M)
+    frame,      # a caption with `{}` in the place of a word
+    **how,      # see `rows_toward`
+):
+    "The first field's coarse tokens begin as what the model knows of words: the likeliest after one is the nearest"
+    visual = VisualTokens.of(llm)
+    own, (before, after) = visual.coarse_fields[0], frame.split('{}')
+    table = rows_of(llm.get_output_embeddings()).detach()[own.start:own.stop].float().cpu()
+    after = text_ids(tokenizer, [after])[0] if after else []
+    states, = word_states(llm, tokenizer, words, before, [*after, visual.begin(visual.grid)])
+    set_rows(llm, own, rows_toward(states, scores, table, **how))
+
+# %% ../../nbs/language/26_adapters.ipynb #d157110c
+def word_examples(
+    words,       # N
+    scores,      # see `word_scores`, (N, M)
+    frame,       # a caption with `{}` in the place of a word
+    part=0.4,    # of the words, those whose nearest name has the highest scores; of the others little was said
+    tau=0.35,    # the temperature of the scores
+):               # [(caption, running sum of the names' probabilities, (M,)), …]
+    "Words of which the model before said something, with the names as likely as it said"
+    kept = scores.max(1).values.topk(max(1, round(part*len(words)))).indices.sort().values.tolist()
+    return [(framed(frame, words[i]), (scores[i]/tau).double().softmax(0).cumsum(0).float()) for i in kept]
 
 # %% ../../nbs/language/26_adapters.ipynb #62a7e977
 def save_adapter(

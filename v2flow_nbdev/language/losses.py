@@ -39,6 +39,7 @@ def among_visual(
         logits = logits.masked_fill(field[labels][:, None] != field, -torch.inf)
     return F.cross_entropy(logits, labels, reduction='none')
 
+# %% ../../nbs/language/25_losses.ipynb #d1571112
 def divergence(
     scores,  # of the model, (N, V)
     before,  # of the model as it was, (N, V)
@@ -57,6 +58,7 @@ def plain_text(
     images = input_ids.new_zeros(len(input_ids), input_ids.shape[1] + 1)
     return images.scatter_add(1, sequence, (input_ids >= first).long()).gather(1, sequence) == 0
 
+# %% ../../nbs/language/25_losses.ipynb #d1571115
 def target_loss(
     states,           # last hidden states, each at the position before its label, (B, L, E)
     labels,           # (B, L), -100 where nothing is to be predicted
@@ -70,24 +72,26 @@ def target_loss(
 ):                    # the weighted mean over targets
     """Cross-entropy on targets alone; a token that opens an image stands where text might be, so it is chosen among
     all. With `before`, plain text has the KL divergence from the model as it was in its place"""
-    distillation, choose, c = before is not None, may_choose(labels.device), visual.coarse
-    if not distillation: before, plain = states, torch.zeros_like(labels, dtype=torch.bool)
-    kept = labels >= 0
-    states, labels, before, plain = (t[kept] if choose else t.flatten(0, 1) for t in (states, labels, before, plain))
-    own = (labels >= visual.first) & visual_softmax & ~plain
-    for begin in visual.begins: own = own & (labels != begin)
-    def among_all(x, y, _): return F.cross_entropy(head(x).float(), y, reduction='none')
-    def among_own(x, y, _): return among_visual(x, y, head, visual)
-    def as_before(x, _, x0): return divergence(*(head(s)[:, :visual.first].float() for s in (x, x0)))
+    choose, kept, c = may_choose(labels.device), labels >= 0, visual.coarse
+    def flat(t): return t[kept] if choose else t.flatten(0, 1)
+    def among_all(x, y): return F.cross_entropy(head(x).float(), y, reduction='none')
+    def among_own(x, y): return among_visual(x, y, head, visual)
+    def as_before(x, x0): return divergence(*(head(s)[:, :visual.first].float() for s in (x, x0)))
+    states, labels, parts = flat(states), flat(labels), []  # which positions, their loss, what they are held to
+    if visual_softmax:
+        own = labels >= visual.first
+        for begin in visual.begins: own = own & (labels != begin)
+        parts.append((own, among_own, labels))
+    if before is not None: parts.append((flat(plain), as_before, flat(before)))
     if choose:
-        each = states.new_zeros(len(labels), dtype=torch.float32)
-        for some, loss in ((own, among_own), (plain, as_before), (~own & ~plain, among_all)):
+        each, rest = states.new_zeros(len(labels), dtype=torch.float32), labels >= 0
+        for some, *_ in parts: rest = rest & ~some
+        for some, loss, wanted in [*parts, (rest, among_all, labels)]:
             at = some.nonzero()[:, 0]
-            if len(at): each = each.index_put((at,), loss(states[at], labels[at], before[at]))
+            if len(at): each = each.index_put((at,), loss(states[at], wanted[at]))
     else:
-        each = among_all(states, labels, None)
-        if visual_softmax: each = torch.where(own, among_own(states, labels, None), each)
-        if distillation: each = torch.where(plain, as_before(states, None, before), each)
+        each = among_all(states, labels)
+        for some, loss, wanted in parts: each = torch.where(some, loss(states, wanted), each)
     weight = torch.where(labels < visual.first, text_weight, 1.)*(labels >= 0)
     if c: weight = weight.where((labels < c.start) | (labels >= c.stop), coarse_weight)
     return (weight*each).sum()/weight.sum()

@@ -176,15 +176,19 @@ class ImageTextSequences(torch.utils.data.Dataset):
         longest:int=2**31,  # tokens that a sequence may have, see `max_sequence_length`; longer texts are cut
         write_noise:float=0.,  # largest fraction of shown visual tokens replaced in caption → image, see `confuse_ids`
         often:Sequence|None=None,  # sampling weights for caption → image, see `inverse_sqrt_frequency`; None: equal
+        words:Sequence=(),  # captions of one word, with what a coarse token is drawn by, see `word_examples`
+        word_share:float=0.,  # probability of such a word instead; its one target is the first field's coarse token
     ):
         if loss not in ('target', 'both'): raise ValueError(f"loss={loss!r}: use target or both")
-        if text_share and not texts: raise ValueError(f"text_share={text_share}: needs texts")
+        for name, share, of in (('text_share', text_share, texts), ('word_share', word_share, words)):
+            if share and not of: raise ValueError(f"{name}={share}: needs {name.split('_')[0]}s")
+        if text_share + word_share > 1: raise ValueError(f"text_share and word_share: {text_share + word_share} > 1")
         self.examples, self.tokenizer, self.visual, self.loss, self.texts = examples, tokenizer, visual, loss, texts
         self.bos, self.eos, self.longest = first_id(tokenizer), last_id(tokenizer), longest
         self.write_share, self.caption_dropout, self.text_share = write_share, caption_dropout, text_share
         self.id_noise, self.write_noise = (id_noise, write_noise) if loss == 'target' else (0., 0.)
         self.others = ids_by_shape(examples) if self.write_noise else {}
-        self.often = cumulative_weights(often, len(examples))
+        self.often, self.words, self.word_share = cumulative_weights(often, len(examples)), words, word_share
 
     def __len__(self): return len(self.examples)
 
@@ -200,6 +204,10 @@ class ImageTextSequences(torch.utils.data.Dataset):
         if text < self.text_share:
             prompt, target = text_sequences(self.tokenizer, [self.texts[int(which*len(self.texts))]])[0]
             return prompt, target[:self.longest - 1]
+        if text < self.text_share + self.word_share:
+            caption, sums = self.words[int(which*len(self.words))]
+            return ([bos, *text_ids(self.tokenizer, [caption])[0], visual.begin(visual.grid)],
+                    [visual.coarse_fields[0][drawn_index(sums)]])
         if write < self.write_share and self.often is not None: example = self.examples[drawn_index(self.often)]
         if 'parts' in example:
             return text_with_images(visual, bos, fit_parts(example['parts'], self.tokenizer, K, self.longest), self.eos)

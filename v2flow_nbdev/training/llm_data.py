@@ -7,15 +7,16 @@ __all__ = ['LLMConfig', 'LLMRecipe', 'EncodingRecipe', 'encode_images']
 
 # %% ../../nbs/training/47_llm_data.ipynb #47a0c003
 import torch
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from torch.utils.data import ConcatDataset
 from ..base.precision import multiplies_bf16
-from ..base.files import write_atomically
+from ..base.files import read_tensors, write_atomically, write_tensors
 from ..language.text_models import own_texts, text_perplexity
 from ..language.visual_tokens import starts
 from ..language.sequences import inverse_sqrt_frequency
-from ..language.adapters import ways
+from ..language.adapters import name_by_knowledge, ways, whole_words, word_examples, word_scores
 from ..data.batches import unusable_example
 from ..data.sources import Subset
 from ..data.cache import EncodedImages, encode_dataset
@@ -57,6 +58,10 @@ class LLMConfig:
     own_texts:int=0            # of that text: so many texts that the language model writes itself before, `own_texts`
     texts:str=''               # file of that text, one a line; '': the captions; perplexity is measured on it too
     held_out_texts:str=''      # file of other text for the perplexity; '': held-out lines of `texts`
+    word_frame:str=''          # a caption with {} for a word: the model is asked what it knows of words before
+    word_rows:bool=True        # by that the rows of the first coarse field's tokens begin, see `name_by_knowledge`
+    word_share:float=0.        # fraction of such words instead of images, named as the model before named them
+    held_out_words:str=''      # file of text; no word of it is asked, in singular or plural
     pack:int=0                 # tokens of the sequences that short ones are packed into; 0: each one is padded
     # eager or sdpa; '': what `transformers` chooses. flash_attention_2 cannot run the float32 parameters of a training
     attention:str=''
@@ -72,8 +77,15 @@ class LLMConfig:
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(filter(None, values))}")
-        check_range(self, 'write_share caption_dropout id_noise write_noise text_share interpolate_weights', 0, 1,
-                    'needs 0 to 1')
+        check_range(self, 'write_share caption_dropout id_noise write_noise text_share word_share '
+                    'interpolate_weights', 0, 1, 'needs 0 to 1')
+        if self.text_share + self.word_share > 1:
+            raise ValueError(f"text_share={self.text_share} and word_share={self.word_share}: no more than 1 in all")
+        if self.word_frame and (self.word_frame.count('{}') != 1 or not self.coarse):
+            raise ValueError(f"word_frame={self.word_frame!r}: needs {{}} once, for a word, and a field in coarse that "
+                             f"names what is shown")
+        if (self.word_share or self.held_out_words) and not self.word_frame:
+            raise ValueError("word_share or held_out_words without word_frame: a caption with {} for a word")
         for name in ('text_weight', 'coarse_weight'):
             if getattr(self, name) <= 0: raise ValueError(f"{name}={getattr(self, name)}: needs to be above 0")
         if self.text_loss == 'distillation' and self.train == 'all':
@@ -222,7 +234,9 @@ def texts_of_its_own(tuning, llm, tokenizer, out):
     if not tuning.own_texts: return []
     if file.exists(): return file.read_text(encoding='utf-8').splitlines()
     if is_main_process(): say(f'the language model writes {tuning.own_texts:,} texts')
-    texts = own_texts(llm, tokenizer, tuning.own_texts)
+    # an adapter that is trained further is switched off: the language to keep is the base's
+    with llm.disable_adapter() if hasattr(llm, 'disable_adapter') else nullcontext():
+        texts = own_texts(llm, tokenizer, tuning.own_texts)
     if is_main_process():
         out.mkdir(parents=True, exist_ok=True)
         with write_atomically(file) as new: new.write_text('\n'.join(texts) + '\n', encoding='utf-8')
@@ -238,14 +252,46 @@ def text_corpus(tuning, examples, written=()):
     texts = sorted({c for r in usable_sample(examples, 2000) for c in r['captions'] if c}) or ['an image']
     return texts, usable_sample(texts, 500)
 
+def as_trained(training, device):
+    "The precision in which a run computes"
+    half = training.mixed_precision == 'bf16' and multiplies_bf16(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=half)
+
 def language_kept(recipe, llm, tokenizer, examples, out, device):
     "(text to mix in, language model → perplexity of held-out text, the same before the training)"
-    half = recipe.training.mixed_precision == 'bf16' and multiplies_bf16(device)
-    def as_trained(): return torch.autocast(device.type, torch.bfloat16, enabled=half)
-    with as_trained(): written = texts_of_its_own(recipe.llm, llm, tokenizer, out)
+    with as_trained(recipe.training, device): written = texts_of_its_own(recipe.llm, llm, tokenizer, out)
     texts, held_out = text_corpus(recipe.llm, examples, written)
     def perplexity(llm):
-        with as_trained(): return text_perplexity(llm, tokenizer, held_out)
+        with as_trained(recipe.training, device): return text_perplexity(llm, tokenizer, held_out)
     before = perplexity(llm) if is_main_process() else 0.
     if is_main_process(): say(f'perplexity of plain text before the training: {before:.3g}')
     return texts, perplexity, before
+
+# %% ../../nbs/training/47_llm_data.ipynb #47a0c014
+def held_out_words(tuning):
+    "The text none of whose words may be asked; a missing file is an error that says so"
+    file = Path(tuning.held_out_words)
+    if tuning.held_out_words and not file.is_file():
+        raise FileNotFoundError(f"llm.held_out_words={tuning.held_out_words}: no such file")
+    return file.read_text(encoding='utf-8') if tuning.held_out_words else ''
+
+def words_known(
+    tuning,     # an `LLMConfig` with a `word_frame`
+    llm,        # in training; the rows of its coarse tokens are written
+    tokenizer,  # its text tokenizer
+    names,      # what the first coarse field's tokens stand for, in their order
+    out,        # the run's folder
+    continues,  # does this run continue from a checkpoint? Then the rows stay; so they do without `word_rows`
+):              # see `word_examples`
+    "What the language model knew of words before it was trained, once for a run; its new tokens begin with it"
+    file, words = out/'words.safetensors', whole_words(tokenizer, held_out_words(tuning))
+    if file.exists(): scores = read_tensors(file)['scores'].float()
+    else:
+        if is_main_process(): say(f'the language model is asked what it knows of {len(words):,} words')
+        # an adapter that is trained further is switched off
+        with llm.disable_adapter() if hasattr(llm, 'disable_adapter') else nullcontext():
+            scores = word_scores(llm, tokenizer, words, names, tuning.word_frame)
+        if is_main_process(): write_tensors(file, dict(scores=scores.half()))
+    if len(scores) != len(words): raise ValueError(f"{file}: of other words; has llm.held_out_words changed?")
+    if tuning.word_rows and not continues: name_by_knowledge(llm, tokenizer, words, scores, tuning.word_frame)
+    return word_examples(words, scores, tuning.word_frame) if tuning.word_share else []

@@ -24,14 +24,15 @@ from ..language.losses import TargetLoss
 from ..language.adapters import choose_trained, continue_adapter, interpolate_weights
 from ..language.loading import load_llm
 from ..language.pipeline import V2FlowPipeline
+from .checkpoints import checkpoints
 from .failures import running
 from .loop import train
 from .recipes import (
     check_run, finish, in_common, is_main_process, join_processes, load_data, usable_sample)
 from .tokenizer_recipes import load_tokenizer
-from v2flow_nbdev.training.llm_data import (
-    LLMConfig, LLMRecipe, WithCoarse, check_fields, field_values, ids_of, known_values, language_kept, text_corpus,
-    without_gaps)
+from .llm_data import (
+    LLMConfig, LLMRecipe, WithCoarse, as_trained, check_fields, field_values, held_out_words, ids_of, known_values,
+    language_kept, text_corpus, without_gaps, words_known)
 
 # %% ../../nbs/training/48_llm_recipes.ipynb #bc728c27
 def values_checksum(
@@ -152,15 +153,18 @@ def train_llm(
     torch.manual_seed(training.seed)  # every process begins with the same updates
     begun = {n: p.detach().clone() for n,p in llm.named_parameters()} if tuning.interpolate_weights else {}
     llm = in_training(llm, tuning, adapter)
-    text_corpus(tuning, [])  # a missing file is found now
+    text_corpus(tuning, []); held_out_words(tuning)  # a missing file is found now
     device = join_processes(training)
     examples, often, held_out, sources = ids_of(source, tok.to(device), tuning.grids, out, tuning.rare, loaded)
     if values: examples = WithCoarse(examples, *values)
     if not training.fsdp: llm.to(device)
     texts, perplexity, before = language_kept(recipe, unwrapped(llm), tokenizer, examples, out, device)
+    with as_trained(training, device):
+        known = words_known(tuning, unwrapped(llm), tokenizer, known_values(values[0]), out,
+                            bool(checkpoints(out))) if tuning.word_frame else []
     sequences = ImageTextSequences(
         examples, tokenizer, visual, tuning.write_share, tuning.caption_dropout, tuning.id_noise, tuning.loss,
-        texts, tuning.text_share, longest, tuning.write_noise, often)
+        texts, tuning.text_share, longest, tuning.write_noise, often, known, tuning.word_share)
     scores = llm_scores(pipe, held_out, room - n, tokenizer, perplexity, before, evaluate)
     joined = partial(pack, length=tuning.pack) if tuning.pack else collate
     count = partial(count_targets, first=visual.first, text_weight=tuning.text_weight, coarse=visual.coarse,

@@ -78,7 +78,9 @@ def test_each_token_sees_the_whole_image_and_each_latent_all_tokens():
         assert ((tok.decode_latents(other) - tok.decode_latents(ids)).abs().sum(1) > 0).all()
 
 def test_tokens_differ_and_their_order_counts():
+    "Far from their start, where they lie close together"
     tok = new()
+    for p in (tok.resampler.latent_tokens, tok.masked.code_positions): torch.nn.init.normal_(p)
     ids = torch.arange(6)[None]
     assert (tok.decode_latents(ids.flip(1)) - tok.decode_latents(ids)).abs().max() > 1e-3
     x = tok.resampler.tokens(latents[:1])[0]
@@ -172,13 +174,14 @@ def test_four_images_are_remembered():
     "Tiny overfit, both stages through the common loop: far below the error of the mean image"
     four = latents[:4].repeat(10, 1, 1, 1)
     torch.manual_seed(0)
-    tok = TiTok(replace(shape, codebook_size=8, resampler_width=32, dim=32, velocity_width=32))
+    tok = TiTok(replace(shape, resampler_width=32, dim=32, velocity_width=32))
     lesson = lesson_of(tok, n_proxies=32, examples=four)
-    config = TrainConfig(steps=150, batch_size=16, lr=5e-3, evaluate_every=0, checkpoint_every=0, trackers=(), mixed_precision='no')
+    config = TrainConfig(steps=150, batch_size=16, lr=2e-2, optimizer='muon', ema_decay=0.9, evaluate_every=0, checkpoint_every=0,
+                         trackers=(), mixed_precision='no')
     tok = train(lesson, lesson.examples, config, stack_latents, progress=False).tok
     z = latents[:4]
     error, floor = (tok.decode_latents(tok.encode(latents=z)) - z).square().mean(), (z - z.mean(0)).square().mean()
-    assert error < 0.1*floor, (error, floor)
+    assert error < 0.05*floor, (error, floor)
 
 # ---- called as the others are
 
@@ -201,8 +204,8 @@ def test_ids_stay_under_a_cast():
 
 def test_the_judges_of_the_comparison_can_call_it():
     tok = new()
-    z = comparison.restored('titok', tok, None, latents, 0.25)
-    torch.testing.assert_close(z, tok.decode_latents(tok.encode(latents=latents), temperature=0.25))
+    z, generator = comparison.restored('titok', tok, None, latents, 0.25), torch.Generator().manual_seed(0)
+    torch.testing.assert_close(z, tok.decode_latents(tok.encode(latents=latents), temperature=0.25, generator=generator))
     images = torch.rand(3, 1, 8, 8)*2 - 1
     assert tok.decode(tok.encode(images)).shape == images.shape
 
@@ -210,13 +213,14 @@ def test_a_step_is_counted_without_being_computed():
     "As `step_flops` does, on the meta device"
     from torch.utils.flop_counter import FlopCounterMode
     with torch.device('meta'):
-        lesson, flops = TiTokTraining(TiTok(shape), TokenizerTrainingConfig(noise=0., code_dropout=0.)).train(), []
-        for ready, progress in ((False, 0.), (True, 0.1), (True, 0.4)):
-            lesson.tok.quantizer.initialised = torch.tensor(ready)
-            lesson.before_step(progress)
-            with FlopCounterMode(display=False) as counter:
-                lesson.losses(torch.empty(8, 4, 4, 4), 1., 0., 0, 12, None, torch.zeros(8, 6).long() if lesson.frozen else None)[0].backward()
-            flops.append(counter.get_total_flops())
+        lesson, z, ids, flops = TiTokTraining(TiTok(shape), TokenizerTrainingConfig(noise=0., code_dropout=0.)).train(), \
+            torch.empty(8, 4, 4, 4), torch.zeros(8, 6).long(), []
+    for ready, progress in ((False, 0.), (True, 0.1), (True, 0.4)):
+        lesson.tok.quantizer.initialised = torch.tensor(ready)
+        lesson.before_step(progress)
+        with FlopCounterMode(display=False) as counter:
+            lesson.losses(z, 1., 0., 0, 12, None, ids if lesson.frozen else None)[0].backward()
+        flops.append(counter.get_total_flops())
     assert min(flops) > 0 and flops[2] < flops[1]
 
 def test_what_does_not_fit_is_refused_in_one_line():

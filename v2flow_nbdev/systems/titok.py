@@ -33,7 +33,7 @@ class LatentTokenEncoder(nn.Module):
     ):
         super().__init__()
         self.width, self.main, self.input = width, main, nn.Linear(channels, width)
-        self.latent_tokens = nn.Parameter(0.02*torch.randn(n_tokens, width))   # small: else ids tell tokens apart, not images
+        self.latent_tokens = nn.Parameter(0.2*torch.randn(n_tokens, width))
         self.blocks = nn.Sequential(*[Block(width, heads, mlp_ratio) for _ in range(depth)])
         self.norm, self.readout = nn.LayerNorm(width), nn.Linear(width, code_dim)
 
@@ -57,7 +57,7 @@ class LatentTokenDecoder(MaskedTransformer):
         *args, **kwargs,  # of `MaskedTransformer`
     ):
         super().__init__(*args, **kwargs)
-        self.code_positions = nn.Parameter(0.02*torch.randn(n_tokens, self.dim))
+        self.code_positions = nn.Parameter(0.5*torch.randn(n_tokens, self.dim))
 
     def forward(self, codes, latents, visible, hidden, grid, drop=None, n_codes=None):
         "As there; codes (B, N, E)"
@@ -152,7 +152,7 @@ class TiTokTraining(RegressionTraining):
 
     def find_proxies(self)->None:
         "K-means of training latents, spread evenly: the same ones when a run is resumed"
-        if self.examples is None: raise ValueError("stage 1 finds its proxy codes among training latents: set `examples`")
+        if self.examples is None: raise ValueError("stage 1 finds proxy codes in training latents: set `examples`")
         n = min(len(self.examples), -(-100_000//math.prod(self.tok.config.latent_grid)))
         z = torch.stack([self.examples[i*len(self.examples)//n]['latents'] for i in range(n)])
         self.proxies.copy_(plain_codes(z, len(self.proxies)))

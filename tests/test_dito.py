@@ -119,15 +119,17 @@ def test_it_reaches_all_that_it_trains(tok):
     assert {n for n,p in lesson.named_parameters() if p.grad is None or not p.grad.any()} == {'tok.masked.null_code'}
 
 def test_with_a_quantizer_codes_are_frozen_without_one_never():
-    z = latents(8)
+    some = latents(64)
+    z = some[:8]
     for k, learning in ((32, False), (0, True)):
         lesson = DiToTraining(made(codebook_size=k), TokenizerTrainingConfig(noise=0.)).train()
-        lesson.examples = [dict(latents=x) for x in z.repeat(8, 1, 1, 1)]
+        lesson.examples = [dict(latents=x) for x in some]
         lesson.tok.quantizer.initialised.fill_(False)
         for progress in (0., 0.2, 0.3, 0.9):                         # before codes, k-means, learning, frozen
             lesson.before_step(progress); lesson.zero_grad()
             out = lesson(latents=z, numbers=torch.arange(8), generator=seed(0))
             out.loss.backward(); lesson.after_step()
+            if k and progress == 0.3: assert out.ids.shape == (8, 4) and out.loss > out.flow_loss    # quantized, and committed
         assert lesson.frozen is not learning and (out.ids is None) is learning
         assert any(p.grad is not None and p.grad.any() for p in lesson.tok.resampler.parameters()) is learning
         if k:
@@ -175,8 +177,7 @@ def test_it_can_be_a_row_of_the_comparison(tmp_path, monkeypatch):
         a, b = (getattr(t, part).state_dict() for t in (ours, other))
         assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     s = cmp.Settings()
-    ratio = [cmp.flops_a_step(task, s, n, 'dito_flow')/cmp.flops_a_step(task, s, n, 'v2flow') for n in (256, 16)]
-    assert all(0.3 < r < 1.5 for r in ratio), ratio
+    assert 0.5 < cmp.flops_a_step(task, s, 64, 'dito_flow')/cmp.flops_a_step(task, s, 64, 'v2flow') < 1.5
     tok = cmp.train_cell(task, tiny, 64, 'dito_flow', 0, 1e-3, tmp_path/'run')
     z = task.real['test'].latents
     back = cmp.restored('dito_flow', tok, task, z, 0.25)

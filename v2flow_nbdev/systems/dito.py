@@ -148,9 +148,10 @@ class DiToTraining(ComparedTraining):
     def __init__(self,
         tok:DiTo,                                  # trained in place
         config:TokenizerTrainingConfig|None=None,  # None: its defaults; noise, mask ratio, draws have no effect
-        sync:float=0.1,                            # fraction of images with a noisy code, see `synchronise_noise`
+        sync:float|None=None,  # of `synchronise_noise`; None: 0.1, with a quantizer 0, for no flow generates ids
     ):
         super().__init__(tok, config)
+        if sync is None: sync = 0. if tok.config.codebook_size else 0.1
         self.sync, self.aux_decoder = sync, nn.Identity()
 
     def after_step(self,

@@ -131,9 +131,9 @@ def proxy_loss(
     nearest = torch.cdist(z, proxies.expand(len(z), -1, -1)).argmin(-1)                      # (B, h·w)
     return F.cross_entropy(logits.flatten(0, 1), nearest.flatten())
 
-class TiTokTraining(RegressionTraining):
-    """Until codes are frozen: proxy codes. From then on: the decoder alone, by regression (TiTok). `examples` has to
-    be set"""
+class TiTokFlowTraining(ComparedTraining):
+    """Until codes are frozen: proxy codes. From then on: the decoder alone (TiTok), by the masked flow (ours).
+    `examples` has to be set"""
     def __init__(self,
         tok:TiTok,           # trained in place
         config=None,         # `TokenizerTrainingConfig`; None: its defaults
@@ -171,9 +171,8 @@ class TiTokTraining(RegressionTraining):
         proxy = proxy_loss(tok.masked, self.aux_decoder, tok.scale_codes(codes), z, grid, self.proxies)
         return proxy + commitment, none, proxy, commitment, ids
 
-class TiTokFlowTraining(TiTokTraining):
-    "The same with the masked flow in stage 2 (ours)"
-    decoder_loss = ComparedTraining.decoder_loss
+class TiTokTraining(TiTokFlowTraining, RegressionTraining):
+    "The same with the regression in stage 2, as TiTok has it"
 
 # %% ../../nbs/systems/73_titok.ipynb #323c7be2
 @torch.no_grad()

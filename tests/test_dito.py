@@ -118,6 +118,11 @@ def test_it_reaches_all_that_it_trains(tok):
     lesson(latents=latents(), generator=seed(0)).loss.backward()
     assert {n for n,p in lesson.named_parameters() if p.grad is None or not p.grad.any()} == {'tok.masked.null_code'}
 
+def test_ids_have_no_noise_to_be_synchronised_with_unless_it_is_asked_for(tok):
+    "No flow generates them; the code without a quantizer has DiTo's"
+    numbers = not tok.config.codebook_size
+    assert DiToTraining(tok).sync == (0.1 if numbers else 0.) and DiToTraining(tok, sync=0.3).sync == 0.3
+
 def test_with_a_quantizer_codes_are_frozen_without_one_never():
     some = latents(64)
     z = some[:8]
@@ -164,22 +169,20 @@ def test_what_it_cannot_do_is_said(tok):
     with pytest.raises(ValueError, match='need its code|must be integers'): tok.decode_latents(wrong)
     assert (tok.config.n_iter, tok.config.guidance_scale) == (1, 1.)
 
-def test_it_can_be_a_row_of_the_comparison(tmp_path, monkeypatch):
+def test_it_is_a_row_of_the_comparison(tmp_path):
     "Its FLOPs are counted, it begins with the decoder of its seed, is trained, stored and scored as the others are"
     tiny = cmp.Settings(steps=12, batch_size=4, codebook_size=32, resampler_width=16, resampler_depth=1, dim=16, depth=1, velocity_width=16,
                         velocity_depth=1, n_iter=2, n_steps=2, n_train=24, n_test=4)
     task = cmp.make_task('shapes', tiny, tmp_path)
-    monkeypatch.setitem(cmp.cells, 'dito_flow', (DiTo, DiToTraining))
-    monkeypatch.setattr(cmp, 'PlainVQ', DiTo)                        # whose codes are its own, for `lesson_of`
-    ours, other = (cmp.lesson_of(task, tiny, 64, s, 0).tok for s in ('dito_flow', 'v2flow'))
+    ours, other = (cmp.lesson_of(task, tiny, 64, s, 0).tok for s in ('dito', 'v2flow'))
     assert type(ours) is DiTo
     for part in ('masked', 'velocity'):
         a, b = (getattr(t, part).state_dict() for t in (ours, other))
         assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     s = cmp.Settings()
-    assert 0.5 < cmp.flops_a_step(task, s, 64, 'dito_flow')/cmp.flops_a_step(task, s, 64, 'v2flow') < 1.5
-    tok = cmp.train_cell(task, tiny, 64, 'dito_flow', 0, 1e-3, tmp_path/'run')
+    assert 0.5 < cmp.flops_a_step(task, s, 64, 'dito')/cmp.flops_a_step(task, s, 64, 'v2flow') < 1.5
+    tok = cmp.train_cell(task, tiny, 64, 'dito', 0, 1e-3, tmp_path/'run')
     z = task.real['test'].latents
-    back = cmp.restored('dito_flow', tok, task, z, 0.25)
+    back = cmp.restored('dito', tok, task, z, 0.25)
     assert type(tok) is DiTo and tok.config.n_steps == 2 and tok.quantizer.ready and back.shape == z.shape
-    assert torch.equal(back, cmp.restored('dito_flow', tok, task, z, 0.25)) and not torch.equal(back, cmp.restored('dito_flow', tok, task, z, 1.))
+    assert torch.equal(back, cmp.restored('dito', tok, task, z, 0.25)) and not torch.equal(back, cmp.restored('dito', tok, task, z, 1.))

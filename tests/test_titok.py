@@ -6,7 +6,7 @@ from benchmarks import comparison
 from v2flow_nbdev.models.tokenizer import V2Flow
 from v2flow_nbdev.models.tokenizer_config import V2FlowConfig
 from v2flow_nbdev.models.tokenizer_training import TokenizerTrainingConfig
-from v2flow_nbdev.systems.plainvq import regression_decoding
+from v2flow_nbdev.systems.plainvq import RegressionTraining, regression_decoding
 from v2flow_nbdev.systems.titok import TiTok, TiTokConfig, TiTokFlowTraining, TiTokTraining, id_sensitivity, proxy_loss
 from v2flow_nbdev.training.config import TrainConfig
 from v2flow_nbdev.training.loop import train
@@ -162,6 +162,10 @@ def test_stage_two_trains_the_decoder_alone_and_leaves_ids_as_they_are(kind):
         assert out.aux_loss == out.commitment_loss == 0 and out.loss == out.flow_loss > 0
         assert torch.equal(out.ids.long(), ids[:32])
     assert torch.equal(lesson.tok.encode(latents=latents), ids) and torch.equal(lesson.tok.quantizer.codebook, codes)
+
+def test_only_the_regression_is_a_regression():
+    "By its class, which the comparison asks for how to decode"
+    assert issubclass(TiTokTraining, RegressionTraining) and not issubclass(TiTokFlowTraining, RegressionTraining)
 
 def test_what_stage_two_scores_is_what_is_decoded():
     lesson = lesson_of(new())

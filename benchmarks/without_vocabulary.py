@@ -2,8 +2,12 @@
 width, and all else stays: data, quantizer, losses, steps. It ends when the codes are frozen, for afterwards they do not change. With these
 codes `54_emoji` compares its visual vocabulary.
 
-    python -m benchmarks.without_vocabulary [--config configs/emoji-tokenizer.yaml] [--out runs/emoji-without-vocabulary] [training.batch_size=…]"""
-import argparse
+    python -m benchmarks.without_vocabulary [--config configs/emoji-tokenizer.yaml] [--out runs/emoji-without-vocabulary] [training.batch_size=…]
+    python -m benchmarks.without_vocabulary --config configs/smollm2-tokenizer-64.yaml --out runs/plain-64 --whole
+
+With `--whole` the decoder is trained to the end, and its scores are those that `v2flow train-tokenizer` writes with the same config: what the
+vocabulary costs in dB. What it costs in seconds is in both logs, `examples_per_s` of the steps before the codes are frozen."""
+import argparse, json
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -17,7 +21,7 @@ from v2flow_nbdev.models.tokenizer import V2Flow
 from v2flow_nbdev.models.tokenizer_training import TokenizerTraining
 from v2flow_nbdev.training.loop import train
 from v2flow_nbdev.training.recipes import all_captions, load_data, usable_sample as some
-from v2flow_nbdev.training.tokenizer_recipes import TokenizerRecipe, open_latents, tokenizer_data
+from v2flow_nbdev.training.tokenizer_recipes import TokenizerRecipe, continue_decoder, load_tokenizer, open_latents, tokenizer_data
 from v2flow_nbdev.models.vocabulary import Vocabulary
 from v2flow_nbdev.base.files import write_tensors
 
@@ -36,6 +40,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', type=Path, default=Path('configs/emoji-tokenizer.yaml'))
     parser.add_argument('--out', type=Path, default=Path('runs/emoji-without-vocabulary'))
+    parser.add_argument('--whole', action='store_true', help='train the decoder too, to the end')
     parser.add_argument('overrides', nargs='*')
     args = parser.parse_args()
     recipe = read_recipe(args.config, args.overrides, TokenizerRecipe)
@@ -54,12 +59,14 @@ def main():
     model.resampler = WithoutWords(shape.channels, model.config.vocab_dim, shape.resampler_width, shape.resampler_depth,
                                    shape.pool)
     lesson = TokenizerTraining(model, recipe.tokenizer_training)
+    if recipe.decoder: continue_decoder(model, load_tokenizer(recipe.decoder))
+    if source.cache: lesson.examples = data
+    def scored(m): return {k: v for k,v in tokenizer_scores(m.tok, unseen, images).items() if isinstance(v, float)}
     def frozen(m):
-        m = m.tok
-        write_tensors(args.out/'codes.safetensors', dict(codes=m.quantizer.codebook.half()))
-        print({k: v for k,v in tokenizer_scores(m, unseen, images).items() if isinstance(v, float)},
-              args.out/'codes.safetensors', flush=True)
+        write_tensors(args.out/'codes.safetensors', dict(codes=m.tok.quantizer.codebook.half()))
+        print(json.dumps(scored(m)), args.out/'codes.safetensors', flush=True)
         raise Frozen
+    if args.whole: return print(json.dumps(scored(train(lesson, data, training, collate, scored, args.out, resume=True))))
     try:
         train(lesson, data, replace(training, evaluate_every=recipe.tokenizer_training.freeze_codes_at), collate,
               frozen, args.out, resume=True)

@@ -420,6 +420,10 @@ def test_an_adapter_is_cut_to_a_lower_rank(whole, tmp_path):
     def shrink(rank, *more): return subprocess.run([sys.executable, '-m', 'benchmarks.shrink', whole/'run/model', tmp_path/'small',
                                                     '--rank', str(rank), *more], cwd=root, capture_output=True, text=True)
     assert 'rank 2 → 2' in ended(shrink(2, '--float8')).stdout
+    kinds = {n: w.dtype for f in ('llm/adapter_model', 'image_tokenizer/model') for n,w in read_tensors(tmp_path/f'small/{f}.safetensors').items()}
+    byte = {n for n,d in kinds.items() if d == torch.float8_e4m3fn}
+    assert byte == {n for n in kinds if 'lora_' in n or 'embed_tokens' in n or 'lm_head' in n or n == 'resampler.readout.weight'} and len(byte) > 4
+    assert kinds['quantizer.codebook'] == torch.float32
     near, was = (V2FlowPipeline.from_pretrained(f).llm.state_dict() for f in (tmp_path/'small', whole/'run/model'))
     for n,p in was.items(): torch.testing.assert_close(near[n], p, atol=0.05*p.abs().max().item(), rtol=0.1)
     from peft import PeftModel

@@ -11,11 +11,14 @@ at 256, 64 and 16 tokens of 2,048 codes (2,816, 704 and 176 bits), with three se
 
 *Systems* (chapter 71_plainvq). `plain_vq`: codes of their own, regression. `own_flow`: codes of their own, flow. `vocabulary_regression`.
 `v2flow`. `kmeans`: as many k-means codes of latents, decoded by the nearest code. `autoencoder`: no codes at all.
+Only where `--systems` names them: `projected`, `simvq` (72_projected: a frozen table, of tokens or random, times a trained map; regression);
+`titok`, `titok_flow` (73_titok: as many latent tokens without a grid, in two stages); `dito` (75_dito: a flow of the whole image alone).
 
-*Budget.* `--steps` are those of `v2flow`; every other cell gets as many as make its training FLOPs equal. *Tuning*: seed 0 at each of `--lrs`; the other
-seeds at the one whose restored dev images are nearest in the judge's features. Test images are scored, never chosen by. *Scores* of a test image: PSNR,
-SSIM, mean squared error of latents, perceptual distance in the teacher's tower, its part of the unbiased kernel distance in the tower's features
-(`kernel`), and whether the judge is right. The flow is scored at noise 0.25 and 1.
+*Budget.* `--steps` are those of `v2flow`; every other cell gets as many as make its training FLOPs equal. Two stages share this budget: the
+first has the steps until codes are frozen, 40 %, the second the rest; `plan` says what that is in FLOPs. *Tuning*: seed 0 at each of `--lrs`; the
+other seeds at the one whose restored dev images are nearest in the judge's features. Test images are scored, never chosen by. *Scores* of a test
+image: PSNR, SSIM, mean squared error of latents, perceptual distance in the teacher's tower, its part of the unbiased kernel distance in the tower's
+features (`kernel`), and whether the judge is right. The flow is scored at noise 0.25 and 1.
 
 A run's model is kept in runs/comparison, its row is added to benchmarks/comparison.json; those already there are not run again. Commands for different data
 or systems may run side by side, each with OMP_NUM_THREADS=1."""
@@ -42,8 +45,11 @@ from v2flow_nbdev.models.quantizer import codebook_perplexity, codebook_usage
 from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
 from v2flow_nbdev.models.tokenizer_training import TokenizerTrainingConfig
 from v2flow_nbdev.models.vocabulary import Vocabulary
+from v2flow_nbdev.systems.dito import DiTo, DiToTraining
 from v2flow_nbdev.systems.plainvq import ComparedTraining, PlainVQ, RegressionTraining, regression_decoding
+from v2flow_nbdev.systems.projected import Projected, SimVQ
 from v2flow_nbdev.systems.teacher import Teacher
+from v2flow_nbdev.systems.titok import TiTok, TiTokFlowTraining, TiTokTraining
 from v2flow_nbdev.training.loop import train
 from v2flow_nbdev.training.config import TrainConfig
 from v2flow_nbdev.training.tokenizer_recipes import Numbered, stack_latents
@@ -51,11 +57,15 @@ from v2flow_nbdev.training.tokenizer_recipes import Numbered, stack_latents
 here = Path(__file__).parent
 cells = dict(plain_vq=(PlainVQ, RegressionTraining), own_flow=(PlainVQ, ComparedTraining),
              vocabulary_regression=(V2Flow, RegressionTraining), v2flow=(V2Flow, ComparedTraining))
-systems = ('kmeans', *cells, 'autoencoder')
+systems = ('kmeans', *cells, 'autoencoder')               # which are run where none are named
+cells |= dict(projected=(Projected, RegressionTraining), simvq=(SimVQ, RegressionTraining), titok=(TiTok, TiTokTraining),
+              titok_flow=(TiTok, TiTokFlowTraining), dito=(DiTo, DiToTraining))
 rates = {256: 1, 64: 2, 16: 4}   # tokens → `pool`, on 16×16 latents
 names = {'kmeans': 'k-means codes', 'plain_vq': 'own codes, regression (plain VQ)', 'own_flow': 'own codes, flow',
          'vocabulary_regression': 'vocabulary, regression', 'v2flow': 'vocabulary, flow (V²Flow)',
-         'autoencoder': 'autoencoder alone'}
+         'projected': 'projected tokens, regression (TA-Tok)', 'simvq': 'projected random vectors, regression (SimVQ)',
+         'titok': 'sequence, regression (TiTok)', 'titok_flow': 'sequence, flow', 'dito': 'own codes, flow of the image (DiTo)',
+         'autoencoder': 'autoencoder alone'}             # in the order of a table
 temperatures = (0.25, 1.)        # noise at which the flow is scored; the first is compared, and tuned on
 measures = dict(psnr_db='PSNR, dB', ssim='SSIM', latent_mse='latents, MSE', perceptual='perceptual', kernel='kernel · 10³',
                 accuracy='judge, %')
@@ -94,7 +104,7 @@ class Task:
     dev:list
     judge:torch.nn.Module     # chooses
     teacher:torch.nn.Module   # reports
-    flops:dict=field(default_factory=dict)  # of a step, see `flops_a_step`
+    flops:dict=field(default_factory=dict)  # of a step, see `step_flops`
 
     def images(self, examples): return to_tensor([r['image'] for r in examples], 3)
 
@@ -140,10 +150,14 @@ def make_task(data, settings, cache):
 
 # ---- a cell: its shape, cost and training
 
+def has_flow(system):
+    "Does it decode by a flow, whose noise is a choice?"
+    return system in cells and not issubclass(cells[system][1], RegressionTraining)
+
 def shape_of(task, s, tokens, system):
     "The image tokenizer's config"
     a, pixels = task.latents, isinstance(task.latents, PixelLatents)
-    decoding = dict(n_iter=s.n_iter, n_steps=s.n_steps, temperature=temperatures[0]) if 'flow' in system else regression_decoding
+    decoding = dict(n_iter=s.n_iter, n_steps=s.n_steps, temperature=temperatures[0]) if has_flow(system) else regression_decoding
     return V2FlowConfig(image_size=(16*a.patch_size,)*2, image_channels=3, patch_size=a.patch_size,
                         latent_channels=0 if pixels else a.channels, latent_scale=a.scale, latent_shift=a.shift, pool=rates[tokens],
                         vocab_size=len(task.vocabulary), vocab_dim=task.vocabulary.embeddings.shape[1],
@@ -152,15 +166,16 @@ def shape_of(task, s, tokens, system):
                         dim=s.dim, depth=s.depth, heads=s.heads, velocity_width=s.velocity_width, velocity_depth=s.velocity_depth, **decoding)
 
 def lesson_of(task, s, tokens, system, seed):
-    "An untrained cell. All of one seed begin with the same parameters, but for the readout"
+    "An untrained cell. All of one seed begin with the same parameters where they have the same: in the 2×2 all but the readout"
     kind, lesson = cells[system]
-    shape = shape_of(task, s, tokens, system), task.latents if isinstance(task.latents, AutoencoderLatents) else None
-    torch.manual_seed(seed)
-    tok = V2Flow(shape[0], task.vocabulary, shape[1])
-    if kind is PlainVQ:
+    def new(kind):
         torch.manual_seed(seed)
-        tok, other = PlainVQ(shape[0], None, shape[1]), tok
-        tok.quantizer, tok.masked, tok.velocity = other.quantizer, other.masked, other.velocity
+        return kind(shape_of(task, s, tokens, system), task.vocabulary if kind is V2Flow or issubclass(kind, Projected) else None,
+                    task.latents if isinstance(task.latents, AutoencoderLatents) else None)
+    tok, first = new(kind), dict(new(V2Flow).named_parameters())
+    with torch.no_grad():
+        for name, p in tok.named_parameters():
+            if name in first and p.shape == first[name].shape: p.copy_(first[name])
     torch.manual_seed(seed)
     lesson = lesson(tok, TokenizerTrainingConfig(noise=0., code_dropout=0., n_draws=s.n_draws))
     lesson.examples = task.train
@@ -169,6 +184,7 @@ def lesson_of(task, s, tokens, system, seed):
 def step_flops(task, s, tokens, system):
     "FLOPs of a step in each phase of a run (before codes, codes learn, codes frozen), and the fraction of the run that each takes"
     from torch.utils.flop_counter import FlopCounterMode
+    if (key := (tokens, system, json.dumps(asdict(s)))) in task.flops: return task.flops[key]
     (kind, lesson), c = cells[system], shape_of(task, s, tokens, system)
     with torch.device('meta'):                               # counted, not computed
         lesson = lesson(kind(c), TokenizerTrainingConfig(noise=0., code_dropout=0., n_draws=s.n_draws)).train()
@@ -183,20 +199,19 @@ def step_flops(task, s, tokens, system):
         with FlopCounterMode(display=False) as counter:
             lesson.losses(z, c.tau, 0., 0, hidden, ShardedGenerator(), ids if lesson.frozen else None)[0].backward()
         found.append(counter.get_total_flops())
-    return found, (t.quantize_from, t.freeze_codes_at - t.quantize_from, 1 - t.freeze_codes_at)
+    task.flops[key] = found, (t.quantize_from, t.freeze_codes_at - t.quantize_from, 1 - t.freeze_codes_at)
+    return task.flops[key]
 
 def flops_a_step(task, s, tokens, system):
     "Training FLOPs of a step, the mean over a run"
-    key = tokens, system, json.dumps(asdict(s))
-    if key not in task.flops: task.flops[key] = float(np.dot(*step_flops(task, s, tokens, system)))
-    return task.flops[key]
+    return float(np.dot(*step_flops(task, s, tokens, system)))
 
 def steps_of(task, s, tokens, system):
     "As many as make the FLOPs those of `v2flow` in `s.steps`"
     return max(1, round(s.steps*flops_a_step(task, s, tokens, 'v2flow')/flops_a_step(task, s, tokens, system)))
 
 def parameters_of(tok, regression):
-    "Of encoder and decoder, as far as they are trained"
+    "Of encoder and decoder, as far as they are trained; codes, and the map that makes them, are not counted"
     def count(*parts, but=()): return sum(p.numel() for part in parts for n,p in part.named_parameters() if not n.startswith(but))
     idle = ('null_code', 'latent_in', 'is_latent', 'input.weight') if regression else ('null_code',)
     return dict(encoder=count(tok.resampler), decoder=count(tok.masked, tok.velocity, but=idle))
@@ -263,7 +278,7 @@ def milliseconds(work, images):
         began = time.time(); work(); return time.time() - began
     return round(1e3*float(np.median([once() for _ in range(3)]))/images, 3)
 
-def variants(system): return temperatures if 'flow' in system else (None,)
+def variants(system): return temperatures if has_flow(system) else (None,)
 
 def variant_name(system, temperature): return system if temperature in (None, temperatures[0]) else f'{system}@{temperature:g}'
 
@@ -332,7 +347,7 @@ def run_once(task, s, tokens, system, seed, lr, results, out):
     if system in cells:
         steps = steps_of(task, s, tokens, system)
         row |= dict(steps=steps, train_flops=steps*flops_a_step(task, s, tokens, system),
-                    parameters=parameters_of(tok, cells[system][1] is RegressionTraining))
+                    parameters=parameters_of(tok, not has_flow(system)))
     row |= dict(scores_of(task, system, tok, tokens, s.codebook_size), commit=commit(), machine=machine())
     with only_writer(out, progress=False), write_atomically(Path(results)) as tmp:       # several commands may run side by side
         tmp.write_text(json.dumps(read_results(results) + [row], ensure_ascii=False).replace('}, {"data"', '},\n{"data"') + '\n',
@@ -376,7 +391,7 @@ def groups(found):
 
 def lines_of(chosen, tokens):
     "(system, variant name, rows by seed) for each line of a table"
-    for system in systems:
+    for system in names:
         rows = chosen.get((tokens if system != 'autoencoder' else 0, system))
         for temperature in variants(system) if rows else (): yield system, variant_name(system, temperature), rows
 
@@ -414,7 +429,12 @@ compared = [('V²Flow − plain VQ', 'v2flow', 'plain_vq'), ('V²Flow − k-mean
             ('codes: vocabulary − own, with the regression', 'vocabulary_regression', 'plain_vq'),
             ('decoder: flow − regression, own codes', 'own_flow', 'plain_vq'),
             ('decoder: flow − regression, vocabulary', 'v2flow', 'vocabulary_regression'),
-            ('the same at noise 1', 'v2flow@1', 'vocabulary_regression')]
+            ('the same at noise 1', 'v2flow@1', 'vocabulary_regression'),
+            ('codes: projected tokens − own', 'projected', 'plain_vq'), ('codes: projected random vectors − own', 'simvq', 'plain_vq'),
+            ('V²Flow − projected tokens', 'v2flow', 'projected'), ('sequence − grid, regression', 'titok', 'plain_vq'),
+            ('sequence − grid, flow', 'titok_flow', 'own_flow'), ('V²Flow − sequence, flow', 'v2flow', 'titok_flow'),
+            ('flow of the image − masked flow', 'dito', 'own_flow'), ('the same at noise 1', 'dito@1', 'own_flow@1'),
+            ('V²Flow − DiTo', 'v2flow', 'dito')]
 
 def difference(chosen, tokens, a, b, measure):
     "(mean, half its 95 % interval, seeds) of paired differences over images and the seeds that both have; None: no such pair"
@@ -447,14 +467,14 @@ def plot(found, out):
     if not sets: raise SystemExit('no runs to plot yet')
     fig, axes = plt.subplots(len(sets), len(panels), figsize=(3.1*len(panels), 2.5*len(sets)), dpi=80, squeeze=False,
                              layout='constrained')
-    variants_of = [(s, variant_name(s, t)) for s in systems for t in variants(s)]
+    variants_of = [(s, variant_name(s, t)) for s in sorted(names, key=lambda s: s not in systems) for t in variants(s)]
     for row, (data, chosen) in zip(axes, sets):
         for ax, k in zip(row, panels):
             for i, (system, variant) in enumerate(variants_of):
                 points = [(rows[0]['bits_spent'], np.mean([r['scores'][variant][k] for r in rows])*scales.get(k, 1))
                           for rows in (list(chosen.get((n, system), {}).values()) for n in rates) if rows and system != 'autoencoder']
                 if points: ax.plot(*zip(*points), 'o--' if 'own' in variant or variant == 'plain_vq' else 'o-', ms=3, lw=1,
-                                   color=f'C{i}', label=label(system, variant))
+                                   color=plt.cm.tab20(i % 10*2 + i//10), label=label(system, variant))
             if (0, 'autoencoder') in chosen and k != 'latent_mse':
                 top = chosen[0, 'autoencoder'][0]['scores']['autoencoder'][k]*scales.get(k, 1)
                 if top < 60: ax.axhline(top, color='gray', lw=.7, ls=':')            # pixels have no ceiling
@@ -478,13 +498,15 @@ def sheet(task, s, tokens, found, out, path, n=12, side=64):
 
 def plan(task, s, tokens):
     "Markdown: what each cell takes"
-    out = ['| data | tokens | system | GFLOP a step | steps | PFLOP | encoder, decoder, M parameters |', '|---|--:|---|--:|--:|--:|--:|']
+    out = ['| data | tokens | system | GFLOP a step | steps | PFLOP | until codes are frozen | encoder, decoder, M parameters |',
+           '|---|--:|---|--:|--:|--:|--:|--:|']
     for n in tokens:
         for system in cells:
             flops, steps = flops_a_step(task, s, n, system), steps_of(task, s, n, system)
-            p = parameters_of(lesson_of(task, s, n, system, 0).tok, cells[system][1] is RegressionTraining)
+            *first, _ = np.multiply(*step_flops(task, s, n, system))                  # stages 1 and 2, where there are two
+            p = parameters_of(lesson_of(task, s, n, system, 0).tok, not has_flow(system))
             out.append(f"| {task.name} | {n} | {names[system]} | {flops/1e9:.1f} | {steps} | {steps*flops/1e15:.3f} | "
-                       f"{p['encoder']/1e6:.2f}, {p['decoder']/1e6:.2f} |")
+                       f"{sum(first)/flops:.0%} | {p['encoder']/1e6:.2f}, {p['decoder']/1e6:.2f} |")
     return '\n'.join(out)
 
 def arguments(argv):
@@ -493,7 +515,7 @@ def arguments(argv):
     p.add_argument('what', nargs='?', default='run', choices=['run', 'plan', 'table', 'plot', 'sheet'])
     p.add_argument('--data', nargs='+', default=['emoji', 'shapes'], choices=['emoji', 'shapes'])
     p.add_argument('--tokens', nargs='+', type=int, default=list(rates), choices=list(rates))
-    p.add_argument('--systems', nargs='+', default=list(systems), choices=systems)
+    p.add_argument('--systems', nargs='+', default=list(systems), choices=list(names))
     p.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     p.add_argument('--steps', type=int, default=Settings.steps, help='of v2flow; the others get as many FLOPs')
     p.add_argument('--lrs', nargs='+', type=float, default=list(Settings.lrs), help='learning rates tried with seed 0')

@@ -1,5 +1,6 @@
 """Which half of V²Flow does what? The four cells differ in what they say and cost the same, and a miniature goes through the whole command"""
 import json
+from dataclasses import replace
 import numpy as np, pytest, torch
 from benchmarks import comparison as cmp
 from v2flow_nbdev.models.tokenizer import V2Flow
@@ -15,27 +16,38 @@ def task(tmp_path_factory): return cmp.make_task('shapes', tiny, tmp_path_factor
 @pytest.fixture(scope='module')
 def emoji(tmp_path_factory): return cmp.make_task('emoji', tiny, tmp_path_factory.mktemp('latents'))
 
+four = [s for s in cmp.systems if s in cmp.cells]
+others = [s for s in cmp.cells if s not in four]
+
 def parameters(task, system, seed=0): return dict(cmp.lesson_of(task, tiny, 64, system, seed).named_parameters())
 
 def test_cells_of_a_seed_begin_alike_but_for_the_readout(task):
     first = parameters(task, 'v2flow')
-    for system in cmp.cells:
+    def differ(system):
         other = parameters(task, system)
-        differ = {n for n in first.keys() | other.keys() if n not in first or n not in other or first[n].shape != other[n].shape
-                  or not torch.equal(first[n], other[n])}
-        assert differ == (set() if cmp.cells[system][0] is V2Flow else {f'tok.resampler.readout.{p}' for p in ('weight', 'bias')})
+        return {n for n in first.keys() | other.keys() if n not in first or n not in other or first[n].shape != other[n].shape
+                or not torch.equal(first[n], other[n])}
+    readout = {f'tok.resampler.readout.{p}' for p in ('weight', 'bias')}
+    for system in four: assert differ(system) == (set() if cmp.cells[system][0] is V2Flow else readout)
+    maps = {f'tok.quantizer.map.{p}' for p in ('weight', 'bias')}
+    assert differ('projected') == differ('simvq') == readout | maps
+    assert {n for n in differ('dito') if not n.startswith('aux_decoder')} == readout
+    assert {n.split('.')[-2] for n in differ('titok') if n.startswith(('tok.masked', 'tok.velocity'))} == {'masked', 'split'}   # code_positions
     assert not torch.equal(first['tok.masked.mask_token'], parameters(task, 'v2flow', 1)['tok.masked.mask_token'])
 
 @pytest.mark.parametrize('data', ['emoji', 'shapes'])
 def test_the_real_cells_have_equal_flops_and_equal_decoders(data, request):
-    "Within 10 % at each rate; the flow takes more for a step, so a regression gets more of them"
+    "Within 10 % at each rate; the flow takes more for a step, so a regression gets more of them. A sequence has no parts of codes to split"
     task, s = request.getfixturevalue('emoji' if data == 'emoji' else 'task'), cmp.Settings()
     for tokens in cmp.rates:
-        flops = {system: cmp.steps_of(task, s, tokens, system)*cmp.flops_a_step(task, s, tokens, system) for system in cmp.cells}
+        of = cmp.cells if tokens == dict(emoji=256, shapes=16)[data] else four                  # counting takes its time
+        flops = {system: cmp.steps_of(task, s, tokens, system)*cmp.flops_a_step(task, s, tokens, system) for system in of}
         assert max(flops.values()) < 1.1*min(flops.values()), (tokens, flops)
         assert cmp.steps_of(task, s, tokens, 'v2flow') == s.steps < cmp.steps_of(task, s, tokens, 'vocabulary_regression') < 2*s.steps
-        sizes = [cmp.parameters_of(cmp.lesson_of(task, s, tokens, system, 0).tok, 'flow' not in system)['decoder'] for system in cmp.cells]
-        assert max(sizes) < 1.01*min(sizes)
+        sizes = {system: cmp.parameters_of(cmp.lesson_of(task, s, tokens, system, 0).tok, not cmp.has_flow(system))['decoder']
+                 for system in of}
+        grids = [n for system,n in sizes.items() if 'titok' not in system]
+        assert max(grids) < 1.01*min(grids) and 0.8*max(grids) < min(sizes.values()) and max(sizes.values()) < 1.05*max(grids)
 
 def test_a_miniature_goes_all_the_way(task, tmp_path, monkeypatch, capsys):
     "Every system, two seeds; what is there is not run again; a row says what it is; table, plot and sheet"
@@ -62,6 +74,22 @@ def test_a_miniature_goes_all_the_way(task, tmp_path, monkeypatch, capsys):
     cmp.main(['plot', '--results', str(results)]); assert results.with_suffix('.png').stat().st_size > 5000
     cmp.sheet(task, tiny, 64, rows, out, tmp_path/'sheet.png', n=3); assert (tmp_path/'sheet.png').stat().st_size > 2000
     assert len(trained) == 12                                        # kept models are read
+
+def test_the_other_systems_go_the_same_way_where_they_are_named(task, tmp_path, monkeypatch, capsys):
+    "One seed, one rate; a flow is scored at both noises, whatever its name"
+    assert cmp.arguments([]).systems == list(cmp.systems) == ['kmeans', *four, 'autoencoder']
+    args = cmp.arguments(['run', '--systems', 'plain_vq', *others])
+    results, out, s = tmp_path/'found.json', tmp_path/'out', replace(tiny, lrs=(1e-3,))
+    cmp.run_all(task, s, [64], args.systems, [0], results, out)
+    rows = {r['system']: r for r in json.loads(results.read_text())}
+    assert list(rows) == ['plain_vq', 'projected', 'simvq', 'titok', 'titok_flow', 'dito']
+    assert {n for r in rows.values() for n in r['scores']} == {*rows, 'titok_flow@1', 'dito@1'}
+    for r in rows.values(): assert r['train_flops'] > 0 and 0 < r['usage'] <= 1 and r['bits_spent'] <= 64*5
+    cmp.main(['table', '--results', str(results)])
+    said = capsys.readouterr().out
+    for line in ('| 64 | sequence, flow, noise 1 | 1 |', '| 64 | codes: projected tokens − own | 1 |', '| 64 | sequence − grid, regression | 1 |'):
+        assert line in said
+    cmp.sheet(task, s, 64, list(rows.values()), out, tmp_path/'sheet.png', n=2); assert (tmp_path/'sheet.png').stat().st_size > 2000
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_model(task, tmp_path, monkeypatch):
     "Stopped after its training's first checkpoint, and begun again"

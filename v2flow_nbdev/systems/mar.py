@@ -46,7 +46,7 @@ class CaptionedDecoder(nn.Module):
         super().__init__()
         if autoencoder is not None: config = with_autoencoder(config, autoencoder)
         if config.vocab_checksum not in ('', vocabulary.checksum):
-            raise ValueError(f"vocab_checksum={config.vocab_checksum}: the vocabulary is another, {vocabulary.checksum}")
+            raise ValueError(f"vocab_checksum={config.vocab_checksum}: the vocabulary is another; give the right one")
         V, E = vocabulary.embeddings.shape
         c = self.config = replace(config, vocab_size=V, vocab_dim=E, vocab_checksum=vocabulary.checksum,
                                   vocab_source='', codebook_size=0)
@@ -85,7 +85,7 @@ class CaptionedDecoder(nn.Module):
 
 # %% ../../nbs/systems/76_mar.ipynb #af156212
 class MAR(CaptionedDecoder):
-    "Captions → latents → images without ids (MAR, arXiv 2406.11838, with a flow, and a caption in the place of a class)"
+    "Captions → latents → images without ids (MAR, arXiv 2406.11838, with a flow, and a caption for a class)"
     @torch.no_grad()
     def generate(self,
         captions:str|list[str],        # B of them

@@ -84,15 +84,15 @@ def test_loss_is_that_of_masked_positions_alone(language):
     assert all(p.grad is not None for p in lesson.parameters())
 
 def test_mask_ratio_follows_its_law(language):
-    "A normal at 1, standard deviation 0.25, truncated to [0.7, 1]: mean and quartiles, of 2,000 batches"
+    "A normal at 1, standard deviation 0.25, truncated to [0.7, 1]: mean and distribution function of 1,000 batches"
     lesson, seen, g = lesson_of(new(language, image_size=(32, 32), pool=4), [[a]]), [], torch.Generator().manual_seed(0)
     lesson.losses = lambda z, slots, n_hidden, generator: seen.append(n_hidden/256)
-    for _ in range(2000): lesson(torch.zeros(1, 4, 16, 16), torch.tensor([0]), g)
+    for _ in range(1000): lesson(torch.zeros(1, 4, 16, 16), torch.tensor([0]), g)
     law, seen = NormalDist(1, 0.25), torch.tensor(seen)
     whole = law.cdf(1) - law.cdf(0.7)
     mean = 1 + 0.25**2*(law.pdf(0.7) - law.pdf(1))/whole
-    assert seen.min() >= 0.699 and seen.max() <= 1 and abs(seen.mean() - mean) < 0.008
-    for at in (0.8, 0.9, 0.95): assert abs((seen < at).float().mean() - (law.cdf(at) - law.cdf(0.7))/whole) < 0.04
+    assert seen.min() >= 0.699 and seen.max() <= 1 and abs(seen.mean() - mean) < 0.012
+    for at in (0.8, 0.9, 0.95): assert abs((seen < at).float().mean() - (law.cdf(at) - law.cdf(0.7))/whole) < 0.05
 
 def test_each_step_draws_one_of_the_examples_own_captions(language):
     captions, seen = [['a 1', 'a 2', 'a 3'], ['the digit 4'], ['a 5', 'the digit 5']], set()
@@ -107,8 +107,8 @@ def test_the_transformer_runs_once_a_round_and_twice_with_guidance(language):
     mar, runs = new(language), []
     mar.masked.register_forward_hook(lambda module, given, out: runs.append(out.shape[1]))
     for scale, passes in ((1., 1), (3., 2), (0., 2)):
-        for rounds in (1, 4, 16):
-            runs.clear(); mar.generate([a, b], n_iter=rounds, n_steps=2, guidance_scale=scale)
+        for rounds in (1, 4, 16) if scale == 1 else (1, 3):
+            runs.clear(); mar.generate([a, b], n_iter=rounds, n_steps=1, guidance_scale=scale)
             assert len(runs) == passes*rounds and runs[0] == 16 and runs == sorted(runs, reverse=True)
     with pytest.raises(ValueError, match='need 1 to 16 rounds'): mar.generate(a, n_iter=17)
 

@@ -136,7 +136,7 @@ def test_few_captions_are_heeded_and_so_is_the_order_of_their_tokens(language):
     captions = [f'the {x} {m} the {y} {n}' for x,y in (('digit', 'number'), ('number', 'digit')) for m,n in (('one', 'two'), ('two', 'one'))]
     z = 1.5*torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(0)).sign()
     lesson = lesson_of(new(language, fresh=True, dim=64, heads=4, velocity_width=64), [[c] for c in captions], n_draws=2)
-    config = TrainConfig(steps=250, batch_size=24, lr=3e-3, ema_decay=0.95, mixed_precision='no', evaluate_every=0, checkpoint_every=0,
+    config = TrainConfig(steps=900, batch_size=24, lr=3e-3, ema_decay=0.95, mixed_precision='no', evaluate_every=0, checkpoint_every=0,
                          trackers=())
     mar = train(lesson, [dict(latents=x, number=i) for i,x in enumerate(z)], config, stack_latents, progress=False).mar
     def nearest(**how):

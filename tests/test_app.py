@@ -62,7 +62,7 @@ def user(server, browser):
     def come():
         contexts.append(browser.new_context(viewport=dict(width=1200, height=860)))
         page = contexts[-1].new_page()
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(240_000)
         page.on('request', lambda r: asked.append(r.url))
         page.goto(f'http://127.0.0.1:{port}/')
         page.wait_for_selector('#v2-generate')

@@ -22,11 +22,11 @@ def main():
     p.add_argument('--llm', default='smollm2', help='a folder, a Hub id or smollm2'); p.add_argument('--seed', type=int, default=0)
     args = p.parse_args()
     try:
+        folder, tok = llm_folder(args.llm), V2Flow.from_pretrained(args.image_tokenizer)
         torch.manual_seed(args.seed)
-        folder = llm_folder(args.llm)
         llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).to(torch.bfloat16)
         llm.save_pretrained(args.out/'llm'); AutoTokenizer.from_pretrained(folder).save_pretrained(args.out/'llm')
-        V2Flow.from_pretrained(args.image_tokenizer).save_pretrained(args.out/'image_tokenizer')
+        tok.save_pretrained(args.out/'image_tokenizer')
         file = args.out/'image_tokenizer/config.json'
         write_json(file, read_json(file) | dict(vocab_source=str(args.out/'llm'), vocab_checksum=Vocabulary.from_pretrained(args.out/'llm').checksum))
     except (OSError, ValueError) as e: sys.exit(f'benchmarks.from_scratch: {e}')

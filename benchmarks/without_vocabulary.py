@@ -7,7 +7,7 @@ codes `54_emoji` compares its visual vocabulary.
 
 With `--whole` the decoder is trained to the end, and its scores are those that `v2flow train-tokenizer` writes with the same config: what the
 vocabulary costs in dB. What it costs in seconds is in both logs, `examples_per_s` of the steps before the codes are frozen."""
-import argparse, json
+import argparse, json, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -19,6 +19,7 @@ from v2flow_nbdev.evaluation.metrics import tokenizer_scores
 from v2flow_nbdev.models.resampler import VocabularyResampler
 from v2flow_nbdev.models.tokenizer import V2Flow
 from v2flow_nbdev.models.tokenizer_training import TokenizerTraining
+from v2flow_nbdev.training.failures import RunFailed
 from v2flow_nbdev.training.loop import train
 from v2flow_nbdev.training.recipes import all_captions, load_data, usable_sample as some
 from v2flow_nbdev.training.tokenizer_recipes import TokenizerRecipe, continue_decoder, load_tokenizer, open_latents, tokenizer_data
@@ -43,7 +44,8 @@ def main():
     parser.add_argument('--whole', action='store_true', help='train the decoder too, to the end')
     parser.add_argument('overrides', nargs='*')
     args = parser.parse_args()
-    recipe = read_recipe(args.config, args.overrides, TokenizerRecipe)
+    try: recipe = read_recipe(args.config, args.overrides, TokenizerRecipe)
+    except (RunFailed, ValueError) as e: sys.exit(f'benchmarks.without_vocabulary: {e}')
     training, shape, source = recipe.training, recipe.tokenizer, recipe.data
     examples, held_out = load_data(source)
     view = ImageBatches(some(examples, 1500), shape.image_channels, [shape.image_size])
@@ -55,7 +57,7 @@ def main():
     words = Vocabulary.from_pretrained(recipe.vocabulary)
     if recipe.tokens == 'captions':
         words = words.seen_in(all_captions(examples), AutoTokenizer.from_pretrained(recipe.vocabulary))
-    model = V2Flow(shape, words, latents)
+    model = V2Flow(shape, words, latents if shape.autoencoder else None)
     model.resampler = WithoutWords(shape.channels, model.config.vocab_dim, shape.resampler_width, shape.resampler_depth,
                                    shape.pool)
     lesson = TokenizerTraining(model, recipe.tokenizer_training)

@@ -432,6 +432,34 @@ def test_an_adapter_is_cut_to_a_lower_rank(whole, tmp_path):
     assert V2FlowPipeline.from_pretrained(tmp_path/'small')('a six').images[0].size == (8, 8)
     assert shrink(3).stderr == 'benchmarks.shrink: --rank 3: the adapter has rank 2\n'
 
+def bench(name, *args):
+    import subprocess, sys
+    return subprocess.run([sys.executable, '-m', f'benchmarks.{name}', *map(str, args)], cwd=root, capture_output=True, text=True)
+
+def test_the_same_architecture_from_random_parameters(whole, tmp_path):
+    "Other parameters and the same codes: its image tokenizer decodes what the first one encoded, and it is trained on these ids"
+    ended(bench('from_scratch', whole/'tok/model', tmp_path/'scratch', '--llm', whole/'llama'))
+    (was, words), (llm, same) = (load_llm(f) for f in (whole/'llama', tmp_path/'scratch/llm'))
+    assert words.get_vocab() == same.get_vocab() and llm.config.num_hidden_layers == was.config.num_hidden_layers
+    assert not any(torch.equal(p, q) for p, q in zip(was.parameters(), llm.parameters()) if p.dim() > 1)
+    first, second = (V2Flow.from_pretrained(f) for f in (whole/'tok/model', tmp_path/'scratch/image_tokenizer'))
+    ids = torch.arange(16)[None]
+    assert torch.equal(*(t.decode_latents(ids, generator=torch.Generator().manual_seed(0)) for t in (first, second)))
+    shutil.copytree(whole/'run/ids', tmp_path/'run/ids')
+    ended(v2flow('train-llm', '--config', 'configs/digits-llm.yaml', '--out', tmp_path/'run', 'data.copies=0', 'training.evaluate_every=0',
+                 'training.trackers=[]', f'image_tokenizer={tmp_path}/scratch/image_tokenizer', f'llm.pretrained={tmp_path}/scratch/llm',
+                 'llm.train=all', 'llm.start=random', 'training.steps=1', 'training.batch_size=4'))
+    theirs = bench('from_scratch', tmp_path/'nothing', tmp_path/'other', '--llm', whole/'llama')
+    assert theirs.returncode and theirs.stderr.splitlines()[-1].startswith('benchmarks.from_scratch: ') and not (tmp_path/'other').exists()
+
+def test_a_tokenizer_without_a_vocabulary_is_trained_to_the_end(whole, tmp_path):
+    "By the config of one with a vocabulary; its scores are the last line"
+    done = ended(bench('without_vocabulary', '--config', 'configs/smollm2-digits-tokenizer.yaml', '--out', tmp_path/'run', '--whole',
+                       f'vocabulary={whole}/llama', f'data.cache={whole}/latents', 'data.copies=0', 'training.steps=5', 'training.trackers=[]',
+                       'tokenizer.codebook_size=32', 'training.batch_size=16', 'tokenizer_training.freeze_codes_at=0.5'))
+    scores = json.loads(done.stdout.splitlines()[-1])
+    assert {'psnr_db', 'ssim', 'codebook_usage', 'codebook_perplexity'} <= scores.keys() and 0 < scores['codebook_usage'] <= 1
+
 def test_layers_are_compiled_one_by_one_on_a_cpu():
     "And nothing around them; nothing is compiled before it is called"
     from v2flow_nbdev.training.processes import compile_parts

@@ -83,8 +83,56 @@ class CaptionedDecoder(nn.Module):
     # (B, slots) → (B, slots, E), in the place of codes; an empty slot is zero
     def condition(self, numbers:torch.Tensor)->torch.Tensor: return self.table[numbers]
 
+# %% ../../nbs/systems/76_mar.ipynb #af156211
+class SavedDecoder(CaptionedDecoder):
+    "Its folder, which holds all that it needs, and its model card"
+    def describe(self)->dict:
+        "What the model card says"
+        (h, w), number = self.config.image_size, sum(p.numel() for p in self.parameters())
+        usage = 'from v2flow_nbdev.systems.mar import MAR\nimages = MAR.from_pretrained(NAME)("a caption").images'
+        return dict(title='images from captions', pipeline_tag='text-to-image', tags=['mar', 'arxiv:2406.11838'],
+                    usage=usage, limits='It draws what its training images were like, of tokens that are beside it.',
+                    what=f'Captions of at most {self.slots} of {self.config.vocab_size:,} tokens → {h}×{w} images; MAR '
+                         f'(arXiv 2406.11838), {number/1e6:.1f} million parameters. No ids, no language model.')
+
+    def save_pretrained(self,
+        folder:str|Path,              # made if missing; a model that lies there is replaced
+        dtype:torch.dtype|None=None,  # floats are stored as this; None: as they are
+        card:dict|None=None,          # see `card_fields`
+    )->None:
+        "Write `config.json`, `model.safetensors`, vocabulary, `tokenizer` and `autoencoder`; all or nothing"
+        config, replaced = self.config, ['autoencoder', 'tokenizer', 'vocabulary.*', 'model*.safetensors*']
+        with with_card(folder, self, card), write_folder(folder, replaced) as new:
+            if config.autoencoder and self.latents is not None:
+                self.latents.save_pretrained(new/'autoencoder', dtype)
+                config = replace(config, autoencoder='autoencoder', autoencoder_subfolder='', autoencoder_revision='')
+            self.vocabulary.save(new)
+            self.tokenizer.save_pretrained(new/'tokenizer')
+            write_tensors(new/'model.safetensors', {n: t.to(dtype or t.dtype) for n,t in self.state_dict().items()})
+            write_json(new/'config.json', dict(format_version=config.format_version, **asdict(config)))
+
+    @classmethod
+    def from_pretrained(cls,
+        name:str|Path,            # a folder or a Hub id
+        dtype:torch.dtype=torch.float32,    # of the parameters
+        device:str|torch.device|None=None,  # where to put it; None: the CPU
+        **where,                  # subfolder, revision, and settings of the Hub: see `resolve_folder`
+    )->'SavedDecoder':            # in `eval()`
+        "Load what `save_pretrained` wrote; `OSError` of one line for whatever cannot be used"
+        folder = resolve_folder(name, patterns=[*tokenizer_files, *autoencoder_files, 'tokenizer/*.json'], **where)
+        c, vocabulary = read_tokenizer_config(folder), Vocabulary.load(folder)
+        tokenizer = load_text_tokenizer(folder/'tokenizer')
+        try:
+            latents = AutoencoderLatents.from_pretrained(c.autoencoder) if c.autoencoder else None
+            model = cls(c, vocabulary, tokenizer, latents)
+            model.load_state_dict(read_tensors(folder/'model.safetensors'))
+        except (ValueError, RuntimeError) as e:
+            raise OSError(f"{folder}: not a whole MAR ({' '.join(str(e).split())[:200]}); copy it again") from None
+        model.source = folder
+        return model.eval().to(device=device, dtype=dtype)
+
 # %% ../../nbs/systems/76_mar.ipynb #af156212
-class MAR(CaptionedDecoder):
+class MAR(SavedDecoder):
     "Captions → latents → images without ids (MAR, arXiv 2406.11838, with a flow, and a caption for a class)"
     @torch.no_grad()
     def generate(self,
@@ -120,51 +168,6 @@ class MAR(CaptionedDecoder):
         "Captions → images, called as a pipeline is"
         captions = one_caption_each(prompt, num_images_per_prompt)
         return PipelineOutput(to_pil(self.decode(self.generate(captions, **generate_kwargs))), None)
-
-    def describe(self)->dict:
-        "What the model card says"
-        (h, w), number = self.config.image_size, sum(p.numel() for p in self.parameters())
-        usage = 'from v2flow_nbdev.systems.mar import MAR\nimages = MAR.from_pretrained(NAME)("a caption").images'
-        return dict(title='images from captions', pipeline_tag='text-to-image', tags=['mar', 'arxiv:2406.11838'],
-                    usage=usage, limits='It draws what its training images were like, of tokens that are beside it.',
-                    what=f'Captions of at most {self.slots} of {self.config.vocab_size:,} tokens → {h}×{w} images; MAR '
-                         f'(arXiv 2406.11838), {number/1e6:.1f} million parameters. No ids, no language model.')
-
-    def save_pretrained(self,
-        folder:str|Path,              # made if missing; a model that lies there is replaced
-        dtype:torch.dtype|None=None,  # floats are stored as this; None: as they are
-        card:dict|None=None,          # see `card_fields`
-    )->None:
-        "Write `config.json`, `model.safetensors`, vocabulary, `tokenizer` and `autoencoder`; all or nothing"
-        config, replaced = self.config, ['autoencoder', 'tokenizer', 'vocabulary.*', 'model*.safetensors*']
-        with with_card(folder, self, card), write_folder(folder, replaced) as new:
-            if config.autoencoder and self.latents is not None:
-                self.latents.save_pretrained(new/'autoencoder', dtype)
-                config = replace(config, autoencoder='autoencoder', autoencoder_subfolder='', autoencoder_revision='')
-            self.vocabulary.save(new)
-            self.tokenizer.save_pretrained(new/'tokenizer')
-            write_tensors(new/'model.safetensors', {n: t.to(dtype or t.dtype) for n,t in self.state_dict().items()})
-            write_json(new/'config.json', dict(format_version=config.format_version, **asdict(config)))
-
-    @classmethod
-    def from_pretrained(cls,
-        name:str|Path,            # a folder or a Hub id
-        dtype:torch.dtype=torch.float32,    # of the parameters
-        device:str|torch.device|None=None,  # where to put it; None: the CPU
-        **where,                  # subfolder, revision, and settings of the Hub: see `resolve_folder`
-    )->'MAR':                     # in `eval()`
-        "Load what `save_pretrained` wrote; `OSError` of one line for whatever cannot be used"
-        folder = resolve_folder(name, patterns=[*tokenizer_files, *autoencoder_files, 'tokenizer/*.json'], **where)
-        c, vocabulary = read_tokenizer_config(folder), Vocabulary.load(folder)
-        tokenizer = load_text_tokenizer(folder/'tokenizer')
-        try:
-            latents = AutoencoderLatents.from_pretrained(c.autoencoder) if c.autoencoder else None
-            mar = cls(c, vocabulary, tokenizer, latents)
-            mar.load_state_dict(read_tensors(folder/'model.safetensors'))
-        except (ValueError, RuntimeError) as e:
-            raise OSError(f"{folder}: not a whole MAR ({' '.join(str(e).split())[:200]}); copy it again") from None
-        mar.source = folder
-        return mar.eval().to(device=device, dtype=dtype)
 
 # %% ../../nbs/systems/76_mar.ipynb #39666dce
 @dataclass

@@ -160,7 +160,7 @@ def load_image_tokenizer(
 ):                      # on the CPU, float32
     "Read what `save_image_tokenizer` wrote"
     vocabulary = Vocabulary.load(folder) if (folder/'vocabulary.safetensors').exists() else None
-    c, latents = read_tokenizer_config(folder), None
+    c, latents = read_tokenizer_config(folder, cls.config_class), None
     # an autoencoder that lies beside it has its own scale and shift, which must be the config's
     given = {} if c.autoencoder == str(folder/'autoencoder') else dict(
         scale=c.latent_scale, shift=c.latent_shift, subfolder=c.autoencoder_subfolder or None,
@@ -228,6 +228,7 @@ class V2Flow(_Encoder, _Saved):
     "The image tokenizer: image ↔ ids of codes that lie among a language model's tokens (V²Flow, arXiv 2503.07493)"
     # what FSDP shards one by one, under the name that transformers uses
     _no_split_modules = ['Block', 'RegNetBlock', 'AdaLNBlock']
+    config_class = V2FlowConfig  # what its folder's `config.json` is read as
 
     @torch.no_grad()
     def decode_latents(self,

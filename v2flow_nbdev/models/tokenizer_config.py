@@ -198,6 +198,7 @@ def save_image_tokenizer(
 # %% ../../nbs/models/10_tokenizer_config.ipynb #aa2422cd
 def read_tokenizer_config(
     folder:Path,        # local
+    kind:type=V2FlowConfig, # what is written there: this, or a dataclass derived from it
 )->V2FlowConfig:        # an autoencoder that lies beside it is named by its full path
     "`OSError` if there is no config that this version can use"
     content = read_json(folder/'config.json')
@@ -205,7 +206,7 @@ def read_tokenizer_config(
         raise OSError(f"{folder}: written by an older version of this library (format "
                       f"{content.get('format_version', 1)}, this one reads {V2FlowConfig.format_version}); train the "
                       f"tokenizer anew")
-    try: config = config_from_dict(V2FlowConfig, content)
+    try: config = config_from_dict(kind, content)
     except ValueError as e: raise OSError(f"{folder/'config.json'}: not an image tokenizer's config ({e})") from None
     return replace(config, autoencoder=str(folder/'autoencoder')) if config.autoencoder == 'autoencoder' else config
 

@@ -20,11 +20,13 @@ latents = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 def seed(n=0): return torch.Generator().manual_seed(n)
 
 def new(kind=FlexTok, **changes):
-    "With a codebook, and a flow that does not give 0 everywhere"
+    "With a codebook, a flow that does not give 0 everywhere, and registers that differ between images"
     torch.manual_seed(0)
     tok = kind(replace(shape, **changes)).eval()
     tok.quantizer.initialised.fill_(True)
     for p in tok.velocity.parameters(): nn.init.normal_(p, std=0.1)
+    for p in tok.resampler.parameters():
+        if p.dim() > 1: nn.init.normal_(p, std=0.5)
     return tok
 
 def lesson_of(tok, lengths=None):
@@ -60,7 +62,7 @@ def test_an_id_is_the_same_whether_more_follow_or_not():
     "The first k registers alone give the first k ids"
     tok = new()
     ids, all_of_them = tok.encode(latents=latents), tok.resampler.latent_tokens
-    assert ids.shape == (6, 8) and len(ids.unique()) > 4
+    assert ids.shape == (6, 8) and (ids != ids[:1])[1:].any(1).all()
     for k in range(1, 8):
         tok.resampler.latent_tokens = nn.Parameter(all_of_them[:k].detach())
         assert torch.equal(tok.encode(latents=latents), ids[:, :k])

@@ -12,7 +12,8 @@ at 256, 64 and 16 tokens of 2,048 codes (2,816, 704 and 176 bits), with three se
 *Systems* (chapter 71_plainvq). `plain_vq`: codes of their own, regression. `own_flow`: codes of their own, flow. `vocabulary_regression`.
 `v2flow`. `kmeans`: as many k-means codes of latents, decoded by the nearest code. `autoencoder`: no codes at all.
 Only where `--systems` names them: `projected`, `simvq` (72_projected: a frozen table, of tokens or random, times a trained map; regression);
-`titok`, `titok_flow` (73_titok: as many latent tokens without a grid, in two stages); `dito` (75_dito: a flow of the whole image alone).
+`titok`, `titok_flow` (73_titok: as many latent tokens without a grid, in two stages); `flextok` (74_flextok: a sequence of which every prefix
+decodes; its first 64 and 16 ids of 256 are lines of their own); `dito` (75_dito: a flow of the whole image alone).
 
 *Budget.* `--steps` are those of `v2flow`; every other cell gets as many as make its training FLOPs equal. Two stages share this budget: the
 first has the steps until codes are frozen, 40 %, the second the rest; `plan` says what that is in FLOPs. *Tuning*: seed 0 at each of `--lrs`; the
@@ -22,7 +23,7 @@ features (`kernel`), and whether the judge is right. The flow is scored at noise
 
 A run's model is kept in runs/comparison, its row is added to benchmarks/comparison.json; those already there are not run again. Commands for different data
 or systems may run side by side, each with OMP_NUM_THREADS=1."""
-import argparse, base64, hashlib, json, shutil, subprocess, time
+import argparse, base64, hashlib, json, re, shutil, subprocess, time
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +47,7 @@ from v2flow_nbdev.models.tokenizer import V2Flow, V2FlowConfig
 from v2flow_nbdev.models.tokenizer_training import TokenizerTrainingConfig
 from v2flow_nbdev.models.vocabulary import Vocabulary
 from v2flow_nbdev.systems.dito import DiTo, DiToTraining
+from v2flow_nbdev.systems.flextok import FlexTok, FlexTokTraining
 from v2flow_nbdev.systems.plainvq import ComparedTraining, PlainVQ, RegressionTraining, regression_decoding
 from v2flow_nbdev.systems.projected import Projected, SimVQ
 from v2flow_nbdev.systems.teacher import Teacher
@@ -59,12 +61,14 @@ cells = dict(plain_vq=(PlainVQ, RegressionTraining), own_flow=(PlainVQ, Compared
              vocabulary_regression=(V2Flow, RegressionTraining), v2flow=(V2Flow, ComparedTraining))
 systems = ('kmeans', *cells, 'autoencoder')               # which are run where none are named
 cells |= dict(projected=(Projected, RegressionTraining), simvq=(SimVQ, RegressionTraining), titok=(TiTok, TiTokTraining),
-              titok_flow=(TiTok, TiTokFlowTraining), dito=(DiTo, DiToTraining))
+              titok_flow=(TiTok, TiTokFlowTraining), flextok=(FlexTok, FlexTokTraining),
+              dito=(DiTo, DiToTraining))
 rates = {256: 1, 64: 2, 16: 4}   # tokens → `pool`, on 16×16 latents
 names = {'kmeans': 'k-means codes', 'plain_vq': 'own codes, regression (plain VQ)', 'own_flow': 'own codes, flow',
          'vocabulary_regression': 'vocabulary, regression', 'v2flow': 'vocabulary, flow (V²Flow)',
          'projected': 'projected tokens, regression (TA-Tok)', 'simvq': 'projected random vectors, regression (SimVQ)',
-         'titok': 'sequence, regression (TiTok)', 'titok_flow': 'sequence, flow', 'dito': 'own codes, flow of the image (DiTo)',
+         'titok': 'sequence, regression (TiTok)', 'titok_flow': 'sequence, flow', 'flextok': 'sequence of prefixes, flow (FlexTok)',
+         'dito': 'own codes, flow of the image (DiTo)',
          'autoencoder': 'autoencoder alone'}             # in the order of a table
 temperatures = (0.25, 1.)        # noise at which the flow is scored; the first is compared, and tuned on
 measures = dict(psnr_db='PSNR, dB', ssim='SSIM', latent_mse='latents, MSE', perceptual='perceptual', kernel='kernel · 10³',
@@ -245,13 +249,13 @@ class KMeans:
         return F.pixel_shuffle(self.codes[ids].mT.unflatten(2, (side, side)), self.pool)
 
 @torch.no_grad()
-def restored(system, tok, task, latents, temperature=None):
-    "Latents → latents through a system"
+def restored(system, tok, task, latents, temperature=None, kept=None):
+    "Latents → latents through a system, or through its first ids"
     if system == 'autoencoder': return latents
     out, generator = [], torch.Generator().manual_seed(0)
     for z in latents.split(64):
         if system == 'kmeans': out.append(tok.decode_latents(tok.encode(z)))
-        else: out.append(tok.decode_latents(tok.encode(latents=z), temperature=temperature, generator=generator))
+        else: out.append(tok.decode_latents(tok.encode(latents=z)[:, :kept], temperature=temperature, generator=generator))
     return torch.cat(out)
 
 def to_images(task, z): return torch.cat([task.latents.decode(part) for part in z.split(64)])
@@ -278,27 +282,32 @@ def milliseconds(work, images):
         began = time.time(); work(); return time.time() - began
     return round(1e3*float(np.median([once() for _ in range(3)]))/images, 3)
 
-def variants(system): return temperatures if has_flow(system) else (None,)
-
-def variant_name(system, temperature): return system if temperature in (None, temperatures[0]) else f'{system}@{temperature:g}'
+def variants(system, tokens):
+    "How it restores images, name → (noise, how many of the ids); the first is what is chosen and compared"
+    prefixes = [n for n in rates if n < tokens] if system == 'flextok' and tokens == max(rates) else []
+    return {system + f'[:{k}]'*(k < tokens) + '@1'*(t == 1): (t, k)
+            for k in (tokens, *prefixes) for t in (temperatures if has_flow(system) else (None,))}
 
 def scores_of(task, system, tok, tokens, codebook_size):
     "What a row says of a trained system"
     row, z16 = dict(scores={}, images={}), task.real['test'].latents[:16]
-    for temperature in variants(system):
-        name = variant_name(system, temperature)
-        each = image_scores(task, restored(system, tok, task, task.real['test'].latents, temperature))
+    for name, how in variants(system, tokens).items():
+        each = image_scores(task, restored(system, tok, task, task.real['test'].latents, *how))
         row['scores'][name] = {k: round(v.double().mean().item(), 6) for k,v in each.items()}
         row['images'][name] = {k: pack(v) for k,v in each.items()}
-    row['dev'] = round(dev_distance(task, restored(system, tok, task, task.real['dev'].latents, variants(system)[0])), 6)
+    row['dev'] = round(dev_distance(task, restored(system, tok, task, task.real['dev'].latents, *variants(system, tokens)[system])), 6)
     if system == 'autoencoder': return row
     encode = tok.encode if system == 'kmeans' else lambda z: tok.encode(latents=z)
     ids, some = torch.cat([encode(z) for z in task.train_latents.split(64)]), encode(z16)
-    perplexity = codebook_perplexity(ids, codebook_size)
-    return row | dict(usage=round(codebook_usage(ids, codebook_size), 4), perplexity=round(perplexity, 2),
-                      bits_spent=round(tokens*float(np.log2(perplexity)), 1),
-                      encode_ms=milliseconds(lambda: encode(z16), len(z16)),
+    for name, (_, kept) in variants(system, tokens).items(): row['scores'][name] |= spent(ids[:, :kept], codebook_size)
+    return row | dict(encode_ms=milliseconds(lambda: encode(z16), len(z16)),
                       decode_ms=milliseconds(lambda: tok.decode_latents(some), len(z16)))
+
+def spent(ids, codebook_size):
+    "What ids of training images use of a codebook; bits by the entropy over all places"
+    perplexity = codebook_perplexity(ids, codebook_size)
+    return dict(usage=round(codebook_usage(ids, codebook_size), 4), perplexity=round(perplexity, 2),
+                bits_spent=round(ids.shape[1]*float(np.log2(perplexity)), 1))
 
 def pack(x): return base64.b64encode(np.asarray(x, np.float16).tobytes()).decode()
 
@@ -352,9 +361,9 @@ def run_once(task, s, tokens, system, seed, lr, results, out):
     with only_writer(out, progress=False), write_atomically(Path(results)) as tmp:       # several commands may run side by side
         tmp.write_text(json.dumps(read_results(results) + [row], ensure_ascii=False).replace('}, {"data"', '},\n{"data"') + '\n',
                        encoding='utf-8')
-    found = row['scores'][variant_name(system, variants(system)[0])]
+    found = row['scores'][system]
     print(f"{task.name} {tokens:>3} {system:>21} seed {seed} lr {lr:g}: {found['psnr_db']:.2f} dB, SSIM {found['ssim']:.3f}, perceptual "
-          f"{found['perceptual']:.4f}, usage {row.get('usage', 0):.0%}, {row['seconds']:.0f} s, {row['cpu_seconds']:.0f} s of CPU", flush=True)
+          f"{found['perceptual']:.4f}, usage {found.get('usage', 0):.0%}, {row['seconds']:.0f} s, {row['cpu_seconds']:.0f} s of CPU", flush=True)
     return row
 
 def chosen_lr(found, system, **key):
@@ -390,12 +399,16 @@ def groups(found):
         yield group[0], chosen
 
 def lines_of(chosen, tokens):
-    "(system, variant name, rows by seed) for each line of a table"
+    "(system, variant name, rows by seed) for each line of a table; the first ids of more come after as many of their own"
     for system in names:
-        rows = chosen.get((tokens if system != 'autoencoder' else 0, system))
-        for temperature in variants(system) if rows else (): yield system, variant_name(system, temperature), rows
+        for n in (0,) if system == 'autoencoder' else sorted(r for r in rates if r >= tokens):
+            for variant, (_, kept) in variants(system, n).items():
+                if kept in (tokens, 0) and (rows := chosen.get((n, system))): yield system, variant, rows
 
-def label(system, variant): return names[system] + (f", noise {variant.split('@')[1]}" if '@' in variant else '')
+def label(system, variant):
+    "What a table calls it"
+    kept = f", the first {variant.split('[:')[1].split(']')[0]} of {max(rates)}" if '[' in variant else ''
+    return names[system] + kept + (f", noise {variant.split('@')[1]}" if '@' in variant else '')
 
 def shown(k, v, sign=''): return f"{v*scales.get(k, 1):{sign}.{dict(psnr_db=2, ssim=3, accuracy=1, kernel=2).get(k, 4)}f}"
 
@@ -414,8 +427,9 @@ def table(found):
                 if system == 'autoencoder': line += ['']*7
                 else:
                     p = next(iter(rows.values())).get('parameters')
-                    line += [f"{mean(lambda r: r['usage']):.0%}", f"{mean(lambda r: r['perplexity']):.0f}",
-                             f"{mean(lambda r: r['bits_spent']):.0f} of {tokens*np.log2(next(iter(rows.values()))['settings']['codebook_size']):.0f}",
+                    of = {k: mean(lambda r: r['scores'][variant][k]) for k in ('usage', 'perplexity', 'bits_spent')}
+                    line += [f"{of['usage']:.0%}", f"{of['perplexity']:.0f}",
+                             f"{of['bits_spent']:.0f} of {tokens*np.log2(next(iter(rows.values()))['settings']['codebook_size']):.0f}",
                              f"{sum(p.values())/1e6:.2f} M" if p else '',
                              f"{mean(lambda r: r['train_flops'])/1e15:.2f}" if p else '',
                              f"{mean(lambda r: r['steps']):.0f}" if p else '',
@@ -434,13 +448,15 @@ compared = [('V²Flow − plain VQ', 'v2flow', 'plain_vq'), ('V²Flow − k-mean
             ('V²Flow − projected tokens', 'v2flow', 'projected'), ('sequence − grid, regression', 'titok', 'plain_vq'),
             ('sequence − grid, flow', 'titok_flow', 'own_flow'), ('V²Flow − sequence, flow', 'v2flow', 'titok_flow'),
             ('flow of the image − masked flow', 'dito', 'own_flow'), ('the same at noise 1', 'dito@1', 'own_flow@1'),
-            ('V²Flow − DiTo', 'v2flow', 'dito')]
+            ('V²Flow − DiTo', 'v2flow', 'dito'), ('an order: FlexTok − sequence, flow', 'flextok', 'titok_flow'),
+            ('FlexTok, the first of 256 − as many of their own', 'flextok[:]', 'flextok'), ('the same at noise 1', 'flextok[:]@1', 'flextok@1')]
 
 def difference(chosen, tokens, a, b, measure):
     "(mean, half its 95 % interval, seeds) of paired differences over images and the seeds that both have; None: no such pair"
-    sides = [chosen.get((tokens, v.split('@')[0]), {}) for v in (a, b)]
+    sides = [chosen.get((max(rates) if '[' in v else tokens, v.replace('[', '@').split('@')[0]), {}) for v in (a, b)]
+    a, b = (v.replace('[:]', f'[:{tokens}]') for v in (a, b))
     seeds = sorted(set(sides[0]) & set(sides[1]))
-    if not seeds: return None
+    if not seeds or any(v not in sides[i][seeds[0]]['images'] for i,v in enumerate((a, b))): return None
     x, y = (np.stack([unpack(rows[s]['images'][v][measure]) for s in seeds]) for v,rows in zip((a, b), sides))
     return *paired_interval(x - y), len(seeds)
 
@@ -467,14 +483,14 @@ def plot(found, out):
     if not sets: raise SystemExit('no runs to plot yet')
     fig, axes = plt.subplots(len(sets), len(panels), figsize=(3.1*len(panels), 2.5*len(sets)), dpi=80, squeeze=False,
                              layout='constrained')
-    variants_of = [(s, variant_name(s, t)) for s in sorted(names, key=lambda s: s not in systems) for t in variants(s)]
+    lines = [v for s in sorted(names, key=lambda s: s not in systems) if s != 'autoencoder' for v in ([s, f'{s}@1'] if has_flow(s) else [s])]
     for row, (data, chosen) in zip(axes, sets):
         for ax, k in zip(row, panels):
-            for i, (system, variant) in enumerate(variants_of):
-                points = [(rows[0]['bits_spent'], np.mean([r['scores'][variant][k] for r in rows])*scales.get(k, 1))
-                          for rows in (list(chosen.get((n, system), {}).values()) for n in rates) if rows and system != 'autoencoder']
-                if points: ax.plot(*zip(*points), 'o--' if 'own' in variant or variant == 'plain_vq' else 'o-', ms=3, lw=1,
-                                   color=plt.cm.tab20(i % 10*2 + i//10), label=label(system, variant))
+            for i, line in enumerate([*lines, 'flextok[:]']):
+                points = [(r['scores'][v]['bits_spent'], np.mean([r['scores'][v][k] for r in rows.values()])*scales.get(k, 1))
+                          for n in rates for system,v,rows in lines_of(chosen, n) if re.sub(r':\d+', ':', v) == line for r in [rows[min(rows)]]]
+                if points: ax.plot(*zip(*points), 'o--' if 'own' in line or line == 'plain_vq' else 'o-', ms=3, lw=1,
+                                   color=plt.cm.tab20(i % 10*2 + i//10), label=label(line.replace('[', '@').split('@')[0], line.replace('[:]', '[:k]')))
             if (0, 'autoencoder') in chosen and k != 'latent_mse':
                 top = chosen[0, 'autoencoder'][0]['scores']['autoencoder'][k]*scales.get(k, 1)
                 if top < 60: ax.axhline(top, color='gray', lw=.7, ls=':')            # pixels have no ceiling
@@ -490,9 +506,8 @@ def sheet(task, s, tokens, found, out, path, n=12, side=64):
     images, captions = to_pil(real.images[pick]), ['the image'] + ['']*(len(pick) - 1)
     for system, variant, rows in lines_of(chosen, tokens):
         row = rows[min(rows)]
-        tok = open_system(task, s, tokens, system, row['seed'], row['lr'], out)
-        noise = dict(zip((variant_name(system, t) for t in variants(system)), variants(system)))[variant]
-        images += to_pil(to_images(task, restored(system, tok, task, real.latents[pick], noise)))
+        tok, how = open_system(task, s, row['tokens'], system, row['seed'], row['lr'], out), variants(system, row['tokens'])[variant]
+        images += to_pil(to_images(task, restored(system, tok, task, real.latents[pick], *how)))
         captions += [label(system, variant).replace('²', '2')] + ['']*(len(pick) - 1)
     image_grid(images, captions, len(pick), side).save(path)
 

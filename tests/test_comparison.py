@@ -33,6 +33,7 @@ def test_cells_of_a_seed_begin_alike_but_for_the_readout(task):
     assert differ('projected') == differ('simvq') == readout | maps
     assert {n for n in differ('dito') if not n.startswith('aux_decoder')} == readout
     assert {n.split('.')[-2] for n in differ('titok') if n.startswith(('tok.masked', 'tok.velocity'))} == {'masked', 'split'}   # code_positions
+    assert {n for n in differ('flextok') if not n.startswith('aux_decoder')} <= differ('titok_flow')
     assert not torch.equal(first['tok.masked.mask_token'], parameters(task, 'v2flow', 1)['tok.masked.mask_token'])
 
 @pytest.mark.parametrize('data', ['emoji', 'shapes'])
@@ -46,7 +47,7 @@ def test_the_real_cells_have_equal_flops_and_equal_decoders(data, request):
         assert cmp.steps_of(task, s, tokens, 'v2flow') == s.steps < cmp.steps_of(task, s, tokens, 'vocabulary_regression') < 2*s.steps
         sizes = {system: cmp.parameters_of(cmp.lesson_of(task, s, tokens, system, 0).tok, not cmp.has_flow(system))['decoder']
                  for system in of}
-        grids = [n for system,n in sizes.items() if 'titok' not in system]
+        grids = [n for system,n in sizes.items() if 'tok' not in system]
         assert max(grids) < 1.01*min(grids) and 0.8*max(grids) < min(sizes.values()) and max(sizes.values()) < 1.05*max(grids)
 
 def test_a_miniature_goes_all_the_way(task, tmp_path, monkeypatch, capsys):
@@ -64,7 +65,7 @@ def test_a_miniature_goes_all_the_way(task, tmp_path, monkeypatch, capsys):
         for name, each in r['images'].items():
             assert set(each) == set(cmp.measures) and all(len(cmp.unpack(x)) == 6 for x in each.values())
             assert r['scores'][name]['psnr_db'] == pytest.approx(cmp.unpack(each['psnr_db']).mean(), rel=1e-2)
-        if r['system'] in cmp.cells: assert r['train_flops'] > 0 and r['steps'] >= 12 and 0 < r['usage'] <= 1 and r['bits_spent'] <= 64*5
+        if r['system'] in cmp.cells: assert r['train_flops'] > 0 and r['steps'] >= 12 and 0 < r['scores'][r['system']]['usage'] <= 1 and r['scores'][r['system']]['bits_spent'] <= 64*5
     top, = (r for r in rows if r['system'] == 'autoencoder')
     assert top['scores']['autoencoder']['latent_mse'] == 0 and abs(top['scores']['autoencoder']['kernel']) < 1e-6
     assert {n for r in rows for n in r['scores']} == {*cmp.systems, 'own_flow@1', 'v2flow@1'}
@@ -82,9 +83,15 @@ def test_the_other_systems_go_the_same_way_where_they_are_named(task, tmp_path, 
     results, out, s = tmp_path/'found.json', tmp_path/'out', replace(tiny, lrs=(1e-3,))
     cmp.run_all(task, s, [64], args.systems, [0], results, out)
     rows = {r['system']: r for r in json.loads(results.read_text())}
-    assert list(rows) == ['plain_vq', 'projected', 'simvq', 'titok', 'titok_flow', 'dito']
-    assert {n for r in rows.values() for n in r['scores']} == {*rows, 'titok_flow@1', 'dito@1'}
-    for r in rows.values(): assert r['train_flops'] > 0 and 0 < r['usage'] <= 1 and r['bits_spent'] <= 64*5
+    assert list(rows) == ['plain_vq', 'projected', 'simvq', 'titok', 'titok_flow', 'flextok', 'dito']
+    assert {n for r in rows.values() for n in r['scores']} == {*rows, 'titok_flow@1', 'flextok@1', 'dito@1'}
+    for name, r in rows.items():
+        of = r['scores'][name]
+        assert r['train_flops'] > 0 and 0 < of['usage'] <= 1 and of['bits_spent'] <= 64*5
+    tok, z = cmp.open_system(task, s, 64, 'flextok', 0, 1e-3, out), task.real['test'].latents
+    whole, prefix = cmp.restored('flextok', tok, task, z, 0., 64), cmp.restored('flextok', tok, task, z, 0., 16)
+    assert torch.equal(whole, cmp.restored('flextok', tok, task, z, 0.)) and whole.shape == prefix.shape and not torch.equal(whole, prefix)
+    assert list(cmp.variants('flextok', 256)) == ['flextok', 'flextok@1', 'flextok[:64]', 'flextok[:64]@1', 'flextok[:16]', 'flextok[:16]@1']
     cmp.main(['table', '--results', str(results)])
     said = capsys.readouterr().out
     for line in ('| 64 | sequence, flow, noise 1 | 1 |', '| 64 | codes: projected tokens − own | 1 |', '| 64 | sequence − grid, regression | 1 |'):
@@ -147,3 +154,17 @@ def test_the_kernel_distance_is_unbiased_and_grows_with_a_shift():
     same, near, far = of(0.), of(0.3), of(0.6)
     assert abs(same.mean()) < 3*same.std()/300**0.5 and same.min() < 0 < same.max()
     assert 5*abs(same.mean()) < near.mean() < far.mean()/2
+
+def test_first_ids_of_many_stand_beside_as_many_of_their_own():
+    "16 and 64 of FlexTok's 256 are lines at their own rate, and paired with a FlexTok of that rate"
+    shorter, longer = row('flextok', 0, tokens=64, values=(1., 3.)), row('flextok', 0, tokens=256, values=(5., 5.))
+    for name,v in {'flextok[:64]': (2., 5.), 'flextok[:16]': (0., 0.)}.items():
+        longer['scores'][name] = dict(longer['scores']['flextok'], psnr_db=float(np.mean(v)))
+        longer['images'][name] = dict.fromkeys(cmp.measures, cmp.pack(np.array(v)))
+    (_, chosen), = cmp.groups([shorter, longer])
+    at = {n: [v for _,v,_ in cmp.lines_of(chosen, n) if '@' not in v] for n in cmp.rates}
+    assert at == {256: ['flextok'], 64: ['flextok', 'flextok[:64]'], 16: ['flextok[:16]']}
+    assert cmp.difference(chosen, 64, 'flextok[:]', 'flextok', 'psnr_db')[0] == 1.5
+    assert cmp.difference(chosen, 16, 'flextok[:]', 'flextok', 'psnr_db') is None
+    assert cmp.difference(chosen, 256, 'flextok[:]', 'flextok', 'psnr_db') is None
+    assert cmp.label('flextok', 'flextok[:16]@1') == 'sequence of prefixes, flow (FlexTok), the first 16 of 256, noise 1'

@@ -190,7 +190,7 @@ def test_the_judges_of_the_comparison_can_call_it():
     tok = FlexTok(V2FlowConfig(image_size=(32, 32), pool=4, vocab_dim=12))
     assert tok.config.grid == (1, 16) and tok.config.latent_grid == (16, 16)
     tok = new()
-    z = comparison.restored('flextok_flow', tok, None, latents, 0.25)
+    z = comparison.restored('flextok', tok, None, latents, 0.25)
     torch.testing.assert_close(z, tok.decode_latents(tok.encode(latents=latents), temperature=0.25, generator=seed()))
 
 def test_a_step_is_counted_without_being_computed():

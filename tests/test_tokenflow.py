@@ -131,6 +131,17 @@ def test_gradients_go_straight_through_and_each_loss_pulls_one_side():
     torch.testing.assert_close(found.commitment_loss, torch.stack(losses).mean())
     torch.testing.assert_close(found.codebook_loss, found.commitment_loss)
 
+def test_nothing_pulls_on_a_mean_that_is_subtracted():
+    "Straight-through would push the maps on for ever; the gradient is that of before, less its mean, with codes and before there are any"
+    weigh = torch.randn(16, S + P, 4, 4, generator=gen(3)) + 2.
+    for vq in (fitted(some_maps(), scale_dropout=0.), MultiScaleQuantizer(K, S, P, (1, 2, 4)).train()):
+        x = some_maps().requires_grad_()
+        found = vq(x)
+        grad, = torch.autograd.grad((found.map*weigh).sum() + found.commitment_loss, x, retain_graph=True)
+        torch.testing.assert_close(grad.mean((0, 2, 3)), torch.zeros(S + P), atol=1e-6, rtol=0)
+        through, = torch.autograd.grad((found.map*weigh).sum(), x)
+        torch.testing.assert_close(through, weigh - weigh.mean((0, 2, 3), keepdim=True))
+
 @pytest.mark.parametrize('norm', [.1, 1., 10.])
 def test_what_is_left_shrinks_with_every_scale_whatever_the_norm_of_the_map(norm):
     maps = some_maps(norm=norm)

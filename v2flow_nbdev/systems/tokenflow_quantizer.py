@@ -235,6 +235,13 @@ class _Decoding(_Updates):
         return self.partial_sums(ids)[-1]
 
 # %% ../../nbs/systems/60_tokenflow_quantizer.ipynb #9decfa13
+def without_pull_on_mean(
+    h:torch.Tensor,  # (B, C, H, W)
+)->torch.Tensor:     # the same
+    "A map whose gradient has no part in a channel's mean"
+    mean = h.mean((0, 2, 3), keepdim=True)
+    return h - (mean - mean.detach())
+
 class MultiScaleQuantizer(_Decoding):
     """Two codebooks behind one index, residual over scales (TokenFlow, arXiv 2412.03069). Until `init_codebook` has
     run, maps pass through unquantized. `sides=(H,)` is the single-scale form"""
@@ -269,7 +276,7 @@ class MultiScaleQuantizer(_Decoding):
                              f"{self.sides[-1]})")
         with full_float32(h.device):
             raw, zero = at_least_float32(h), h.new_zeros((), dtype=torch.float32)
-            h, found = self.centred(raw), []
+            h, found = without_pull_on_mean(self.centred(raw)) if self.adapt else raw, []
             if self.ready: found = list(self.pyramid(h, self.scale_to_drop() if self.training else None))
             if self.training and not self.learned:
                 self.collected.append((raw.detach(), [(k, x, ids, None) for k,x,ids,_ in found]))

@@ -1,7 +1,7 @@
 """What makes a pretrained language model learn to draw sooner? Short trainings of SmolLM2 on digits, each with one setting of
 configs/smollm2-llm-64.yaml changed, and all else equal: the same steps, sequences and order.
 
-    python -m benchmarks.choices run --tokenizer runs/smollm2-digits-tokenizer/model            # all of them, four minutes of a core each
+    python -m benchmarks.choices run --tokenizer runs/smollm2-digits-tokenizer/model            # all of them, ten minutes of a core each
     python -m benchmarks.choices run --tokenizer … --only base 'no coarse token' --seeds 0 1 2
     python -m benchmarks.choices table
     python -m benchmarks.choices plot

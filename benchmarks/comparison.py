@@ -405,10 +405,14 @@ def lines_of(chosen, tokens):
             for variant, (_, kept) in variants(system, n).items():
                 if kept in (tokens, 0) and (rows := chosen.get((n, system))): yield system, variant, rows
 
-def label(system, variant):
+def parts(variant):
+    "flextok[:64]@1 → system, how many of the ids, noise; None for what is not said"
+    return re.fullmatch(r'(\w+)(?:\[:(\w*)\])?(?:@(\w+))?', variant).groups()
+
+def label(variant):
     "What a table calls it"
-    kept = f", the first {variant.split('[:')[1].split(']')[0]} of {max(rates)}" if '[' in variant else ''
-    return names[system] + kept + (f", noise {variant.split('@')[1]}" if '@' in variant else '')
+    system, kept, noise = parts(variant)
+    return names[system] + (f', the first {kept} of {max(rates)}' if kept else '') + (f', noise {noise}' if noise else '')
 
 def shown(k, v, sign=''): return f"{v*scales.get(k, 1):{sign}.{dict(psnr_db=2, ssim=3, accuracy=1, kernel=2).get(k, 4)}f}"
 
@@ -422,7 +426,7 @@ def table(found):
         for tokens in rates:
             for system, variant, rows in lines_of(chosen, tokens):
                 def mean(get): return np.mean([get(r) for r in rows.values()])
-                line = [f'{tokens}', label(system, variant), f'{len(rows)}',
+                line = [f'{tokens}', label(variant), f'{len(rows)}',
                         *(shown(k, mean(lambda r: r['scores'][variant][k])) for k in measures)]
                 if system == 'autoencoder': line += ['']*7
                 else:
@@ -453,7 +457,8 @@ compared = [('V²Flow − plain VQ', 'v2flow', 'plain_vq'), ('V²Flow − k-mean
 
 def difference(chosen, tokens, a, b, measure):
     "(mean, half its 95 % interval, seeds) of paired differences over images and the seeds that both have; None: no such pair"
-    sides = [chosen.get((max(rates) if '[' in v else tokens, v.replace('[', '@').split('@')[0]), {}) for v in (a, b)]
+    of = [(system, tokens if kept is None else max(rates)) for system, kept, _ in map(parts, (a, b))]
+    sides = [chosen.get((n, system), {}) for system, n in of]
     a, b = (v.replace('[:]', f'[:{tokens}]') for v in (a, b))
     seeds = sorted(set(sides[0]) & set(sides[1]))
     if not seeds or any(v not in sides[i][seeds[0]]['images'] for i,v in enumerate((a, b))): return None
@@ -490,7 +495,7 @@ def plot(found, out):
                 points = [(r['scores'][v]['bits_spent'], np.mean([r['scores'][v][k] for r in rows.values()])*scales.get(k, 1))
                           for n in rates for system,v,rows in lines_of(chosen, n) if re.sub(r':\d+', ':', v) == line for r in [rows[min(rows)]]]
                 if points: ax.plot(*zip(*points), 'o--' if 'own' in line or line == 'plain_vq' else 'o-', ms=3, lw=1,
-                                   color=plt.cm.tab20(i % 10*2 + i//10), label=label(line.replace('[', '@').split('@')[0], line.replace('[:]', '[:k]')))
+                                   color=plt.cm.tab20(i % 10*2 + i//10), label=label(line.replace('[:]', '[:k]')))
             if (0, 'autoencoder') in chosen and k != 'latent_mse':
                 top = chosen[0, 'autoencoder'][0]['scores']['autoencoder'][k]*scales.get(k, 1)
                 if top < 60: ax.axhline(top, color='gray', lw=.7, ls=':')            # pixels have no ceiling
@@ -508,7 +513,7 @@ def sheet(task, s, tokens, found, out, path, n=12, side=64):
         row = rows[min(rows)]
         tok, how = open_system(task, s, row['tokens'], system, row['seed'], row['lr'], out), variants(system, row['tokens'])[variant]
         images += to_pil(to_images(task, restored(system, tok, task, real.latents[pick], *how)))
-        captions += [label(system, variant).replace('²', '2')] + ['']*(len(pick) - 1)
+        captions += [label(variant).replace('²', '2')] + ['']*(len(pick) - 1)
     image_grid(images, captions, len(pick), side).save(path)
 
 def plan(task, s, tokens):

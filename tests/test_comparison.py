@@ -167,4 +167,4 @@ def test_first_ids_of_many_stand_beside_as_many_of_their_own():
     assert cmp.difference(chosen, 64, 'flextok[:]', 'flextok', 'psnr_db')[0] == 1.5
     assert cmp.difference(chosen, 16, 'flextok[:]', 'flextok', 'psnr_db') is None
     assert cmp.difference(chosen, 256, 'flextok[:]', 'flextok', 'psnr_db') is None
-    assert cmp.label('flextok', 'flextok[:16]@1') == 'sequence of prefixes, flow (FlexTok), the first 16 of 256, noise 1'
+    assert cmp.label('flextok[:16]@1') == 'sequence of prefixes, flow (FlexTok), the first 16 of 256, noise 1'

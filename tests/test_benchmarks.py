@@ -3,7 +3,7 @@
 import json
 import pytest, torch
 import v2flow_nbdev.models.flow as flow
-from benchmarks import bench, generation, plain, plain_generation, training
+from benchmarks import bench, generation, plain, plain_generation, probes, training
 from conftest import shipped
 from v2flow_nbdev.language.generation import generate_captions, generate_image_ids
 from v2flow_nbdev.language.pipeline import V2FlowPipeline
@@ -109,3 +109,16 @@ def test_generation_compares_equals():
         for file, sha in r.get('baseline', {}).items():
             if file.startswith('plain'): assert sha == generation.baseline().get(file, training.baseline().get(file))
     assert sum('baseline' in r for r in rows) == 15
+
+def test_a_probe_finds_what_is_there_and_no_more():
+    g = seed()
+    labels, asked = torch.randint(4, (300,), generator=g), torch.randint(4, (200,), generator=g)
+    centres = torch.randn(4, 30, generator=g)
+    def made(y): return centres[y] + 0.3*torch.randn(len(y), 30, generator=g)
+    x, z = made(labels), made(asked)
+    assert probes.probe(x, z, labels, asked).float().mean() > 0.98
+    assert probes.probe(x, z[torch.randperm(200, generator=g)], labels, asked).float().mean() < 0.4     # features of others: chance
+    assert not probes.probe(x, z, labels, torch.full_like(asked, -1)).any()                             # a class that training has not
+    assert_close(*(probes.kernels(s*x + 3, s*z + 3)[1] for s in (1, 7)))                                # units do not count
+    assert probes.numbered(['b', 'z', 'a'], ['a', 'b', 'b']).tolist() == [1, -1, 0]
+    assert probes.counts(torch.tensor([[0, 2, 2]]), 4).tolist() == [[1, 0, 2, 0]]

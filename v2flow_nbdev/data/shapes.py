@@ -270,6 +270,19 @@ def random_scene(
         scene = Scene(things, _ground([c for _,c,_ in kinds], rng))
         if bool(held_out(facts(scene, every=split != 'compositions'))) == (split == 'compositions'): return scene
 
+# %% ../../nbs/data/35_shapes.ipynb #687fef02
+most_things, plan_cells = 3, 8   # of a scene; of the plan's grid, along each side
+
+def scene_plan(
+    scene:Scene,
+)->dict:  # shape1, colour1, size1, row1, column1, shape2, …: words, and cells from 0; '' where there is no such thing
+    "A scene as fields, its things from the top to the bottom"
+    def cell(at): return str(min(int(at*plan_cells), plan_cells - 1))
+    things = sorted(scene.things, key=lambda t: (t.y, t.x))
+    rows = [dict(shape=t.shape, colour=t.colour, size=t.size, row=cell(t.y), column=cell(t.x)) for t in things]
+    rows += [dict.fromkeys(('shape', 'colour', 'size', 'row', 'column'), '')]*(most_things - len(rows))
+    return {f'{k}{i}': v for i,row in enumerate(rows, 1) for k,v in row.items()}
+
 # %% ../../nbs/data/35_shapes.ipynb #7215adf7
 shape_splits = ('train', 'test', 'compositions')
 
@@ -302,6 +315,13 @@ class shapes:
 
     def __getitem__(self, i):   # an int, or a slice for a list
         if isinstance(i, slice): return [self[j] for j in range(*i.indices(self.n))]
+        r = self.described(i)
+        return dict(image=draw_scene(r['scene'], self.size), **r)
+
+    def described(self,
+        i:int,  # number of the example
+    )->dict:    # captions, scene, and the fields of its plan
+        "All of an example but its image, which takes the longest"
         if not -self.n <= i < self.n: raise IndexError(f"example {i} of {self.n}")
         scene = self.scene(int(i) % self.n)
-        return dict(image=draw_scene(scene, self.size), captions=scene_captions(scene), scene=scene)
+        return dict(captions=scene_captions(scene), scene=scene, **scene_plan(scene))

@@ -121,6 +121,10 @@ def captions_of(examples)->list[list[str]]:
     "The captions of every example; images are not read where that can be avoided"
     return examples.captions if hasattr(examples, 'captions') else [r['captions'] for r in examples]
 
+def without_image(examples, i)->dict:
+    "An example, its image left out where the data set knows a way (`described`): some images take long"
+    return examples.described(i) if hasattr(examples, 'described') else examples[i]
+
 class Subset:
     "Some examples of a data set, still read when they are asked for"
     def __init__(self,
@@ -135,6 +139,8 @@ class Subset:
     def __len__(self): return len(self.indices)
 
     def __getitem__(self, i): return self.examples[self.indices[i]]
+
+    def described(self, i): return without_image(self.examples, self.indices[i])
 
     @property
     def captions(self): every = captions_of(self.examples); return [every[i] for i in self.indices]
@@ -161,6 +167,9 @@ class FewCaptions:
         return captions if len(captions) <= self.n else Random(self.seed*1_000_003 + i).sample(captions, self.n)
 
     def __getitem__(self, i): return {**(example := self.examples[i]), 'captions': self.few(example['captions'], i)}
+
+    def described(self, i):
+        return {**(r := without_image(self.examples, i)), 'captions': self.few(r['captions'], i)}
 
     @property
     def captions(self): return [self.few(c, i) for i,c in enumerate(captions_of(self.examples))]

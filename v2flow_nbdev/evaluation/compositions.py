@@ -6,12 +6,14 @@
 __all__ = ['shape_scores']
 
 # %% ../../nbs/evaluation/53_compositions.ipynb #21cb7659
+import hashlib, inspect
 from typing import Callable
 import numpy as np, torch
 from ..base.images import image_grid, to_pil, to_tensor
 from ..models.quantizer import codebook_perplexity, codebook_usage
 from ..language.pipeline import V2FlowPipeline
-from ..data.shapes import facts, read_caption, Scene, shape_splits, shapes
+from ..data.shapes import (
+    coverage, draw_scene, facts, ground_of, held_out, random_scene, read_caption, Scene, scene_captions, shape_splits, shapes)
 from ..data.judge import judge
 from .metrics import fidelity
 
@@ -27,18 +29,27 @@ def shape_prompts(
 
 _answers = ('number', 'colour', 'shape', 'size', 'relation')
 
-def judged(
+def answered(
     images:list,  # PIL images
     asked:list,   # for each a scene or facts, see `judge`
+)->list:          # for each the judge's answers, a dict
+    "The judge asked about each image"
+    if len(images) != len(asked):
+        raise ValueError(f"{len(images)} images for {len(asked)} questions: need one for each")
+    return [judge(image, wanted) for image,wanted in zip(images, asked)]
+
+def fractions_right(
+    answers:list,  # of the judge, see `answered`
 # fractions: number_accuracy, colour_accuracy, …; accuracy, the mean of the five; all_accuracy, all five at once
 )->dict:
     "How often each answer of the judge is yes"
-    if len(images) != len(asked):
-        raise ValueError(f"{len(images)} images for {len(asked)} questions: need one for each")
-    answers = [judge(image, wanted) for image,wanted in zip(images, asked)]
     found = {k: float(np.mean([a[k] for a in answers])) for k in (*_answers, 'all')}
     mean = float(np.mean([found[k] for k in _answers]))
     return {f'{k}_accuracy': found[k] for k in _answers} | dict(accuracy=mean, all_accuracy=found['all'])
+
+def judged(images, asked)->dict:
+    "How often each answer of the judge is yes, see `answered` and `fractions_right`"
+    return fractions_right(answered(images, asked))
 
 # %% ../../nbs/evaluation/53_compositions.ipynb #48a3d4b8
 def _parts(examples, batch_size):
@@ -75,16 +86,30 @@ def _generated(pipe, captions, seed, batch_size):
     generator = torch.Generator().manual_seed(seed)
     return [image for part in _parts(captions, batch_size) for image in pipe(part, generator=generator).images]
 
+def by_number(
+    answers:list,  # of the judge, see `answered`
+    asked:list,    # what was asked, `Facts`
+)->dict:           # one_thing_accuracy and one_thing_n, two_things_accuracy, …: for each number of things that was asked for
+    "How often all five answers are yes, by the number of things"
+    found = {}
+    for number, name in enumerate(('one_thing', 'two_things', 'three_things'), 1):
+        of = [a['all'] for a,what in zip(answers, asked, strict=True) if len(what.things) == number]
+        if of: found |= {f'{name}_accuracy': float(np.mean(of)), f'{name}_n': len(of)}
+    return found
+
 def shape_generation_scores(
     pipe,              # a `V2FlowPipeline`, or any function of captions and generator with `.images` in what it returns
     split:str='test',  # of `shapes`: whose captions
     n:int=500,         # captions, an image for each
     seed:int=0,        # of the captions and of the images
     batch_size:int=64, # images at once
-)->dict:               # see `judged`
+    numbers:bool=False, # `by_number` too
+)->dict:               # see `fractions_right`
     "Text → image: does the image show what the caption says? (ours)"
     captions = shape_prompts(shapes(split, n, seed=seed))
-    return judged(_generated(pipe, captions, seed, batch_size), [read_caption(c) for c in captions])
+    asked = [read_caption(c) for c in captions]
+    answers = answered(_generated(pipe, captions, seed, batch_size), asked)
+    return fractions_right(answers) | (by_number(answers, asked) if numbers else {})
 
 # %% ../../nbs/evaluation/53_compositions.ipynb #3a13b7e0
 def caption_is_right(
@@ -113,6 +138,12 @@ def shape_captioning_scores(
 # %% ../../nbs/evaluation/53_compositions.ipynb #fc350199
 _kinds = dict(train='test', held_out='compositions')
 
+def exam_checksum()->str:
+    "Of all code that draws scenes, words captions and judges images: equal checksums, equal exams"
+    rules = [coverage, ground_of, draw_scene, facts, scene_captions, read_caption, held_out, random_scene, shape_prompts]
+    source = [inspect.getsource(f) for f in rules] + [inspect.getsource(inspect.getmodule(judge))]
+    return hashlib.sha256('\n'.join(source).encode()).hexdigest()[:16]
+
 # %% ../../nbs/evaluation/53_compositions.ipynb #afb6e88c
 def shape_scores(
     pipe:V2FlowPipeline,   # a `V2FlowPipeline` for RGB images of shapes
@@ -128,11 +159,11 @@ def shape_scores(
     scores = shape_reconstruction_scores(pipe.image_tokenizer, n, seed, batch_size)
     for kind, split in _kinds.items():
         say(f'generating {n} images, captions of {kind} compositions')
-        found = shape_generation_scores(pipe, split, n, seed, batch_size)
+        found = shape_generation_scores(pipe, split, n, seed, batch_size, numbers=True)
         say(f'captioning {n} images of {kind} compositions')
         found |= shape_captioning_scores(pipe, split, n, seed, size, batch_size)
         scores |= {f'{kind}_{k}': v for k,v in found.items()} | {f'{kind}_n': n}
-    return scores
+    return scores | dict(exam_checksum=exam_checksum())
 
 # %% ../../nbs/evaluation/53_compositions.ipynb #8504cea4
 def _target_rows(kind, what, target):
@@ -141,7 +172,8 @@ def _target_rows(kind, what, target):
         colour_accuracy=('all colours right', target), shape_accuracy=('all shapes right', target),
         size_accuracy=('all sizes right', target),
         relation_accuracy=('all relations right', target), accuracy=('mean of the five', target),
-        all_accuracy=('all five right', ''),
+        all_accuracy=('all five right', ''), one_thing_accuracy=('all five right, of captions of one thing', ''),
+        two_things_accuracy=('of two', ''), three_things_accuracy=('of three', ''),
         caption_accuracy=(f'captions of images, {what}: no thing left out, and all that is said is true',
                           'reported')).items()}
 

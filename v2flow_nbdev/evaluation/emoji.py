@@ -170,6 +170,17 @@ def generate_split(
     captions = [c for _,c in asked]
     return generate_emoji(pipe, captions, seed, say=say), captions, [mine[i] for i,_ in asked]
 
+def from_own_ids(
+    pipe,               # a `V2FlowPipeline`
+    images:list,        # B PIL images
+    seed:int=0,         # of the decoder's noise
+    batch_size:int=64,  # images at once
+)->torch.Tensor:        # (B, 3, H, W) in [-1, 1]
+    "What a language model would draw that chose the ids of the very image that is meant"
+    g = torch.Generator().manual_seed(seed)
+    return to_tensor([x for i in range(0, len(images), batch_size)
+                      for x in pipe.reconstruct(images[i:i + batch_size], generator=g)], 3)
+
 def emoji_generation_scores(
     pipe,                         # a `V2FlowPipeline` for 64×64 emoji
     n:int=32,                     # captions of each kind
@@ -206,8 +217,11 @@ def emoji_scores(
         say(f'generating {m:,} images, {split}')
         images, _, numbers = generate_split(pipe, split, m, seed, say)
         made.append(images)
-        scores |= {f'{kind}_{k}_accuracy': v.float().mean().item() for k,v in retrieval_scores(images, numbers,
-            examples, real, judge, seed).items()} | {f'{kind}_n': m}
+        meant = from_own_ids(pipe, [examples[i]['image'] for i in numbers], seed)
+        for what, x in {kind: images, f'{kind}_own_ids': meant}.items():
+            scores |= {f'{what}_{k}_accuracy': v.float().mean().item() for k,v in retrieval_scores(x, numbers, examples,
+                real, judge, seed).items()}
+        scores[f'{kind}_n'] = m
     scores |= frechet_of_splits(judge.features(torch.cat(made)), judge.features(real), seed)
     say('captioning images')
     scores |= emoji_captioning_scores(pipe, compositions, examples) | dict(caption_n=len(compositions))
@@ -233,9 +247,13 @@ emoji_targets = dict(
                            'blurred pixels',
                           'at least 95 %'),
     train_features_accuracy=('the same in the features of a classifier', 'at least 95 %'),
+    train_own_ids_pixels_accuracy=('the real images of these captions, from their own ids: in blurred pixels', 'reported'),
+    train_own_ids_features_accuracy=('the same in the features of a classifier', 'reported'),
     held_out_pixels_accuracy=('held-out compositions: the same in blurred pixels (chance: about 1 in 82)',
                               'at least 80 %'),
     held_out_features_accuracy=('the same in the features of a classifier', 'at least 80 %'),
+    held_out_own_ids_pixels_accuracy=('the real images of these captions, from their own ids: in blurred pixels', 'reported'),
+    held_out_own_ids_features_accuracy=('the same in the features of a classifier', 'reported'),
     frechet_generated=('Fréchet distance of generated to real images in these features, equal numbers, 10 splits', ''),
     frechet_real=('floor: of real to other real images, as many', ''),
     frechet_ratio=('the one over the other', 'at most 3'),

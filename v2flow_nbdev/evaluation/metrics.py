@@ -237,13 +237,13 @@ def score_table(
         return (f'{v:.1f} dB' if 'db' in k else f'{100*v:.1f} %' if 'accuracy' in k or k in ('memorised',
                 'codebook_usage', 'ids_kept') else f'{v:.3f}' if k.startswith('ssim') else f'{v:.2f}')
     def show(k, v):
-        n = next((n for start,n in counts.items() if k.startswith(start) and 'accuracy' in k), None)
+        n = counts.get(max((start for start in counts if k.startswith(start) and 'accuracy' in k), key=len, default=None))
         noise = f' ± {100*(v*(1 - v)/n)**.5:.1f}' if n and 0 < v < 1 else ''
         if n: return f'{100*v:.1f}{noise} % of {n:,}'
         return f"{v:.3f} ± {scores[f'{k}_std']:.3f}" if f'{k}_std' in scores else plain(k, v)
     def line(k, v):
         what, target = targets.get(k, ('', ''))
         return f"| {what} (`{k}`) | {target} | {show(k, v)} |" if what else f'| `{k}` | | {show(k, v)} |'
-    shown = {k: v for k,v in scores.items() if not k.endswith('_n')
+    shown = {k: v for k,v in scores.items() if not k.endswith(('_n', '_checksum'))
              and (k.removesuffix('_std') == k or k.removesuffix('_std') not in scores)}
     return '\n'.join(['| what | target | measured |', '|---|---|---|', *(line(k, v) for k,v in shown.items())])

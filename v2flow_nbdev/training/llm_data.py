@@ -18,7 +18,7 @@ from ..language.visual_tokens import starts
 from ..language.sequences import inverse_sqrt_frequency
 from ..language.adapters import name_by_knowledge, ways, whole_words, word_examples, word_scores
 from ..data.batches import unusable_example
-from ..data.sources import Subset
+from ..data.sources import Subset, without_image
 from ..data.cache import EncodedImages, encode_dataset
 from .failures import running, say
 from .config import TrainConfig, check_range
@@ -149,20 +149,23 @@ def encode_images(
     return done
 
 # %% ../../nbs/training/47_llm_data.ipynb #cc9162d9
-def field_values(examples, field, setting):
-    "The value of a field in each example, None where that cannot be read: another example will replace it"
+def field_values(examples, fields, setting):
+    "For each field its value in each example, None where that cannot be read: another example will replace it"
     first = next(iter(usable_sample(examples, 1)), {})
-    if field not in first:
+    for field in fields:
+        if field in first: continue
         others = ', '.join(k for k in first if k not in ('image', 'captions')) or 'none but image and captions'
         raise ValueError(f"llm.{setting}={field!r}: examples of this data have no such field; there are {others}")
     def of(i):
-        try: return str(examples[i][field])
-        except unusable_example: return None
-    return [of(i) for i in range(len(examples))]
+        try: r = without_image(examples, i)
+        except unusable_example: return [None]*len(fields)
+        return [str(r[field]) for field in fields]
+    rows = [of(i) for i in range(len(examples))] if fields else []
+    return [[row[k] for row in rows] for k in range(len(fields))]
 
 def image_weights(examples, field):
     "How often each image is to be generated: more often, the fewer examples have its value of a field"
-    return inverse_sqrt_frequency(field_values(examples, field, 'rare'))
+    return inverse_sqrt_frequency(*field_values(examples, [field], 'rare'))
 
 def check_fields(source, tuning):
     "`ValueError` where the data can have no fields"

@@ -142,7 +142,7 @@ def train_llm(
     check_run(out, resume or training.resume)
     check_fields(source, tuning)
     loaded = load_data(source) if tuning.coarse else None
-    values = without_gaps([field_values(loaded[0], f, 'coarse') for f in tuning.coarse.split()])
+    values = without_gaps(field_values(loaded[0], tuning.coarse.split(), 'coarse') if loaded else [])
     with running(): adapter = adapter_of(tuning)
     tok, llm, tokenizer, visual, settings = load_models(recipe, [known_values(v) for v in values], adapter)
     def pipe(model): return V2FlowPipeline(tok.to(model.device), model, tokenizer, recipe.generation)

@@ -223,8 +223,8 @@ def time_and_memory(
 
 # %% ../../nbs/evaluation/50_metrics.ipynb #21b20828
 def score_table(
-    # name → number; `a_n` is the number of examples behind all fractions whose names begin with `a_`, and `b_std` the
-    # standard deviation of `b`: neither has a line of its own
+    # name → number; `a_n` is the number of examples behind all fractions whose names begin with `a_`, the longest such
+    # `a_` counts, and `b_std` the standard deviation of `b`: neither has a line of its own, nor has a `…_checksum`
     scores:dict,
     # name → what it says, what it should be; a score without a target is shown under its own name
     targets:dict|None=None,
@@ -237,7 +237,8 @@ def score_table(
         return (f'{v:.1f} dB' if 'db' in k else f'{100*v:.1f} %' if 'accuracy' in k or k in ('memorised',
                 'codebook_usage', 'ids_kept') else f'{v:.3f}' if k.startswith('ssim') else f'{v:.2f}')
     def show(k, v):
-        n = counts.get(max((start for start in counts if k.startswith(start) and 'accuracy' in k), key=len, default=None))
+        of = [start for start in counts if k.startswith(start) and 'accuracy' in k]
+        n = counts[max(of, key=len)] if of else None
         noise = f' ± {100*(v*(1 - v)/n)**.5:.1f}' if n and 0 < v < 1 else ''
         if n: return f'{100*v:.1f}{noise} % of {n:,}'
         return f"{v:.3f} ± {scores[f'{k}_std']:.3f}" if f'{k}_std' in scores else plain(k, v)

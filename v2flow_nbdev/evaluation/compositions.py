@@ -12,8 +12,9 @@ import numpy as np, torch
 from ..base.images import image_grid, to_pil, to_tensor
 from ..models.quantizer import codebook_perplexity, codebook_usage
 from ..language.pipeline import V2FlowPipeline
-from ..data.shapes import (
-    coverage, draw_scene, facts, ground_of, held_out, random_scene, read_caption, Scene, scene_captions, shape_splits, shapes)
+from v2flow_nbdev.data.shapes import (
+    coverage, draw_scene, facts, ground_of, held_out, random_scene, read_caption, Scene, scene_captions, shape_splits,
+    shapes)
 from ..data.judge import judge
 from .metrics import fidelity
 
@@ -89,7 +90,7 @@ def _generated(pipe, captions, seed, batch_size):
 def by_number(
     answers:list,  # of the judge, see `answered`
     asked:list,    # what was asked, `Facts`
-)->dict:           # one_thing_accuracy and one_thing_n, two_things_accuracy, …: for each number of things that was asked for
+)->dict:           # one_thing_accuracy, one_thing_n, two_things_accuracy, …: of the numbers that were asked for
     "How often all five answers are yes, by the number of things"
     found = {}
     for number, name in enumerate(('one_thing', 'two_things', 'three_things'), 1):

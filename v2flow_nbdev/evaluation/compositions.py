@@ -141,7 +141,8 @@ _kinds = dict(train='test', held_out='compositions')
 
 def exam_checksum()->str:
     "Of all code that draws scenes, words captions and judges images: equal checksums, equal exams"
-    rules = [coverage, ground_of, draw_scene, facts, scene_captions, read_caption, held_out, random_scene, shape_prompts]
+    rules = (coverage, ground_of, draw_scene, facts, scene_captions, read_caption, held_out, random_scene,
+             shape_prompts)
     source = [inspect.getsource(f) for f in rules] + [inspect.getsource(inspect.getmodule(judge))]
     return hashlib.sha256('\n'.join(source).encode()).hexdigest()[:16]
 

@@ -110,6 +110,7 @@ def main(argv=None):
     p.add_argument('models', nargs='+', help='folders; or `table`'); p.add_argument('--results', type=Path, default=here/'probes.json')
     args = p.parse_args(argv)
     if args.models == ['table']: return print(table(read_results(args.results)))
-    measure(args.models, args.results)
+    try: measure(args.models, args.results)
+    except OSError as e: p.error(str(e))
 
 if __name__ == '__main__': main()

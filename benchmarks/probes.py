@@ -15,6 +15,7 @@ from benchmarks.choices import read_results
 from v2flow_nbdev.base.files import read_json, write_atomically
 from v2flow_nbdev.base.images import to_tensor
 from v2flow_nbdev.data.sources import emoji
+from v2flow_nbdev.evaluation.pretrained import mean_and_error
 from v2flow_nbdev.models.tokenizer import V2Flow
 from v2flow_nbdev.systems.tokenflow import TokenFlow
 
@@ -35,9 +36,8 @@ def ridge(products, asked_products, labels, classes, strength):
     weights = torch.linalg.solve(products + strength*torch.eye(len(products), dtype=products.dtype), wanted - mean)
     return (asked_products @ weights + mean).argmax(1)
 
-def probe(train, test, labels, test_labels, strengths=(1e-3, 1e-2, 1e-1, 1., 10.)):
-    "Which of the test labels are right, (m,) bool; the strength is the best on a fifth of the training examples"
-    own, other = kernels(train, test)
+def probe(own, other, labels, test_labels, strengths=(1e-3, 1e-2, 1e-1, 1., 10.)):
+    "From `kernels`, which of the test labels are right, (m,) bool; the strength is the best on a fifth of the training examples"
     classes, order = int(labels.max()) + 1, torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     fit, held = order[len(order)//5:], order[:len(order)//5]
     def right(strength): return (ridge(own[fit][:, fit], own[held][:, fit], labels[fit], classes, strength) == labels[held]).float().mean()
@@ -66,15 +66,15 @@ def image_tokenizer(folder):
     "Of a pipeline its tokenizer"
     folder = Path(folder)
     folder = folder/'image_tokenizer' if (folder/'image_tokenizer').is_dir() else folder
-    return (TokenFlow if 'sides' in read_json(folder/'config.json') else V2Flow).from_pretrained(folder)
+    return (TokenFlow if read_json(folder/'config.json').get('_class_name') == 'TokenFlow' else V2Flow).from_pretrained(folder)
 
 def scores(train, test, examples, held_out):
     "Accuracy and standard error of each question"
-    found = {}
+    found, products = {}, kernels(train, test)
     for k in asked:
         known = [r[k] for r in examples]
-        right = probe(train, test, numbered(known, known), numbered([r[k] for r in held_out], known)).double()
-        found |= {k: right.mean().item(), f'{k}_se': (right.var()/len(right)).sqrt().item()}
+        right = probe(*products, numbered(known, known), numbered([r[k] for r in held_out], known))
+        found[k], found[f'{k}_se'] = mean_and_error(right.numpy(), range(len(right)))
     return found
 
 def measure(models, results):

@@ -116,9 +116,9 @@ def test_a_probe_finds_what_is_there_and_no_more():
     centres = torch.randn(4, 30, generator=g)
     def made(y): return centres[y] + 0.3*torch.randn(len(y), 30, generator=g)
     x, z = made(labels), made(asked)
-    assert probes.probe(x, z, labels, asked).float().mean() > 0.98
-    assert probes.probe(x, z[torch.randperm(200, generator=g)], labels, asked).float().mean() < 0.4     # features of others: chance
-    assert not probes.probe(x, z, labels, torch.full_like(asked, -1)).any()                             # a class that training has not
+    assert probes.probe(*probes.kernels(x, z), labels, asked).float().mean() > 0.98
+    assert probes.probe(*probes.kernels(x, z[torch.randperm(200, generator=g)]), labels, asked).float().mean() < 0.4     # features of others: chance
+    assert not probes.probe(*probes.kernels(x, z), labels, torch.full_like(asked, -1)).any()                             # a class that training has not
     assert_close(*(probes.kernels(s*x + 3, s*z + 3)[1] for s in (1, 7)), atol=1e-5, rtol=1e-4)          # units do not count
     assert probes.numbered(['b', 'z', 'a'], ['a', 'b', 'b']).tolist() == [1, -1, 0]
     assert probes.counts(torch.tensor([[0, 2, 2]]), 4).tolist() == [[1, 0, 2, 0]]

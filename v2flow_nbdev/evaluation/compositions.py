@@ -12,9 +12,7 @@ import numpy as np, torch
 from ..base.images import image_grid, to_pil, to_tensor
 from ..models.quantizer import codebook_perplexity, codebook_usage
 from ..language.pipeline import V2FlowPipeline
-from v2flow_nbdev.data.shapes import (
-    coverage, draw_scene, facts, ground_of, held_out, random_scene, read_caption, Scene, scene_captions, shape_splits,
-    shapes)
+from ..data.shapes import facts, read_caption, Scene, shape_splits, shapes
 from ..data.judge import judge
 from .metrics import fidelity
 
@@ -98,19 +96,21 @@ def by_number(
         if of: found |= {f'{name}_accuracy': float(np.mean(of)), f'{name}_n': len(of)}
     return found
 
+def asked_and_answered(pipe, split, n, seed, batch_size):
+    "Images from the captions of a split: what each caption says, and the judge's answers"
+    captions = shape_prompts(shapes(split, n, seed=seed))
+    asked = [read_caption(c) for c in captions]
+    return asked, answered(_generated(pipe, captions, seed, batch_size), asked)
+
 def shape_generation_scores(
     pipe,              # a `V2FlowPipeline`, or any function of captions and generator with `.images` in what it returns
     split:str='test',  # of `shapes`: whose captions
     n:int=500,         # captions, an image for each
     seed:int=0,        # of the captions and of the images
     batch_size:int=64, # images at once
-    numbers:bool=False, # `by_number` too
 )->dict:               # see `fractions_right`
     "Text → image: does the image show what the caption says? (ours)"
-    captions = shape_prompts(shapes(split, n, seed=seed))
-    asked = [read_caption(c) for c in captions]
-    answers = answered(_generated(pipe, captions, seed, batch_size), asked)
-    return fractions_right(answers) | (by_number(answers, asked) if numbers else {})
+    return fractions_right(asked_and_answered(pipe, split, n, seed, batch_size)[1])
 
 # %% ../../nbs/evaluation/53_compositions.ipynb #3a13b7e0
 def caption_is_right(
@@ -140,10 +140,9 @@ def shape_captioning_scores(
 _kinds = dict(train='test', held_out='compositions')
 
 def exam_checksum()->str:
-    "Of all code that draws scenes, words captions and judges images: equal checksums, equal exams"
-    rules = (coverage, ground_of, draw_scene, facts, scene_captions, read_caption, held_out, random_scene,
-             shape_prompts)
-    source = [inspect.getsource(f) for f in rules] + [inspect.getsource(inspect.getmodule(judge))]
+    "Of the world, its judge and how prompts are drawn, tables and all: equal checksums, equal exams"
+    rules = (inspect.getmodule(shapes), inspect.getmodule(judge), shape_prompts, caption_is_right)
+    source = [inspect.getsource(r).strip() for r in rules]
     return hashlib.sha256('\n'.join(source).encode()).hexdigest()[:16]
 
 # %% ../../nbs/evaluation/53_compositions.ipynb #afb6e88c
@@ -161,7 +160,8 @@ def shape_scores(
     scores = shape_reconstruction_scores(pipe.image_tokenizer, n, seed, batch_size)
     for kind, split in _kinds.items():
         say(f'generating {n} images, captions of {kind} compositions')
-        found = shape_generation_scores(pipe, split, n, seed, batch_size, numbers=True)
+        asked, answers = asked_and_answered(pipe, split, n, seed, batch_size)
+        found = fractions_right(answers) | by_number(answers, asked)
         say(f'captioning {n} images of {kind} compositions')
         found |= shape_captioning_scores(pipe, split, n, seed, size, batch_size)
         scores |= {f'{kind}_{k}': v for k,v in found.items()} | {f'{kind}_n': n}
